@@ -1,0 +1,92 @@
+"""Train once, deploy at any size: compression-aware training with Stochastic Frank-Wolfe.
+
+The names below are the public ones. They are loaded when first used, so that ``import pliant`` is quick and
+``pliant.report`` works where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from pliant.ball import NormBall as NormBall
+    from pliant.compression import FilterPruning as FilterPruning
+    from pliant.compression import LowRank as LowRank
+    from pliant.compression import Magnitude as Magnitude
+    from pliant.compression import Plan as Plan
+    from pliant.compression import SemiStructured as SemiStructured
+    from pliant.compression import compress as compress
+    from pliant.compression import reestimate_batchnorm as reestimate_batchnorm
+    from pliant.compression import replay as replay
+    from pliant.constraints import KSchedule as KSchedule
+    from pliant.constraints import constrain as constrain
+    from pliant.constraints import filters as filters
+    from pliant.constraints import l2 as l2
+    from pliant.constraints import rank as rank
+    from pliant.constraints import semi_structured as semi_structured
+    from pliant.constraints import weights as weights
+    from pliant.data import load_data as load_data
+    from pliant.demonstration import demo as demo
+    from pliant.errors import BadInput as BadInput
+    from pliant.errors import DamagedFile as DamagedFile
+    from pliant.errors import Diverged as Diverged
+    from pliant.errors import PliantError as PliantError
+    from pliant.errors import Refused as Refused
+    from pliant.models import build_model as build_model
+    from pliant.norms import Blocks as Blocks
+    from pliant.norms import KSparse as KSparse
+    from pliant.norms import KSupport as KSupport
+    from pliant.norms import Lp as Lp
+    from pliant.norms import Norm as Norm
+    from pliant.norms import Rows as Rows
+    from pliant.norms import Spectral as Spectral
+    from pliant.records import Record as Record
+    from pliant.records import append_record as append_record
+    from pliant.records import read_records as read_records
+    from pliant.reporting import report as report
+    from pliant.runs import load as load
+    from pliant.sfw import SFW as SFW
+    from pliant.sweeping import sweep as sweep
+    from pliant.training import train as train
+
+_HOMES = {
+    "ball": ["NormBall"],
+    "compression": [
+        "FilterPruning",
+        "LowRank",
+        "Magnitude",
+        "Plan",
+        "SemiStructured",
+        "compress",
+        "reestimate_batchnorm",
+        "replay",
+    ],
+    "constraints": ["KSchedule", "constrain", "filters", "l2", "rank", "semi_structured", "weights"],
+    "data": ["load_data"],
+    "demonstration": ["demo"],
+    "errors": ["BadInput", "DamagedFile", "Diverged", "PliantError", "Refused"],
+    "models": ["build_model"],
+    "norms": ["Blocks", "KSparse", "KSupport", "Lp", "Norm", "Rows", "Spectral"],
+    "records": ["Record", "append_record", "read_records"],
+    "reporting": ["report"],
+    "runs": ["load"],
+    "sfw": ["SFW"],
+    "sweeping": ["sweep"],
+    "training": ["train"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'pliant' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pliant.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

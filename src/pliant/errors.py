@@ -1,0 +1,38 @@
+"""The errors a user can cause, and how they read.
+
+Every message is one line that says what was expected, what came and what to do. The command line prints it
+after ``pliant: error:`` and exits with code 2; in Python the same line is the exception's text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PliantError(Exception):
+    """Base of all errors whose cause lies outside of pliant: input, files, data, a diverged training."""
+
+
+class BadInput(PliantError, ValueError):
+    """A value is unknown, out of range or contradicts another one."""
+
+
+class DamagedFile(PliantError):
+    """A file is missing, truncated or not what its name says."""
+
+
+class Diverged(PliantError):
+    """Training met a loss or gradient that is NaN or infinite."""
+
+
+class Refused(PliantError):
+    """Nothing can be removed from a model, or a budget cannot be reached."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
+    """Return the error for a ``name`` that is not among the ``known`` ones, with the nearest match first."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return BadInput(f"unknown {what} {name!r}: {hint}known are {', '.join(known)}")
