@@ -1,0 +1,533 @@
+"""Norms whose unit balls have sparse extreme points: three vector norms, three lifts.
+
+A norm here answers four questions, all that Frank-Wolfe asks: its value ``norm(x)``, the dual norm
+``norm.dual(g)``, a minimiser of ⟨g, ·⟩ over the unit ball ``norm.lmo(g)`` (linear minimisation oracle), and
+the L2 ``norm.diameter(shape)`` of the unit ball.
+
+The pieces combine:
+
+* **Vector norms** look at the magnitudes of the entries: ``Lp(p)``, ``KSparse(k)``, ``KSupport(k)``. Their
+  vertices have, for example, k entries.
+* **Lifts** apply a vector norm to other magnitudes of the same tensor: ``Rows(inner)`` to the L2 norms of the
+  rows, ``Spectral(inner)`` to the singular values, ``Blocks(inner, size)`` to each block of consecutive entries.
+  Their vertices have k filters, k singular directions, k entries in every block.
+
+So ``Rows(KSupport(8))`` is the ball for "few filters", ``Spectral(KSupport(8))`` the one for "low rank", and
+``Blocks(KSupport(2), 4)`` the one for 2:4 patterns.
+
+All of them work by the same two moves. ``_split`` takes a tensor apart into magnitudes a >= 0 and a function
+that rebuilds a tensor from other magnitudes; ``_norm``, ``_dual`` and ``_align`` work on the magnitudes alone,
+along the last dimension. ``_align(a)`` is the point w >= 0 of the unit ball that maximises ⟨a, w⟩, so that
+
+    lmo(g) = −rebuild(align(a)),    where g = rebuild(a).
+
+**Row = filter.** A weight is read as a matrix with one row per output: ``x.movedim(dim, 0).flatten(1)``; a 1-D
+tensor of n entries is n×1.
+
+**One or several tensors.** Every method takes a tensor or a sequence of tensors; a sequence is read jointly,
+as one block-diagonal object with one k for all.
+
+**Precision.** Half-precision input is computed in float32; norms of it are returned in float32, vertices in the
+input's dtype. Values are divided by a power of two near the largest entry first, so nothing overflows or
+vanishes where the result itself does not.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from pliant.linalg import (
+    accumulation_dtype,
+    divide_or_zero,
+    leading_subspace,
+    power_of_two_scale,
+    starting_basis,
+    topk_mask,
+    vector_norm,
+)
+
+Tensors = Tensor | Sequence[Tensor]
+Shape = Sequence[int]
+Rebuild = Callable[[Tensor], Tensor]
+
+
+class Norm(ABC):
+    """A norm on tensors, stateless and hashable; the base of all norms in this file."""
+
+    def __call__(self, x: Tensors) -> Tensor:
+        """Return ‖x‖, a scalar tensor; differentiable."""
+        tensors, scale = _scaled(x)
+        return scale * self._norm(self._join(tensors))
+
+    def dual(self, g: Tensors) -> Tensor:
+        """Return the dual norm max ⟨g, v⟩ over the unit ball, a scalar tensor; differentiable."""
+        tensors, scale = _scaled(g)
+        return scale * self._dual(self._join(tensors))
+
+    @overload
+    def lmo(self, g: Tensor) -> Tensor: ...
+    @overload
+    def lmo(self, g: Sequence[Tensor]) -> list[Tensor]: ...
+    @torch.no_grad()
+    def lmo(self, g: Tensors) -> Tensor | list[Tensor]:
+        """Return a vertex v of the unit ball with ⟨g, v⟩ = −dual(g), of g's shape(s); lmo(0) = 0."""
+        tensors, _ = _scaled(g)
+        magnitudes, rebuilds = zip(*(self._split(x) for x in tensors), strict=True)
+        aligned = self._align(torch.cat(magnitudes))
+        parts = aligned.split([len(a) for a in magnitudes])
+        given = [g] if isinstance(g, Tensor) else list(g)
+        vertices = [-rebuild(part).to(x.dtype) for rebuild, part, x in zip(rebuilds, parts, given, strict=True)]
+        return vertices[0] if isinstance(g, Tensor) else vertices
+
+    def diameter(self, shape: Shape | Sequence[Shape]) -> float:
+        """Return the largest L2 distance of two points of the unit ball for tensor(s) of this shape."""
+        return self._diameter(self.length(shape))
+
+    def length(self, shape: Shape | Sequence[Shape]) -> int:
+        """Return how many magnitudes the vector norm sees: what a fraction of k is a fraction of.
+
+        Entries for a vector norm, filters for ``Rows``, singular values for ``Spectral``, the block size for
+        ``Blocks``. Raises ValueError where this norm is not defined for the shape.
+        """
+        n = self._joint_length([self._length(s) for s in _shapes(shape)])
+        self._check_length(n)
+        return n
+
+    def project(self, x: Tensor, radius: float) -> Tensor:
+        """Return the nearest point to x, in L2, of the ball of this radius."""
+        raise NotImplementedError(f"no Euclidean projection is known for {self}")
+
+    def to_spec(self) -> dict[str, Any]:
+        """Return this norm as plain data: strings, numbers and dicts (p = ∞ is the string "inf")."""
+        spec: dict[str, Any] = {"norm": type(self).__name__}
+        for field in fields(self):  # type: ignore[arg-type]  # every final class is a dataclass
+            value = getattr(self, field.name)
+            if isinstance(value, Norm):
+                value = value.to_spec()
+            spec[field.name] = "inf" if value == math.inf else value
+        return spec
+
+    @staticmethod
+    def from_spec(spec: dict[str, Any]) -> Norm:
+        """Return the norm that :meth:`to_spec` described; raises ValueError for anything else."""
+        finals: list[type[Norm]] = [Lp, KSparse, KSupport, Rows, Spectral, Blocks]
+        known = {final.__name__: final for final in finals}
+        arguments = dict(spec)
+        name = arguments.pop("norm", None)
+        if name not in known:
+            raise ValueError(f"a norm's spec needs 'norm' as one of {', '.join(known)}; got {spec!r}")
+        if "inner" in arguments:
+            arguments["inner"] = Norm.from_spec(arguments["inner"])
+        if arguments.get("p") == "inf":
+            arguments["p"] = math.inf
+        try:
+            return known[name](**arguments)
+        except TypeError as error:
+            raise ValueError(f"not the spec of a {name} norm: {spec!r} ({error})") from None
+
+    def _join(self, tensors: list[Tensor]) -> Tensor:
+        self.length([x.shape for x in tensors])
+        return torch.cat([self._magnitudes(x) for x in tensors])
+
+    def _joint_length(self, lengths: list[int]) -> int:
+        return sum(lengths)
+
+    @abstractmethod
+    def _length(self, shape: Shape) -> int: ...
+
+    @abstractmethod
+    def _check_length(self, n: int) -> None: ...
+
+    @abstractmethod
+    def _magnitudes(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]: ...
+
+    @abstractmethod
+    def _norm(self, a: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _dual(self, a: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _align(self, a: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _diameter(self, n: int) -> float: ...
+
+
+# --- vector norms -----------------------------------------------------------------------------------------
+
+
+class VectorNorm(Norm):
+    """A norm of the magnitudes of all entries; the ``inner`` of every lift."""
+
+    def _length(self, shape: Shape) -> int:
+        return math.prod(shape)
+
+    def _check_length(self, n: int) -> None:
+        pass
+
+    def _magnitudes(self, x: Tensor) -> Tensor:
+        return x.abs().flatten()
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        self._check_length(x.numel())
+        return self._magnitudes(x), lambda w: x.sign() * w.reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Lp(VectorNorm):
+    """The p-norm (Σ|x_i|^p)^(1/p), 1 <= p <= ∞; dual: the q-norm with 1/p + 1/q = 1.
+
+    The vertex is Hölder's equality case: one signed entry for p = 1, −g/‖g‖₂ for p = 2, −sign(g) for p = ∞.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        if not self.p >= 1:
+            raise ValueError(f"Lp needs 1 <= p <= inf, got p={self.p}")
+
+    def _norm(self, a: Tensor) -> Tensor:
+        return _p_norm(a, self.p)
+
+    def _dual(self, a: Tensor) -> Tensor:
+        return _p_norm(a, self._conjugate())
+
+    def _align(self, a: Tensor) -> Tensor:
+        if self.p == 1:
+            return (topk_mask(a, 1) & (a > 0)).to(a.dtype)
+        if self.p == math.inf:
+            return (a > 0).to(a.dtype)
+        q = self._conjugate()
+        largest = a.amax(dim=-1, keepdim=True)
+        shape = divide_or_zero(a, largest.expand_as(a))
+        length = vector_norm(shape, q, dim=-1, keepdim=True)
+        return divide_or_zero(shape, length.expand_as(a)) ** (q - 1)
+
+    def _diameter(self, n: int) -> float:
+        return 2 * math.pow(n, max(0.0, 0.5 - 1 / self.p))
+
+    def _conjugate(self) -> float:
+        if self.p == 1:
+            return math.inf
+        return 1.0 if self.p == math.inf else self.p / (self.p - 1)
+
+
+@dataclass(frozen=True)
+class _KNorm(VectorNorm):
+    k: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"{type(self).__name__} needs an integer k >= 1, got k={self.k!r}")
+
+    def _check_length(self, n: int) -> None:
+        if self.k > n:
+            raise ValueError(f"{self} needs k <= {n}, the number of magnitudes of this tensor")
+
+
+@dataclass(frozen=True)
+class KSparse(_KNorm):
+    """max(‖x‖∞, ‖x‖₁/k): the unit ball is the convex hull of the vectors with k entries ±1.
+
+    The dual is the sum of the k largest |g_i|; the vertex has −sign(g_i) at exactly those k.
+    """
+
+    def _norm(self, a: Tensor) -> Tensor:
+        return torch.maximum(a.amax(dim=-1), a.sum(dim=-1) / self.k)
+
+    def _dual(self, a: Tensor) -> Tensor:
+        return a.topk(self.k, dim=-1).values.sum(dim=-1)
+
+    def _align(self, a: Tensor) -> Tensor:
+        return (topk_mask(a, self.k) & (a > 0)).to(a.dtype)
+
+    def _diameter(self, n: int) -> float:
+        return 2.0 * math.sqrt(self.k)
+
+
+@dataclass(frozen=True)
+class KSupport(_KNorm):
+    """The k-support norm: the unit ball is the convex hull of the L2 unit vectors with k non-zeros.
+
+    The dual is the L2 norm of the k largest |g_i|; the vertex is −g/‖g‖₂ restricted to those k.
+    (Argyriou, Foygel, Srebro 2012, Sparse prediction with the k-support norm.)
+    """
+
+    def _norm(self, a: Tensor) -> Tensor:
+        # With z sorted in descending order and tails t_j = Σ_{i>=j} z_i (0-based), the norm is the L2 norm of
+        # (z_0, …, z_{j−1}, t_j/√(k−j)) for the largest j < k with j = 0 or z_{j−1}(k−j) > t_j. (Proposition 2.1.)
+        z = a.sort(dim=-1, descending=True).values
+        tails = z.flip(-1).cumsum(-1).flip(-1)[..., : self.k]
+        z = z[..., : self.k]
+        j = torch.arange(self.k, device=a.device)
+        before = torch.cat([torch.full_like(z[..., :1], math.inf), z[..., :-1]], dim=-1)
+        split = torch.where(before * (self.k - j) > tails, j, 0).amax(dim=-1, keepdim=True)
+        head = torch.where(j < split, z, 0)
+        tail = tails.gather(-1, split) / (self.k - split).sqrt()
+        return vector_norm(torch.cat([head, tail], dim=-1), dim=-1)
+
+    def _dual(self, a: Tensor) -> Tensor:
+        return vector_norm(a.topk(self.k, dim=-1).values, dim=-1)
+
+    def _align(self, a: Tensor) -> Tensor:
+        kept = torch.where(topk_mask(a, self.k), a, 0)
+        return Lp(2)._align(kept)
+
+    def _diameter(self, n: int) -> float:
+        return 2.0
+
+
+# --- lifts ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Lift(Norm):
+    """A vector norm applied to other magnitudes than those of the entries."""
+
+    inner: VectorNorm
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, VectorNorm):
+            raise ValueError(f"{type(self).__name__} lifts a vector norm (Lp, KSparse, KSupport), got {self.inner!r}")
+
+    def _check_length(self, n: int) -> None:
+        self.inner._check_length(n)
+
+    def _norm(self, a: Tensor) -> Tensor:
+        return self.inner._norm(a)
+
+    def _dual(self, a: Tensor) -> Tensor:
+        return self.inner._dual(a)
+
+    def _align(self, a: Tensor) -> Tensor:
+        return self.inner._align(a)
+
+    def _diameter(self, n: int) -> float:
+        return self.inner._diameter(n)
+
+
+@dataclass(frozen=True)
+class Rows(_Lift):
+    """``inner`` of the L2 norms of the rows (filters, neurons); ``dim`` is the dimension that counts them.
+
+    ``Rows(Lp(1))`` is the group lasso's norm; a vertex of ``Rows(KSupport(k))`` has k non-zero filters.
+    """
+
+    dim: int = 0
+
+    def _length(self, shape: Shape) -> int:
+        return _matrix_shape(shape, self.dim)[0]
+
+    def _magnitudes(self, x: Tensor) -> Tensor:
+        return vector_norm(_as_matrix(x, self.dim), dim=1)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        matrix = _as_matrix(x, self.dim)
+        a = vector_norm(matrix, dim=1)
+        return a, lambda w: _from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
+
+
+@dataclass(frozen=True)
+class Spectral(_Lift):
+    """``inner`` of the singular values of the matrix whose rows are counted by ``dim``.
+
+    ``Spectral(Lp(1))`` is the nuclear norm, ``Spectral(Lp(inf))`` the operator norm; a vertex of
+    ``Spectral(KSupport(k))`` has rank at most k. With ``groups`` > 1 (grouped convolutions) the rows fall into that
+    many consecutive matrices, read as one block-diagonal matrix.
+    """
+
+    dim: int = 0
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.groups < 1:
+            raise ValueError(f"Spectral needs groups >= 1, got {self.groups}")
+
+    def _length(self, shape: Shape) -> int:
+        rows, columns = self._block_shape(shape)
+        return self.groups * min(rows, columns)
+
+    def _magnitudes(self, x: Tensor) -> Tensor:
+        if self.inner == Lp(2):
+            return x.abs().flatten()  # the Frobenius norm needs no singular values
+        values: Tensor = torch.linalg.svdvals(self._blocks(x))
+        return values.flatten()
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        if self.inner == Lp(2):
+            return self.inner._split(x)
+        blocks = self._blocks(x)
+        u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+        # Below this, singular values are rounding and their vectors arbitrary: they would write into zero rows.
+        noise = s[:, :1] * max(blocks.shape[1:]) * torch.finfo(s.dtype).eps
+        s = torch.where(s <= noise, 0, s)
+
+        def rebuild(w: Tensor) -> Tensor:
+            return _from_matrix(((u * w.reshape(s.shape)[:, None, :]) @ vh).flatten(0, 1), x.shape, self.dim)
+
+        return s.flatten(), rebuild
+
+    def vertex_rank(self) -> int | None:
+        """Return the largest rank of a vertex, None where it is full."""
+        match self.inner:
+            case KSupport(k) | KSparse(k):
+                return k
+            case Lp(p) if p == 1:
+                return 1
+        return None
+
+    def uses_warm_start(self, shape: Shape) -> bool:
+        """Tell whether :meth:`lmo_warm` serves tensors of this shape; else take the exact :meth:`lmo`."""
+        rank, (rows, columns) = self.vertex_rank(), self._block_shape(shape)
+        # Up to 16 a full SVD costs no more than the iteration, and above half the rank it is not much more.
+        return rank is not None and self.groups == 1 and min(rows, columns) > max(16, 2 * rank)
+
+    @torch.no_grad()
+    def lmo_warm(self, g: Tensor, basis: Tensor | None, iterations: int = 1) -> tuple[Tensor, Tensor]:
+        """Return a vertex and the basis to start from next time, without a singular value decomposition of g.
+
+        ``basis`` is what the last call returned (None: start anew). For any basis the vertex lies in the unit
+        ball: an inexact basis costs optimality, never feasibility.
+
+        Shapes: ``g`` as for :meth:`lmo`; ``basis`` (min(rows, columns), vertex_rank()).
+        """
+        rank = self.vertex_rank()
+        assert rank is not None, f"{self} has full-rank vertices"
+        scaled = _scaled(g)[0][0]
+        matrix = _as_matrix(scaled, self.dim)
+        wide = matrix.shape[0] < matrix.shape[1]
+        tall = matrix.T if wide else matrix  # the basis lives on the smaller side
+        if basis is None or basis.shape[1] < rank:
+            basis = leading_subspace(tall, starting_basis(tall, rank), iterations=3)
+        else:
+            basis = leading_subspace(tall, basis[:, :rank].to(tall.dtype), iterations)
+        image = tall @ basis
+        if isinstance(self.inner, KSparse):
+            u, s, vh = torch.linalg.svd(image, full_matrices=False)
+            image = (u * (s > s[0] * len(image) * torch.finfo(s.dtype).eps)) @ vh
+        else:
+            image = divide_or_zero(image, vector_norm(image).expand_as(image))
+        vertex = -image @ basis.T
+        return _from_matrix(vertex.T if wide else vertex, g.shape, self.dim).to(g.dtype), basis
+
+    def _block_shape(self, shape: Shape) -> tuple[int, int]:
+        if len(shape) < 2:
+            raise ValueError(f"{self} needs a matrix or more dimensions, got shape {tuple(shape)}: use a vector norm")
+        rows, columns = _matrix_shape(shape, self.dim)
+        if rows % self.groups:
+            raise ValueError(f"{self}: {rows} rows do not split into {self.groups} groups")
+        return rows // self.groups, columns
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        matrix = _as_matrix(x, self.dim)
+        return matrix.reshape(self.groups, -1, matrix.shape[1])
+
+
+@dataclass(frozen=True)
+class Blocks(_Lift):
+    """The L2 norm over all blocks of ``inner`` of each block: ``size`` consecutive entries along ``dim``.
+
+    A vertex of ``Blocks(KSupport(n), m)`` has at most n non-zeros in every block of m, the N:M pattern that hardware
+    reads along the input channels (dim 1). dual(g) is the L2 norm over blocks of inner.dual, and block b of the
+    vertex is inner.lmo(g_b) weighted by inner.dual(g_b)/dual(g).
+    """
+
+    size: int
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"Blocks needs an integer size >= 1, got {self.size!r}")
+        self.inner._check_length(self.size)
+
+    def _length(self, shape: Shape) -> int:
+        if len(shape) <= self.dim:
+            raise ValueError(f"{self} needs a dimension {self.dim}, got shape {tuple(shape)}")
+        if shape[self.dim] % self.size:
+            raise ValueError(f"{self}: dimension {self.dim} of shape {tuple(shape)} is not a multiple of {self.size}")
+        return self.size
+
+    def _joint_length(self, lengths: list[int]) -> int:
+        return self.size
+
+    def _magnitudes(self, x: Tensor) -> Tensor:
+        return x.movedim(self.dim, -1).abs().reshape(-1, self.size)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        self._length(x.shape)
+        moved = x.movedim(self.dim, -1)
+        signs = moved.sign()
+        return moved.abs().reshape(-1, self.size), lambda w: (signs * w.reshape(moved.shape)).movedim(-1, self.dim)
+
+    def _norm(self, a: Tensor) -> Tensor:
+        return vector_norm(self.inner._norm(a))
+
+    def _dual(self, a: Tensor) -> Tensor:
+        return vector_norm(self.inner._dual(a))
+
+    def _align(self, a: Tensor) -> Tensor:
+        weights = Lp(2)._align(self.inner._dual(a))
+        return weights[:, None] * self.inner._align(a)
+
+
+# --- shapes and scales ------------------------------------------------------------------------------------
+
+
+def _scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
+    """Return the tensors divided by one power of two near their largest entry, and that power."""
+    tensors = [x] if isinstance(x, Tensor) else list(x)
+    for t in tensors:
+        if not t.is_floating_point():
+            raise ValueError(f"a norm needs real floating-point tensors, got dtype {t.dtype}")
+        if t.is_sparse or t.numel() == 0:
+            raise ValueError(f"a norm needs dense, non-empty tensors, got {t.layout} of shape {tuple(t.shape)}")
+    tensors = [t.to(accumulation_dtype(t)) for t in tensors]
+    scale = power_of_two_scale([t.detach() for t in tensors])
+    return [t / scale for t in tensors], scale
+
+
+def _p_norm(a: Tensor, p: float) -> Tensor:
+    if p in (1, 2, math.inf):
+        return vector_norm(a, p, dim=-1)
+    # Large powers of numbers below 1 vanish: raise a/max(a), whose largest entry stays 1.
+    largest = a.detach().amax(dim=-1, keepdim=True)
+    largest = torch.where(largest == 0, 1, largest)
+    return largest.squeeze(-1) * vector_norm(a / largest, p, dim=-1)
+
+
+def _shapes(shape: Shape | Sequence[Shape]) -> list[Shape]:
+    if len(shape) == 0 or isinstance(shape[0], int):
+        return [shape]  # type: ignore[list-item]
+    return list(shape)  # type: ignore[arg-type]
+
+
+def _matrix_shape(shape: Shape, dim: int) -> tuple[int, int]:
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    if not 0 <= dim < len(shape):
+        raise ValueError(f"rows are counted by dimension {dim}, but the tensor has shape {tuple(shape)}")
+    return shape[dim], math.prod(shape) // shape[dim]
+
+
+def _as_matrix(x: Tensor, dim: int) -> Tensor:
+    return x.reshape(-1, 1) if x.ndim < 2 else x.movedim(dim, 0).flatten(1)
+
+
+def _from_matrix(matrix: Tensor, shape: Shape, dim: int) -> Tensor:
+    if len(shape) < 2:
+        return matrix.reshape(tuple(shape))
+    moved = [shape[dim], *(n for i, n in enumerate(shape) if i != dim)]
+    return matrix.reshape(moved).movedim(0, dim)
