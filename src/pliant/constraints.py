@@ -1,0 +1,373 @@
+"""Which ball for which parameter: rules, presets, radii from the initialisation, schedules of k.
+
+:func:`constrain` turns a model and a list of rules into the parameter groups of :class:`~pliant.SFW`:
+
+    groups = pliant.constrain(model, [("*.weight", pliant.rank(k=0.1, radius=10))], default=None)
+    opt = pliant.SFW(groups, lr=0.1)
+
+A preset (:func:`filters`, :func:`rank`, :func:`weights`, :func:`semi_structured`, :func:`l2`) says what a ball is made
+of in relative terms: k as a count or a fraction, the radius relative to the size of the weights at initialisation.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pliant.ball import NormBall
+from pliant.errors import BadInput
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.sfw import SFW
+
+Vertices = Literal["support", "sparse"]
+Rule = tuple[str | Callable[[str, Tensor], bool], "Preset | None"]
+
+_UNMATCHED: Any = object()
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is read as a matrix: ``dim`` counts its rows (outputs), in ``groups`` blocks of rows."""
+
+    dim: int = 0
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A ball in relative terms; made by the functions below.
+
+    Args:
+        norm: from the parameter's shape and layout to its norm; raises ValueError where there is none.
+        radius: w, the radius in units of the expected L2 norm at initialisation: the ball gets the L2 diameter
+            2·w·E‖θ_init‖₂, whatever its norm.
+        structured: only for weights of at least two dimensions that are not an embedding or a normalisation.
+    """
+
+    norm: Callable[[torch.Size, Layout], Norm]
+    radius: float
+    structured: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.radius > 0 and math.isfinite(self.radius)):
+            raise BadInput(f"radius must be positive and finite, got {self.radius}")
+
+
+def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
+    """Constrain to few filters (rows): ``Rows(KSupport(k))``.
+
+    Args:
+        k: filters per vertex; an int is a count, a float in (0, 1] a fraction of the layer's filters.
+        radius: relative to the initialisation, see :class:`Preset`.
+        vertices: "support" scales the filters of a vertex along the gradient (k-support norm), "sparse" gives each
+            the same length (k-sparse norm).
+    """
+    _check_k(k)
+
+    def norm(shape: torch.Size, layout: Layout) -> Norm:
+        n = Rows(Lp(2), layout.dim).length(shape)
+        return Rows(_vector_norm(k, n, vertices), layout.dim)
+
+    return Preset(norm, radius)
+
+
+def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
+    """Constrain to low rank: ``Spectral(KSupport(k))``; k counts singular directions, else as :func:`filters`."""
+    _check_k(k)
+
+    def norm(shape: torch.Size, layout: Layout) -> Norm:
+        n = Spectral(Lp(2), layout.dim, layout.groups).length(shape)
+        return Spectral(_vector_norm(k, n, vertices), layout.dim, layout.groups)
+
+    return Preset(norm, radius)
+
+
+def weights(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
+    """Constrain to few entries: ``KSupport(k)``; k counts entries, else as :func:`filters`."""
+    _check_k(k)
+    return Preset(lambda shape, layout: _vector_norm(k, math.prod(shape), vertices), radius)
+
+
+def semi_structured(n: int = 2, m: int = 4, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
+    """Constrain to n of m consecutive input channels: ``Blocks(KSupport(n), m)``, the N:M pattern of hardware.
+
+    A layer whose input channels m does not divide is an error that names it: give it another rule before this one.
+    """
+    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
+        raise BadInput(f"an N:M pattern needs integers 1 <= n <= m, got {n}:{m}")
+
+    def norm(shape: torch.Size, layout: Layout) -> Norm:
+        inputs = 1 if layout.dim == 0 else 0
+        pattern = Blocks(_vector_norm(n, m, vertices), m, inputs)
+        pattern.length(shape)
+        return pattern
+
+    return Preset(norm, radius)
+
+
+def l2(radius: float = 10.0) -> Preset:
+    """Constrain to an L2 ball, for any tensor: bounded, but nothing made sparse."""
+    return Preset(lambda shape, layout: Lp(2), radius, structured=False)
+
+
+def resolve_k(k: float, n: int) -> int:
+    """Return k as a count: an int is one already, a float f is the fraction max(1, floor(f·n + ½)).
+
+    Raises BadInput where k is below 1, above n, or a fraction outside of (0, 1].
+    """
+    _check_k(k)
+    count = k if isinstance(k, int) else max(1, math.floor(k * n + 0.5))
+    if count > n:
+        raise BadInput(f"k={k} is more than there are ({n}): give at most {n}, or a fraction such as 0.1")
+    return count
+
+
+def _check_k(k: float) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | float):
+        raise BadInput(f"k must be an int (count) or a float (fraction), got {k!r}")
+    if isinstance(k, int) and k < 1:
+        raise BadInput(f"k as a count must be at least 1, got {k}")
+    if isinstance(k, float) and not 0 < k <= 1:
+        raise BadInput(f"k as a fraction must lie in (0, 1], got {k}; a count is written without a point")
+
+
+def _vector_norm(k: float, n: int, vertices: Vertices) -> VectorNorm:
+    if vertices not in ("support", "sparse"):
+        raise BadInput(f"vertices must be 'support' or 'sparse', got {vertices!r}")
+    return (KSupport if vertices == "support" else KSparse)(resolve_k(k, n))
+
+
+# --- from rules to groups ---------------------------------------------------------------------------------------------
+
+
+def constrain(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    default: Preset | None = _UNMATCHED,
+    *,
+    pretrained: bool = False,
+) -> list[dict[str, Any]]:
+    """Return parameter groups for :class:`~pliant.SFW` that cover every trainable parameter of ``model``.
+
+    A rule is a pair of a name pattern (as for file names: ``"*.weight"``, ``"layer1.*"``) or a predicate
+    ``f(name, parameter)``, and a preset, or None for "no ball". The first rule that matches a parameter decides; a
+    structured preset only matches weights it can hold, so ``"*.weight"`` does not catch those of a BatchNorm. A tied
+    parameter matches under any of its names.
+
+    Neither weights nor buffers nor the random state are touched. Radii are measured on draws of each layer's own
+    initialiser; a layer without one, and every layer if ``pretrained``, is measured by the norm at hand.
+
+    Args:
+        model: any module.
+        rules: first match wins.
+        default: the preset, or None for no ball, of all other parameters; without it each one must match a rule.
+        pretrained: the weights are trained ones; take the radius from their own norm.
+
+    Raises:
+        BadInput: a parameter that no rule matches, a k above what a layer has, or a pattern that does not fit a
+            layer: each by name.
+
+    Warns about a rule that matches nothing.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    unmatched, used = [], set()
+    for parameter, names in _trainable(model).items():
+        owner = model.get_submodule(names[0].rpartition(".")[0])
+        preset = default
+        for index, (selector, candidate) in enumerate(rules):
+            if _selects(selector, names, parameter):
+                used.add(index)
+                if candidate is None or not candidate.structured or _is_matrix(owner, parameter):
+                    preset = candidate
+                    break
+        if preset is _UNMATCHED:
+            unmatched.append(names[0])
+            continue
+        ball = None if preset is None else _make_ball(preset, names[0], parameter, owner, pretrained)
+        group = groups.setdefault(repr(ball), {"params": [], "param_names": [], "ball": ball, "weight_decay": 0.0})
+        if ball is None:
+            group.pop("weight_decay", None)  # the optimizer's default holds where no ball does
+        group["params"].append(parameter)
+        group["param_names"].append(names[0])
+    if unmatched:
+        raise BadInput(
+            f"no rule matches {', '.join(unmatched)}: add a rule, or default=None to train them without a ball"
+        )
+    for index, (selector, _) in enumerate(rules):
+        if index not in used:
+            warnings.warn(f"rule {index + 1} ({selector!r}) decides for no parameter of this model", stacklevel=2)
+    if not groups:
+        raise BadInput("this model has no trainable parameter")
+    for group in groups.values():
+        group["ball"] = None if group["ball"] is None else group["ball"].to_spec()
+    return list(groups.values())
+
+
+def _trainable(model: nn.Module) -> dict[Tensor, list[str]]:
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _selects(selector: str | Callable[[str, Tensor], bool], names: list[str], parameter: Tensor) -> bool:
+    if callable(selector):
+        return any(selector(name, parameter) for name in names)
+    return any(fnmatch.fnmatchcase(name, selector) for name in names)
+
+
+def _is_matrix(owner: nn.Module, parameter: Tensor) -> bool:
+    vectors = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    return parameter.ndim >= 2 and not isinstance(owner, vectors)
+
+
+def _layout(owner: nn.Module) -> Layout:
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+        return Layout(dim=1)
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return Layout(groups=owner.groups)
+    if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
+        return Layout(dim=1)  # GPT-2's linear layer in transformers stores its weight as (in, out)
+    return Layout()
+
+
+def _make_ball(preset: Preset, name: str, parameter: Tensor, owner: nn.Module, pretrained: bool) -> NormBall:
+    try:
+        norm = preset.norm(parameter.shape, _layout(owner))
+    except ValueError as error:
+        raise BadInput(f"{name} of shape {tuple(parameter.shape)}: {error}") from None
+    expected = 1.0 if parameter.is_meta and pretrained else initial_norm(owner, name, parameter, pretrained)
+    diameter = 2 * preset.radius * expected
+    return NormBall(norm, diameter / norm.diameter(parameter.shape))
+
+
+def initial_norm(owner: nn.Module, name: str, parameter: Tensor, pretrained: bool = False, draws: int = 3) -> float:
+    """Return E‖θ_init‖₂ of one parameter, the mean over draws of its layer's own initialiser.
+
+    Where the layer has no ``reset_parameters``, or for ``pretrained`` weights, it is the norm at hand; 0 counts as 1.
+    """
+    reset = getattr(type(owner), "reset_parameters", None) or getattr(type(owner), "_reset_parameters", None)
+    if reset is None or pretrained:
+        norms = [torch.linalg.vector_norm(parameter.detach().double()).item()]
+    else:
+        leaf = name.rpartition(".")[2]
+        copied = copy.deepcopy(owner).to_empty(device="cpu")
+        norms = []
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            # The same draws for every layer: layers of one shape then share one radius, and so one group.
+            torch.manual_seed(0)
+            for _ in range(draws):
+                reset(copied)
+                norms.append(torch.linalg.vector_norm(getattr(copied, leaf).double()).item())
+    mean = sum(norms) / len(norms)
+    if not math.isfinite(mean):
+        raise BadInput(f"{name} has NaN or infinite entries: its radius cannot be measured")
+    return mean or 1.0
+
+
+# --- schedules of k ---------------------------------------------------------------------------------------------------
+
+
+class KSchedule:
+    """Anneal k of every ball that has one, linearly from ``start`` to ``end`` over ``steps`` steps.
+
+    The L2 diameter of each ball is kept, so the radius follows k; the weights are scaled inside the new ball and the
+    momentum is kept. Constructing sets the start value; call :meth:`step` after each optimizer step.
+
+    Args:
+        optimizer: an :class:`~pliant.SFW`.
+        start: k at the first step: a count or a fraction, as in the presets.
+        end: k at the last step; None for the k that each group has now.
+        steps: number of steps from start to end, at least 1.
+    """
+
+    def __init__(self, optimizer: SFW, start: float = 1.0, end: float | None = None, *, steps: int) -> None:
+        if steps < 1:
+            raise BadInput(f"a schedule of k needs steps >= 1, got {steps}")
+        self.optimizer = optimizer
+        self.steps = steps
+        self.last_step = 0
+        self._spans: list[tuple[int, int] | None] = []
+        for group in optimizer.param_groups:
+            ball = None if group["ball"] is None else NormBall.from_spec(group["ball"])
+            current = None if ball is None else norm_k(ball.norm)
+            if ball is None or current is None:
+                self._spans.append(None)
+                continue
+            n = self._length(ball, group)
+            self._spans.append((resolve_k(start, n), current if end is None else resolve_k(end, n)))
+        if not any(self._spans):
+            raise BadInput("no group of this optimizer has a ball with a k to anneal")
+        self._apply()
+
+    def step(self) -> None:
+        """Go one step further; after ``steps`` steps k stays at its end."""
+        self.last_step += 1
+        if self.last_step <= self.steps:
+            self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data."""
+        return {
+            "last_step": self.last_step,
+            "steps": self.steps,
+            "spans": [list(s) if s else None for s in self._spans],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; the balls themselves come with the optimizer's state."""
+        if len(state["spans"]) != len(self._spans):
+            raise BadInput(f"a schedule of {len(state['spans'])} groups cannot go on with {len(self._spans)} groups")
+        self.last_step, self.steps = state["last_step"], state["steps"]
+        self._spans = [tuple(s) if s else None for s in state["spans"]]
+
+    def _apply(self) -> None:
+        progress = self.last_step / self.steps
+        for group, span in zip(self.optimizer.param_groups, self._spans, strict=True):
+            if span is None:
+                continue
+            ball = NormBall.from_spec(group["ball"])
+            k = round(span[0] + (span[1] - span[0]) * progress)
+            if k != norm_k(ball.norm):
+                shapes = self._shapes(group)
+                norm = with_k(ball.norm, k)
+                self.optimizer.set_ball(group, NormBall(norm, ball.diameter(shapes) / norm.diameter(shapes)))
+
+    def _length(self, ball: NormBall, group: dict[str, Any]) -> int:
+        lengths = {with_k(ball.norm, 1).length(p.shape) for p in group["params"]}
+        if group["joint"]:
+            return with_k(ball.norm, 1).length(self._shapes(group))
+        if len(lengths) > 1:
+            raise BadInput(f"a group with one ball has tensors with {sorted(lengths)} places for k: split the group")
+        return lengths.pop()
+
+    @staticmethod
+    def _shapes(group: dict[str, Any]) -> list[torch.Size]:
+        return [p.shape for p in (group["params"] if group["joint"] else group["params"][:1])]
+
+
+def norm_k(norm: Norm) -> int | None:
+    """Return the k of a norm or of what it lifts, None where it has none."""
+    inner = getattr(norm, "inner", norm)
+    return inner.k if isinstance(inner, KSparse | KSupport) else None
+
+
+def with_k(norm: Norm, k: int) -> Norm:
+    """Return the same norm with another k; the norm must have one."""
+    if isinstance(norm, KSparse | KSupport):
+        return replace(norm, k=k)
+    if isinstance(norm, Rows | Spectral | Blocks) and isinstance(norm.inner, KSparse | KSupport):
+        return replace(norm, inner=replace(norm.inner, k=k))
+    raise BadInput(f"{norm} has no k")
