@@ -1,0 +1,229 @@
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from pliant import training
+from pliant.ball import NormBall
+from pliant.errors import BadInput, DamagedFile, Diverged
+from pliant.methods import METHODS
+from pliant.runs import Run, load, load_weights, save_weights
+from pliant.training import Session, learning_rate, train
+
+
+def quick(out: Path, **options: Any) -> Path:
+    return train(**{"model": "lenet5", "width": 0.5, "epochs": 2, "batch_size": 256, "out": str(out)} | options)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return Run.open(run).load().state_dict()
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "train.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_leaves_a_run_folder(method: str, tmp_path: Path) -> None:
+    run = quick(tmp_path / "run", method=method, epochs=6, batch_size=64, width=1.0, lr=0.3)
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "env.json",
+        "train.jsonl",
+        "checkpoint",
+        "model.safetensors",
+    }
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["val_top1"] > 0.5  # chance is 0.1
+    assert (lines[-1]["gap"] is None) == (method == "sgd")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["method"] == method
+    assert load(run).training is False
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "sfw-rank", "k_start": 1.0, "schedule": "linear"}])
+def test_resumed_training_is_bitwise_the_same(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quick(tmp_path / "whole", epochs=4, **options)
+    save, stopped = Session.save, tmp_path / "stopped"
+
+    def save_then_die(self: Session, path: Path) -> None:
+        save(self, path)
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            quick(stopped, epochs=4, **options)
+    assert not (stopped / "model.safetensors").exists()
+    with pytest.raises(DamagedFile, match="not complete"):
+        Run.open(stopped).load()
+    torch.manual_seed(99)  # another process would start from another random state
+    train(out=str(stopped), resume=True)
+    assert_equal(weights(stopped), weights(whole))
+    assert log(stopped) == log(whole)
+
+
+def test_resume_of_a_complete_run_changes_nothing(tmp_path: Path) -> None:
+    run = quick(tmp_path / "run")
+    before = weights(run)
+    train(out=str(run), resume=True)
+    assert_equal(weights(run), before)
+
+
+def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
+    assert (quick(tmp_path / "run", resume=True) / "model.safetensors").exists()
+
+
+def test_contradicting_a_resumed_run_is_an_error(tmp_path: Path) -> None:
+    run = quick(tmp_path / "run")
+    with pytest.raises(BadInput, match=r"--lr 0\.7 contradicts 0\.1"):
+        train(out=str(run), resume=True, lr=0.7)
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    run = quick(tmp_path / "run")
+    before = (run / "model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="exists"):
+        quick(run)
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    a, b, c = (quick(tmp_path / name, seed=seed, epochs=1) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert_equal(weights(a), weights(b))
+    assert not torch.equal(weights(a)["fc3.weight"], weights(c)["fc3.weight"])
+
+
+def test_accumulation_computes_the_same_gradients(tmp_path: Path) -> None:
+    options = {"model": "mlp", "precision": "fp32", "epochs": 1}
+    whole = weights(quick(tmp_path / "whole", **options))
+    parts = weights(quick(tmp_path / "parts", accumulate=4, **options))
+    torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_stay_in_their_balls(tmp_path: Path) -> None:
+    run = quick(tmp_path / "run", method="sfw-filters", radius=3)
+    session = Session(Run.open(run).config)
+    session.restore(run / training.CHECKPOINT)
+    balls = [g for g in session.optimizer.param_groups if g["ball"] is not None]
+    assert balls
+    for group in balls:
+        for p in group["params"]:
+            ball = NormBall.from_spec(group["ball"])
+            assert ball.norm(p.detach()) <= ball.radius * (1 + 1e-5)
+    constrained = {name for g in balls for name in g["param_names"]}
+    assert "fc1.weight" in constrained
+    assert "fc3.weight" not in constrained  # the classifier
+
+
+def test_divergence_is_named_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, calls = Session._backward, []
+
+    def explode(self: Session, *arguments: Any, **options: Any) -> tuple[float, int]:
+        loss, correct = backward(self, *arguments, **options)
+        calls.append(loss)
+        return (math.nan if self.epoch == 1 else loss), correct
+
+    monkeypatch.setattr(Session, "_backward", explode)
+    with pytest.raises(Diverged, match=r"loss became nan in epoch 2.*checkpoint of epoch 1"):
+        quick(tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / training.CHECKPOINT, weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(p.isfinite().all() for p in saved["model"].values())
+
+
+def test_an_exploding_learning_rate_is_caught(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="train anew with a smaller --lr"):
+        quick(tmp_path / "run", lr=1e12, warmup=0.0)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
+    run = quick(tmp_path / "run")
+    checkpoint = run / training.CHECKPOINT
+    content = {"truncated": checkpoint.read_bytes()[:1000], "foreign": b"not a checkpoint", "empty": b""}[damage]
+    checkpoint.write_bytes(content)
+    with pytest.raises(DamagedFile, match=re.escape(str(checkpoint))):
+        train(out=str(run), resume=True)
+
+
+def test_checkpoints_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    run = quick(tmp_path / "run")
+    torch.save({"model": nn.Linear(2, 2)}, run / training.CHECKPOINT)
+    with pytest.raises(DamagedFile):
+        train(out=str(run), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "sfw-rnk"}, "did you mean 'sfw-rank'"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"rescale": "gradients"}, "did you mean 'gradient'"),
+        ({"epochs": 0}, "--epochs"),
+        ({"batch_size": 0}, "--batch_size"),
+        ({"lr": 0.0}, "--lr"),
+        ({"lr": math.nan}, "--lr"),
+        ({"radius": -1.0}, "--radius"),
+        ({"momentum": 1.0}, "--momentum"),
+        ({"warmup": 2.0}, "--warmup"),
+        ({"weight_decay": -1.0}, "--weight_decay"),
+        ({"seed": -1}, "--seed"),
+        ({"pattern": "4:2"}, "N:M"),
+        ({"k": 0}, "k as a count"),
+        ({"k": 1.5}, "k as a fraction"),
+        ({"method": "sfw-filters", "k": 1000}, r"conv1\.weight.*k=1000"),
+        ({"precision": "fp8"}, "precision"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        quick(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("schedule", training.SCHEDULES)
+def test_learning_rate_warms_up_and_follows_the_schedule(schedule: str) -> None:
+    factor = learning_rate({"warmup": 0.1, "schedule": schedule}, 100)
+    assert 0 < factor(0) < factor(5) < factor(10) == 1
+    assert all(factor(t) <= 1 for t in range(101))
+    assert factor(100) == pytest.approx({"cosine": 0, "linear": 0, "step": 0.01, "constant": 1}[schedule])
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = quick(tmp_path / "run", tensorboard=True, epochs=1)
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    save_weights(nn.Linear(3, 3), tmp_path / "w.safetensors")
+    with pytest.raises(DamagedFile, match="another model"):
+        load_weights(nn.Linear(3, 4), tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(DamagedFile, match="damaged"):
+        load_weights(nn.Linear(3, 3), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "data: [", "data: digits\n", "\xff"])
+def test_damaged_config(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DamagedFile, match=r"config\.yaml is damaged"):
+        Run.open(tmp_path)
