@@ -1,0 +1,57 @@
+"""What a person sees while a network trains: a progress bar on a terminal, a line per epoch elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Progress of one training, as a context manager.
+
+    Args:
+        title: name of the run.
+        steps: steps of the whole training.
+        done: steps done before.
+    """
+
+    def __init__(self, title: str, steps: int, *, done: int = 0) -> None:
+        self.title = title
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task(title, total=steps, completed=done, figures="")
+        self._validation = ""
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, loss: float, accuracy: float) -> None:
+        """Show the means of the epoch so far."""
+        self._progress.update(self._task, advance=1, figures=f"loss {loss:.3f}  train {accuracy:.1%}{self._validation}")
+
+    def epoch(self, entry: dict[str, Any], epochs: int) -> None:
+        """Show an epoch's entry of the log."""
+        gap = "" if entry["gap"] is None else f"  gap {entry['gap']:.3g}"
+        self._validation = f"  val {entry['val_top1']:.1%}{gap}"
+        if not self._console.is_terminal or entry["epoch"] == epochs:
+            self._console.print(
+                f"{self.title}  epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.3f}  "
+                f"train {entry['train_top1']:.1%}{self._validation}  {entry['seconds']:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )

@@ -1,0 +1,147 @@
+"""What a network costs and what it can do: accuracy, parameters, MACs, bytes, latency.
+
+MACs (multiply-accumulates) and latency are those of the network as it stands; zeros count as any other number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from pliant.errors import BadInput
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return "fp32", "bf16" or "fp16"; "auto" is bf16 where the hardware multiplies it natively, else fp32."""
+    if precision != "auto":
+        if precision not in PRECISIONS:
+            raise BadInput(f"precision must be auto, {' or '.join(PRECISIONS)}, got {precision!r}")
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.backends.mkldnn.is_available() and _cpu_has_bf16()
+    return "bf16" if native else "fp32"
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: str = "fp32"
+) -> float:
+    """Return the top-1 accuracy, a fraction in [0, 1], in eval mode; the model's own modes are kept.
+
+    Args:
+        model: on ``device``; (B, C, H, W) -> (B, classes).
+        batches: pairs of images and labels.
+        device: where to evaluate.
+        precision: "fp32", or "bf16" / "fp16" for autocast.
+    """
+    correct, total = torch.zeros((), dtype=torch.int64, device=device), 0
+    dtype = PRECISIONS[precision]
+    with eval_mode(model), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        for images, labels in batches:
+            predicted = model(images.to(device)).argmax(dim=1)
+            correct += (predicted == labels.to(device)).sum()
+            total += len(labels)
+    if not total:
+        raise BadInput("accuracy needs at least one image, got none")
+    return correct.item() / total
+
+
+def parameters(model: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def nonzero(model: nn.Module) -> int:
+    """Return the number of parameters that are not zero, shared ones once."""
+    return int(sum(torch.count_nonzero(p) for p in model.parameters()))
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Return the size in bytes of the network's safetensors file: parameters, buffers and the header."""
+    return len(safetensors.torch.save(state_tensors(model)))
+
+
+def macs(model: nn.Module, example_input: Tensor) -> int:
+    """Return the multiply-accumulates of one forward pass, per image of the example input (N, C, H, W).
+
+    Counted for convolutions, matrix products and attention on a copy without data, so it costs next to nothing.
+    """
+    ghost = copy.deepcopy(model).to("meta").eval()
+    counter = FlopCounterMode(display=False)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see the encoder's fused kernels
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            ghost(example_input.to("meta"))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return int(counter.get_total_flops() // 2 // len(example_input))
+
+
+def latencies(
+    models: Sequence[nn.Module], example_input: Tensor, *, seconds: float = 0.05, rounds: int = 3
+) -> list[float]:
+    """Return the seconds per forward pass of each model, the median over ``rounds`` that take turns.
+
+    Taking turns makes the ratio of two models hold while a shared machine drifts.
+
+    Args:
+        models: on the example's device.
+        example_input: one batch.
+        seconds: least time per measurement.
+        rounds: measurements per model.
+    """
+    timers = [
+        Timer("model(x)", globals={"model": m, "x": example_input}, num_threads=torch.get_num_threads()) for m in models
+    ]
+    times: list[list[float]] = [[] for _ in models]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for model in models:
+            stack.enter_context(eval_mode(model))
+        for _ in range(rounds):
+            for timer, series in zip(timers, times, strict=True):
+                series.append(timer.blocked_autorange(min_run_time=seconds).median)
+    return [statistics.median(series) for series in times]
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict as safetensors takes it: contiguous, and each tied tensor once, under its first name."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a while, then each of its modules back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,109 @@
+"""How a network is trained: each ``--method`` as an optimizer over the model's parameters.
+
+The SFW methods put one structured ball on every convolution and linear weight but the classifier; biases,
+normalisations and the classifier train without a ball, with the same weight decay as under SGD.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pliant.constraints import Preset, constrain, filters, rank, resolve_k, semi_structured, weights
+from pliant.errors import BadInput, unknown
+from pliant.sfw import SFW
+
+METHODS = {
+    "sgd": "SGD with momentum and weight decay",
+    "sfw-filters": "SFW towards few filters per layer",
+    "sfw-rank": "SFW towards low rank",
+    "sfw-weights": "SFW towards few weights",
+    "sfw-nm": "SFW towards N of M consecutive input channels",
+}
+RESCALES = ("gradient", "fast-gradient", "diameter", "none")
+DEFAULT_K = 0.1
+
+
+def make_optimizer(
+    model: nn.Module,
+    method: str,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    k: int | float | None,
+    radius: float,
+    rescale: str,
+    pattern: str,
+) -> Optimizer:
+    """Return the optimizer of a method.
+
+    Args:
+        model: its weights are not touched.
+        method: one of :data:`METHODS`.
+        lr: step size.
+        momentum: of SGD and SFW.
+        weight_decay: of all parameters (SGD), or of those without a ball (SFW).
+        k: filters, singular directions or weights per vertex; None for 0.1, and for the N of an N:M ``pattern``.
+        radius: relative to the initialisation, see :class:`~pliant.constraints.Preset`.
+        rescale: as for :class:`~pliant.SFW`, with "none" for None.
+        pattern: "N:M", for sfw-nm.
+
+    Raises:
+        BadInput: an unknown name, or a value out of range.
+    """
+    check_method(method, rescale)
+    if method == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    groups = constrain(model, rules(model, method, k=k, radius=radius, pattern=pattern), default=None)
+    options: dict[str, Any] = {"weight_decay": weight_decay, "rescale": None if rescale == "none" else rescale}
+    return SFW(groups, lr=lr, momentum=momentum, check_finite=True, **options)
+
+
+def check_method(method: str, rescale: str) -> None:
+    """Raise BadInput for a name that is not known."""
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if rescale not in RESCALES:
+        raise unknown("rescale", rescale, RESCALES)
+
+
+def rules(model: nn.Module, method: str, *, k: int | float | None, radius: float, pattern: str) -> list[Any]:
+    """Return the rules that an SFW method gives to :func:`~pliant.constrain`."""
+    n, m = parse_pattern(pattern)
+    presets = {"sfw-filters": filters, "sfw-rank": rank, "sfw-weights": weights}
+    preset: Preset
+    if method == "sfw-nm":
+        preset = semi_structured(n if k is None else resolve_k(k, m), m, radius)
+    else:
+        preset = presets[method](DEFAULT_K if k is None else k, radius)
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    }
+    matrices.discard(f"{_classifier(model)}.weight")
+
+    def constrained(name: str, parameter: Tensor) -> bool:
+        # Hardware reads N:M along whole blocks of input channels; the first layer's 1 or 3 do not fill one.
+        return name in matrices and (method != "sfw-nm" or parameter.shape[1] % m == 0)
+
+    if not any(constrained(name, p) for name, p in model.named_parameters()):
+        raise BadInput(f"{method} finds no weight to constrain in this model; train it with --method sgd")
+    return [(constrained, preset)]
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Return (N, M) of a pattern such as "2:4"; raises BadInput for anything else."""
+    n, colon, m = pattern.partition(":")
+    if not (colon and n.isdecimal() and m.isdecimal() and 1 <= int(n) <= int(m)):
+        raise BadInput(f"a pattern is N:M with 1 <= N <= M, such as 2:4; got {pattern!r}")
+    return int(n), int(m)
+
+
+def _classifier(model: nn.Module) -> str | None:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None

@@ -1,0 +1,337 @@
+"""Records: what a compressed network achieved, one line of JSON each.
+
+A sweep appends a :class:`Record` per (run, compressor, ratio) to a JSON Lines file; reports and comparisons
+read such files and nothing else. This module needs the standard library only, so that records can be read on
+any machine.
+
+A process may be stopped at any moment: a line is either whole, or it is recognisable as cut, being the last
+one and without a newline. Reading ignores a cut line, appending drops it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import errno
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from pliant.errors import BadInput, DamagedFile
+
+if sys.platform != "win32":
+    import fcntl
+
+
+class LayerCount(TypedDict):
+    """What one layer kept; ``kind`` is the unit of ``kept`` and ``total``, for example ``"filters"``."""
+
+    name: str
+    kind: str
+    kept: int
+    total: int
+    params: int
+    params_dense: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One measurement of one compressed network; construction checks types and ranges.
+
+    Accuracies and ratios are fractions in [0, 1]. Accuracies come in two kinds, before ("raw") and after the
+    BatchNorm statistics were re-estimated; both are equal in a network without BatchNorm. Names that end in
+    ``_dense`` belong to the trained network before compression.
+
+    Raises:
+        BadInput: a value has the wrong type, is not finite or lies out of range; the message names the field.
+    """
+
+    run: str
+    """Name of the training run."""
+    method: str
+    """How the network was trained, for example ``"sfw-rank"`` or ``"sgd"``."""
+    model: str
+    """Name of the architecture."""
+    data: str
+    """Name of the data set."""
+    seed: int
+    """Seed of the training run."""
+    compressor: str
+    """Family of the compressor (``filters``, ``rank``, ``weights``, ``nm``), then any variant after a dash:
+    ``rank-whitened``."""
+    ratio: float
+    """Share of the compressible parameters that was asked to be removed; 0 is the dense network."""
+    top1: float
+    """Test accuracy after re-estimating the BatchNorm statistics."""
+    top1_raw: float
+    """Test accuracy as compressed."""
+    top1_dense: float
+    """Test accuracy of the dense network, statistics untouched."""
+    val_top1: float
+    """Validation accuracy after re-estimating the BatchNorm statistics."""
+    params: int
+    """Parameters that the compressed network stores, zeros included."""
+    params_dense: int
+    nonzero: int
+    """Parameters of the compressed network that are not zero."""
+    macs: int
+    """Multiply-accumulates of a forward pass of one image; zeros count, for dense kernels multiply them."""
+    macs_dense: int
+    bytes: int
+    """Size of the file that holds the weights."""
+    bytes_dense: int
+    latency_s: float
+    """Seconds per forward pass of ``latency_batch`` images."""
+    latency_dense_s: float
+    versions: dict[str, str]
+    """Versions of the packages that measured, by name."""
+
+    allocation: str = ""
+    """How the ratio was spread over the layers, for example ``"uniform"``; empty where there is no choice."""
+    pattern: str = ""
+    """N:M pattern such as ``"2:4"``; empty for compressors that take a ratio."""
+    ratio_removed: float | None = None
+    """Share of the compressible parameters that was really removed; None if it was not recorded."""
+    val_top1_raw: float | None = None
+    """Validation accuracy as compressed; None if it was not recorded."""
+    nonzero_dense: int | None = None
+    """None if it was not recorded."""
+    latency_batch: int = 1
+    layers: list[LayerCount] = field(default_factory=list)
+    """What every compressed layer kept."""
+    refused: list[list[str]] = field(default_factory=list)
+    """Pairs [name, reason] of the parts that could not be compressed safely."""
+    weights: str = ""
+    """SHA-256 (hexadecimal) of the run's ``model.safetensors``; empty if unknown."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Settings of the training run: k, radius, rescale, epochs, ..."""
+    created: str = ""
+    """Time of the measurement, ISO 8601."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields of the file that this version does not know; they are written back unchanged."""
+
+    def __post_init__(self) -> None:
+        for name in ("run", "method", "model", "data", "compressor"):
+            _check_text(name, getattr(self, name), may_be_empty=False)
+        for name in ("allocation", "pattern", "weights", "created"):
+            _check_text(name, getattr(self, name), may_be_empty=True)
+        for name in ("ratio", "top1", "top1_raw", "top1_dense", "val_top1"):
+            self._set(name, _fraction(name, getattr(self, name)))
+        for name in ("ratio_removed", "val_top1_raw"):
+            if getattr(self, name) is not None:
+                self._set(name, _fraction(name, getattr(self, name)))
+        for name in ("seed", "params", "nonzero", "macs", "bytes"):
+            _check_count(name, getattr(self, name), least=0)
+        # The dense sizes are what all shares are measured against, so none of them may be zero.
+        for name in ("params_dense", "macs_dense", "bytes_dense", "latency_batch"):
+            _check_count(name, getattr(self, name), least=1)
+        if self.nonzero_dense is not None:
+            _check_count("nonzero_dense", self.nonzero_dense, least=1)
+        if self.nonzero > self.params:
+            raise BadInput(f"nonzero must be at most params={self.params}, got {self.nonzero}")
+        for name in ("latency_s", "latency_dense_s"):
+            self._set(name, _seconds(name, getattr(self, name)))
+        for name in ("versions", "config", "extra"):
+            self._set(name, _plain(name, getattr(self, name), dict))
+        for name in ("layers", "refused"):
+            self._set(name, _plain(name, getattr(self, name), list))
+        for name, version in self.versions.items():
+            _check_text(f"versions[{name!r}]", version, may_be_empty=True)
+        for index, layer in enumerate(self.layers):
+            _check_layer(f"layers[{index}]", layer)
+        for index, pair in enumerate(self.refused):
+            if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
+                raise BadInput(f"refused[{index}] must be a pair [name, reason] of strings, got {pair!r}")
+        if self.created:
+            try:
+                datetime.datetime.fromisoformat(self.created)
+            except ValueError:
+                raise BadInput(f"created must be an ISO 8601 time, got {self.created!r}") from None
+        if clash := sorted(set(self.extra) & _FIELDS):
+            raise BadInput(f"extra must not hold fields of a Record, got {', '.join(clash)}")
+
+    def key(self) -> tuple[str, str, str, str, str | float]:
+        """Return what identifies a measurement: a sweep skips a record whose key is already in its file."""
+        # Rounded, so that 0.1 + 0.2 and 0.3 are the same ratio.
+        return self.run, self.weights, self.compressor, self.allocation, self.pattern or round(self.ratio, 6)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data for JSON; the ``extra`` fields stand beside the others."""
+        names = (item.name for item in dataclasses.fields(self) if item.name != "extra")
+        return {name: getattr(self, name) for name in names} | self.extra
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """Return the record that :meth:`to_dict` made ``values`` of; unknown fields go to ``extra``.
+
+        Raises:
+            BadInput: required fields are missing, or a value is not valid.
+        """
+        if missing := [name for name in _REQUIRED if name not in values]:
+            raise BadInput(f"a record needs the field{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        known = {name: value for name, value in values.items() if name in _FIELDS}
+        return cls(**known, extra={name: value for name, value in values.items() if name not in _FIELDS})
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen; only __post_init__ calls this
+
+
+_FIELDS = frozenset(item.name for item in dataclasses.fields(Record) if item.name != "extra")
+_REQUIRED = tuple(
+    item.name
+    for item in dataclasses.fields(Record)
+    if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+)
+
+
+def append_record(path: str | Path, record: Record) -> None:
+    """Append ``record`` to the JSON Lines file at ``path`` and wait until it is on disk.
+
+    The file and its folder are made if needed. The line goes out in one write under a file lock (except on
+    Windows), so several processes may append to one file. A line that an earlier process left cut is dropped.
+
+    Raises:
+        DamagedFile: the unfinished last line is no cut record; what may be another file is not written to.
+        OSError: the disk is full or the file cannot be written; it keeps its former records and length.
+    """
+    path = Path(path)
+    line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as file:  # unbuffered: write() below is one system call
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_EX)  # released on close
+        file.seek(0)
+        content = file.readall()
+        tail = _last_line(path, content)
+        if tail and _is_cut(tail):
+            file.truncate(len(content) - len(tail))
+        elif tail:
+            line = b"\n" + line
+        length = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(length)
+            raise
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Return the records of the JSON Lines file at ``path`` in their order; an empty file holds none.
+
+    Raises:
+        DamagedFile: there is no such file, or a line is not a record; the message names file and line. (A cut
+            last line is ignored.)
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DamagedFile(f"{path}: expected a file of records, got {error.strerror}; make one with a sweep") from None
+    tail = _last_line(path, content)
+    if tail and _is_cut(tail):
+        content = content[: -len(tail)]
+    records = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(Record.from_dict(_parse(line)))
+        except ValueError as error:  # JSON, UTF-8 and BadInput all raise it
+            raise DamagedFile(f"{path}:{number}: {error}; mend or delete this line") from None
+    return records
+
+
+def _last_line(path: Path, content: bytes) -> bytes:
+    """Return what follows the last newline: nothing, a record without newline, or the beginning of one."""
+    tail = content[content.rfind(b"\n") + 1 :]
+    if tail.strip() and not tail.startswith(b"{"):
+        raise DamagedFile(f"{path}: expected lines of JSON, got {tail[:20]!r} at the end; is this a file of records?")
+    return tail
+
+
+def _is_cut(tail: bytes) -> bool:
+    """Tell whether an unterminated line is incomplete: no mere beginning of a JSON object is valid JSON."""
+    try:
+        json.loads(tail)
+    except ValueError:
+        return True
+    return False
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    values = json.loads(line.decode(), parse_constant=_no_constant)
+    if not isinstance(values, dict):
+        raise BadInput(f"expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise BadInput(f"expected finite numbers, got {name}")
+
+
+def _check_text(name: str, value: object, *, may_be_empty: bool) -> None:
+    if not isinstance(value, str):
+        raise BadInput(f"{name} must be a string, got {value!r}")
+    if not value and not may_be_empty:
+        raise BadInput(f"{name} must not be empty")
+    try:
+        value.encode()  # half of a surrogate pair fits into a string but into no file
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{name} must be valid Unicode, got {value!r} ({error.reason})") from None
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if type(value) is not int or value < least:  # not isinstance: True is no count
+        raise BadInput(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _real(name: str, value: object) -> float:
+    # Compared with the largest float, since an integer may be too large for one.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise BadInput(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _fraction(name: str, value: object) -> float:
+    number = _real(name, value)
+    if not 0 <= number <= 1:
+        raise BadInput(f"{name} must be a fraction between 0 and 1, got {number}")
+    return number
+
+
+def _seconds(name: str, value: object) -> float:
+    number = _real(name, value)
+    if number <= 0:
+        raise BadInput(f"{name} must be a positive number of seconds, got {number}")
+    return number
+
+
+def _plain(name: str, value: object, kind: type) -> Any:
+    """Return a copy of ``value`` as JSON gives it back (tuples as lists): a record equals its line."""
+    try:
+        copy = json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{name} must be plain JSON data: {error}") from None
+    if not isinstance(copy, kind):
+        raise BadInput(f"{name} must be a {kind.__name__}, got {value!r}")
+    return copy
+
+
+def _check_layer(name: str, layer: object) -> None:
+    if not isinstance(layer, dict) or LayerCount.__required_keys__ - layer.keys():
+        needed = ", ".join(LayerCount.__annotations__)
+        raise BadInput(f"{name} must be a dict with {needed}, got {layer!r}")
+    _check_text(f"{name}.name", layer["name"], may_be_empty=False)
+    _check_text(f"{name}.kind", layer["kind"], may_be_empty=False)
+    for entry in ("kept", "params"):
+        _check_count(f"{name}.{entry}", layer[entry], least=0)
+    for entry in ("total", "params_dense"):
+        _check_count(f"{name}.{entry}", layer[entry], least=1)
+    if layer["kept"] > layer["total"]:
+        raise BadInput(f"{name}.kept must be at most total={layer['total']}, got {layer['kept']}")

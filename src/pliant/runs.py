@@ -1,0 +1,168 @@
+"""Run folders: what training leaves behind, and how later steps read it.
+
+runs/NAME/config.yaml        the settings; `pliant train --config` takes it
+          env.json           versions and machine
+          train.jsonl        one line per epoch
+          checkpoint/        to go on with --resume
+          model.safetensors  the trained weights, once training is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+from torch import nn
+
+import pliant
+from pliant.compression import Plan, replay
+from pliant.data import ImageData, load_data
+from pliant.errors import DamagedFile
+from pliant.files import write_bytes, write_text
+from pliant.measuring import state_tensors
+from pliant.models import build_model
+
+CONFIG, WEIGHTS, PLAN = "config.yaml", "model.safetensors", "plan.json"
+_REQUIRED = ("data", "model", "method", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with a trained network.
+
+    Args:
+        path: the folder.
+        config: the settings of the training, as in config.yaml.
+    """
+
+    path: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Read a run folder; raises DamagedFile if it is none."""
+        path = Path(path)
+        file = path / CONFIG
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamagedFile(f"{path} is not a run folder: it has no {CONFIG}; make one with pliant train") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DamagedFile(f"{file} is damaged: {' '.join(str(error).split())}") from None
+        missing = [key for key in _REQUIRED if not isinstance(config, dict) or key not in config]
+        if missing:
+            raise DamagedFile(f"{file} is damaged: it lacks {', '.join(missing)}")
+        return cls(path, config)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The data set the network was trained on."""
+        return load_data(self.config["data"], self.config.get("data_dir"), image_size=self.config.get("image_size"))
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the trained weights, hexadecimal."""
+        with self._weights().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def build(self) -> nn.Module:
+        """Return the network, newly initialised; the global random state is left as it is."""
+        with torch.random.fork_rng(devices=[]):
+            return build_model(
+                self.config["model"],
+                num_classes=self.data.num_classes,
+                image_shape=self.data.image_shape,
+                width=self.config.get("width", 1.0),
+            )
+
+    def load(self) -> nn.Module:
+        """Return the trained network in eval mode, on the CPU; raises DamagedFile for weights that do not fit."""
+        model = self.build()
+        load_weights(model, self._weights())
+        return model.eval()
+
+    def _weights(self) -> Path:
+        path = self.path / WEIGHTS
+        if not path.is_file():
+            raise DamagedFile(f"{path} is missing: training is not complete; finish it with pliant train --resume")
+        return path
+
+
+def load(path: str | Path) -> nn.Module:
+    """Return the network of a run folder, or of a folder that ``pliant compress`` wrote, in eval mode on the CPU.
+
+    Nothing is unpickled: the network is built anew, compressed as its plan says, and takes the stored weights.
+    Raises DamagedFile for a folder that is neither or is damaged.
+    """
+    path = Path(path)
+    run = Run.open(path)
+    if not (path / PLAN).exists():
+        return run.load()
+    model = replay(run.build(), read_plan(path / PLAN))
+    load_weights(model, path / WEIGHTS)
+    return model.eval()
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a compression plan; raises DamagedFile if it is none."""
+    try:
+        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from None
+    except DamagedFile as error:
+        raise DamagedFile(f"{path}: {error}") from None
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the parameters and buffers of a model as safetensors, in one step."""
+    write_bytes(path, safetensors.torch.save(state_tensors(model)))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load what :func:`save_weights` wrote; raises DamagedFile if the file is damaged or of another model."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from None
+    expected = state_tensors(model)
+    differing = [
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
+    ]
+    if differing:
+        shown = ", ".join(sorted(differing)[:3])
+        raise DamagedFile(f"{path} belongs to another model: {len(differing)} tensors differ, such as {shown}")
+    model.load_state_dict(tensors, strict=False)  # tied tensors are stored once; the names were compared above
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write settings as YAML in one step."""
+    write_text(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a measurement depends on."""
+    return {
+        "pliant": pliant.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }

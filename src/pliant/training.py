@@ -1,0 +1,394 @@
+"""Training: one readable loop on Accelerate.
+
+:func:`train` checks every setting, makes the run folder and goes through the epochs; a :class:`Session` holds what a
+checkpoint saves. The order of the images depends on (seed, epoch) alone, so a resumed training meets the same batches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from pliant.constraints import KSchedule, check_k
+from pliant.data import Loader, load_data
+from pliant.display import Display
+from pliant.errors import BadInput, DamagedFile, Diverged, unknown
+from pliant.files import write_bytes, write_text
+from pliant.measuring import evaluate, resolve_precision
+from pliant.methods import check_method, make_optimizer, parse_pattern
+from pliant.models import build_model
+from pliant.runs import CONFIG, WEIGHTS, Run, save_weights, versions, write_config
+from pliant.sfw import SFW
+
+CHECKPOINT = Path("checkpoint") / "last.pt"
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    "linear": lambda t: 1 - t,
+    "step": lambda t: 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
+    "constant": lambda t: 1.0,
+}
+
+
+def train(
+    data: str = "digits",
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    model: str = "resnet8",
+    width: float = 1.0,
+    method: str = "sgd",
+    k: int | float | None = None,
+    radius: float = 10.0,
+    rescale: str = "gradient",
+    pattern: str = "2:4",
+    k_start: int | float | None = None,
+    epochs: int = 30,
+    batch_size: int = 128,
+    accumulate: int = 1,
+    lr: float = 0.1,
+    schedule: str = "cosine",
+    warmup: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    augment: bool = True,
+    precision: str = "auto",
+    channels_last: bool = True,
+    seed: int = 0,
+    tensorboard: bool = False,
+    out: str | None = None,
+    resume: bool = False,
+) -> Path:
+    """Train one network and return its run folder.
+
+    Args:
+        data: digits, fashion-mnist, cifar10, cifar100, image-folder, parquet or hub:OWNER/NAME.
+        data_dir: folder of the data files; digits needs none.
+        image_size: resize all images to this many pixels a side.
+        model: mlp, lenet5, resnet8, resnet20, resnet56, resnet18, vgg16, wrn28_10, vit_tiny or package.module:callable.
+        width: factor on all channel counts.
+        method: sgd, sfw-filters, sfw-rank, sfw-weights or sfw-nm.
+        k: per layer, how many filters, singular directions or weights a step may use: 3 is a count, 0.1 a share.
+        radius: size of the balls, relative to the weights at initialisation.
+        rescale: what SFW multiplies lr by: gradient, fast-gradient, diameter or none.
+        pattern: N:M for sfw-nm.
+        k_start: anneal k from here to k over the first half of the training; without it k is constant.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        accumulate: compute each batch in this many parts, to save memory.
+        lr: largest learning rate.
+        schedule: of the learning rate after the warm-up: cosine, linear, step or constant.
+        warmup: share of the training during which lr rises linearly.
+        momentum: of SGD and SFW.
+        weight_decay: of all weights under SGD, of those without a ball under SFW.
+        augment: random crops, and flips where the data set allows them.
+        precision: fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware has it.
+        channels_last: memory format of the network and the images.
+        seed: of the initialisation, the order of the images and the augmentation.
+        tensorboard: also log to RUN/tensorboard.
+        out: run folder; by default runs/DATA-MODEL-METHOD-seedN.
+        resume: go on from the last checkpoint of the run folder, with its settings.
+
+    Raises:
+        BadInput: a setting is unknown or out of range, or the run folder exists.
+        DamagedFile: data files or the checkpoint cannot be read.
+        Diverged: the loss or a gradient became NaN or infinite; the last good checkpoint is kept.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("out", "resume")}
+    settings, folder = _settings_and_folder(given, out, resume)
+    session = Session(settings)
+    if not (folder / CONFIG).exists():
+        _start_folder(folder, session.settings)
+    elif (folder / CHECKPOINT).exists():
+        session.restore(folder / CHECKPOINT)
+    session.run(folder)
+    return folder
+
+
+class Session:
+    """One training: what is saved in a checkpoint, and the loop over it.
+
+    Args:
+        settings: the arguments of :func:`train` but ``out`` and ``resume``.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        check_settings(settings)
+        accelerator_precision = resolve_precision(settings["precision"], _device())
+        # Accelerate keeps its state in the process and refuses another precision for a second training.
+        AcceleratorState._reset_state()
+        self.accelerator = Accelerator(
+            mixed_precision="no" if accelerator_precision == "fp32" else accelerator_precision,
+            cpu=_device().type == "cpu",
+            step_scheduler_with_optimizer=False,
+        )
+        self.settings = {**settings, "precision": accelerator_precision}
+        self.data = load_data(settings["data"], settings["data_dir"], image_size=settings["image_size"])
+        torch.manual_seed(settings["seed"])
+        self.model = build_model(
+            settings["model"],
+            num_classes=self.data.num_classes,
+            image_shape=self.data.image_shape,
+            width=settings["width"],
+        )
+        if settings["channels_last"]:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(self.accelerator.device)
+        self.loader = Loader(
+            self.data,
+            "train",
+            settings["batch_size"],
+            shuffle=True,
+            augment=settings["augment"],
+            seed=settings["seed"],
+        )
+        self.steps = len(self.loader) * settings["epochs"]
+        chosen = ("lr", "momentum", "weight_decay", "k", "radius", "rescale", "pattern")
+        self.optimizer: Optimizer = make_optimizer(
+            self.model, settings["method"], **{name: settings[name] for name in chosen}
+        )
+        self.scheduler = LambdaLR(self.optimizer, learning_rate(settings, self.steps))
+        self.k_schedule = None
+        if settings["k_start"] is not None and isinstance(self.optimizer, SFW):
+            self.k_schedule = KSchedule(self.optimizer, settings["k_start"], steps=max(1, self.steps // 2))
+        self.epoch = 0
+
+    def run(self, folder: Path) -> None:
+        """Train from the current epoch to the last one; write the log, the checkpoints and at last the weights."""
+        settings = self.settings
+        network, optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        validation = Loader(self.data, "val", 512)
+        log = Log(folder, keep=self.epoch, tensorboard=settings["tensorboard"])
+        with Display(f"{folder.name}", self.steps, done=self.epoch * len(self.loader)) as display, log:
+            for epoch in range(self.epoch, settings["epochs"]):
+                started = time.perf_counter()
+                loss, accuracy = self._train_epoch(network, optimizer, epoch, folder, display)
+                self._refuse_non_finite_weights(folder)
+                self.epoch = epoch + 1
+                entry = {
+                    "epoch": self.epoch,
+                    "lr": self.scheduler.get_last_lr()[0],
+                    "loss": loss,
+                    "train_top1": accuracy,
+                    "val_top1": evaluate(self.model, validation, self.accelerator.device, settings["precision"]),
+                    "gap": self.optimizer.gap().item() if isinstance(self.optimizer, SFW) else None,
+                    "seconds": time.perf_counter() - started,
+                }
+                log.write(entry)  # before the checkpoint: resuming drops a line too many, but could not make up for one
+                self.save(folder / CHECKPOINT)
+                display.epoch(entry, settings["epochs"])
+            if self.accelerator.is_main_process:
+                save_weights(self.model, folder / WEIGHTS)
+
+    def _train_epoch(
+        self, network: nn.Module, optimizer: Any, epoch: int, folder: Path, display: Display
+    ) -> tuple[float, float]:
+        """Go once over the training images; return the mean loss and the accuracy on the way."""
+        network.train()
+        self.loader.set_epoch(epoch)
+        total_loss, total_correct, count = 0.0, 0, 0
+        for images, labels in self.loader:
+            loss, correct = 0.0, 0
+            parts = min(self.settings["accumulate"], len(labels))
+            for part, target in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+                part_loss, part_correct = self._backward(network, part, target, share=len(target) / len(labels))
+                loss += part_loss
+                correct += part_correct
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss became {loss}", folder)
+            try:
+                optimizer.step()
+            except FloatingPointError as error:
+                raise self._diverged(str(error), folder) from None
+            optimizer.zero_grad()
+            self.scheduler.step()
+            if self.k_schedule is not None:
+                self.k_schedule.step()
+            total_loss += loss * len(labels)
+            total_correct += correct
+            count += len(labels)
+            display.step(total_loss / count, total_correct / count)
+        return total_loss / count, total_correct / count
+
+    def _backward(self, network: nn.Module, images: Tensor, labels: Tensor, share: float) -> tuple[float, int]:
+        device = self.accelerator.device
+        layout = torch.channels_last if self.settings["channels_last"] else torch.contiguous_format
+        output = network(images.to(device).contiguous(memory_format=layout))
+        labels = labels.to(device)
+        loss = functional.cross_entropy(output.float(), labels) * share
+        self.accelerator.backward(loss)
+        return loss.item(), int((output.argmax(1) == labels).sum())
+
+    # --- checkpoints ---
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint in one step."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "k_schedule": None if self.k_schedule is None else self.k_schedule.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        path.parent.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_bytes(path, buffer.getvalue())
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint; raises DamagedFile if it cannot be read."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if self.k_schedule is not None:
+                self.k_schedule.load_state_dict(state["k_schedule"])
+            torch.set_rng_state(state["rng"])
+            if torch.cuda.is_available() and state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            self.epoch = state["epoch"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise DamagedFile(
+                f"{path} is damaged ({reason}): restore it, or delete the run folder and train anew"
+            ) from None
+
+    def _refuse_non_finite_weights(self, folder: Path) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise self._diverged(f"{name} became NaN or infinite", folder)
+
+    def _diverged(self, what: str, folder: Path) -> Diverged:
+        kept = f"the checkpoint of epoch {self.epoch} is kept in {folder}" if self.epoch else "no epoch was completed"
+        lr = self.scheduler.get_last_lr()[0]
+        return Diverged(f"{what} in epoch {self.epoch + 1} at lr {lr:.3g}; {kept}; train anew with a smaller --lr")
+
+
+class Log:
+    """train.jsonl, one line per epoch, and TensorBoard if wanted.
+
+    Args:
+        folder: the run folder.
+        keep: keep the lines of this many epochs, when a training is resumed.
+        tensorboard: also write RUN/tensorboard.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, tensorboard: bool) -> None:
+        self.path = folder / "train.jsonl"
+        self._writer: Any = None
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        write_text(self.path, "".join(lines[:keep]))
+        if tensorboard:
+            self._writer = _summary_writer(folder / "tensorboard", keep)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one epoch."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self._writer is not None:
+            for name, value in entry.items():
+                if name != "epoch" and value is not None:
+                    self._writer.add_scalar(name, value, entry["epoch"])
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise BadInput for a setting that is unknown or out of range."""
+    check_method(settings["method"], settings["rescale"])
+    if settings["schedule"] not in SCHEDULES:
+        raise unknown("schedule", settings["schedule"], SCHEDULES)
+    parse_pattern(settings["pattern"])
+    for name in ("k", "k_start"):
+        if settings[name] is not None:
+            check_k(settings[name])
+    for name in ("epochs", "batch_size", "accumulate"):
+        if settings[name] < 1:
+            raise BadInput(f"--{name} must be at least 1, got {settings[name]}")
+    if not 0 <= settings["seed"] < 2**63:
+        raise BadInput(f"--seed must be an integer from 0 to 2^63 - 1, got {settings['seed']}")
+    for name in ("lr", "radius", "width"):
+        if not (settings[name] > 0 and math.isfinite(settings[name])):
+            raise BadInput(f"--{name} must be positive and finite, got {settings[name]}")
+    for name in ("momentum", "warmup"):
+        if not 0 <= settings[name] < 1:
+            raise BadInput(f"--{name} must lie in [0, 1), got {settings[name]}")
+    if not (settings["weight_decay"] >= 0 and math.isfinite(settings["weight_decay"])):
+        raise BadInput(f"--weight_decay must be >= 0 and finite, got {settings['weight_decay']}")
+
+
+def learning_rate(settings: dict[str, Any], steps: int) -> Callable[[int], float]:
+    """Return the factor of lr at each step: a linear warm-up, then the schedule over what remains."""
+    warm = int(settings["warmup"] * steps + 0.5)
+    shape = SCHEDULES[settings["schedule"]]
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return shape((step - warm) / max(1, steps - warm))
+
+    return factor
+
+
+def _settings_and_folder(given: dict[str, Any], out: str | None, resume: bool) -> tuple[dict[str, Any], Path]:
+    """Return the settings to train with and the run folder; a resumed run brings its own settings."""
+    if given["data_dir"] is not None:
+        given["data_dir"] = str(Path(given["data_dir"]).resolve())
+    data, model = (given[name].replace("/", "-").replace(":", "-") for name in ("data", "model"))
+    folder = Path(out or f"runs/{data}-{model}-{given['method']}-seed{given['seed']}")
+    occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if occupied and not resume:
+        raise BadInput(f"{folder} exists: go on with --resume, or choose another --out")
+    if not occupied:
+        return given, folder
+    saved = Run.open(folder).config
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    for name, value in given.items():
+        if name not in saved:
+            raise DamagedFile(f"{folder / CONFIG} is damaged: it lacks {name}")
+        if value not in (defaults[name], saved[name]):
+            raise BadInput(
+                f"--{name} {value} contradicts {saved[name]!r} of {folder}: leave it out, or start another run"
+            )
+    return {name: saved[name] for name in given}, folder
+
+
+def _start_folder(folder: Path, settings: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "env.json", json.dumps(versions(), indent=2) + "\n")
+    write_config(folder / CONFIG, settings)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _summary_writer(path: Path, purge_after: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs a package: pip install 'pliant[tensorboard]'") from None
+    return SummaryWriter(str(path), purge_step=purge_after + 1)

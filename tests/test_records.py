@@ -1,0 +1,282 @@
+"""Records: validation, the file format, and that a file survives whatever interrupts its writer."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pliant.errors import BadInput, DamagedFile
+from pliant.records import Record, append_record, read_records
+
+REQUIRED: dict[str, Any] = {
+    "run": "sfw-0",
+    "method": "sfw-rank",
+    "model": "resnet20",
+    "data": "cifar10",
+    "seed": 0,
+    "compressor": "rank",
+    "ratio": 0.5,
+    "top1": 0.88,
+    "top1_raw": 0.81,
+    "top1_dense": 0.91,
+    "val_top1": 0.87,
+    "params": 136_000,
+    "params_dense": 272_000,
+    "nonzero": 135_990,
+    "macs": 21_000_000,
+    "macs_dense": 41_000_000,
+    "bytes": 550_000,
+    "bytes_dense": 1_100_000,
+    "latency_s": 0.004,
+    "latency_dense_s": 0.006,
+    "versions": {"torch": "2.13.0"},
+}
+
+
+def make(**changes: Any) -> Record:
+    return Record(**(REQUIRED | changes))
+
+
+FULL = make(
+    allocation="energy",
+    ratio_removed=0.497,
+    layers=[
+        {"name": "conv1", "kind": "rank", "kept": 8, "total": 16, "params": 200, "params_dense": 432},
+    ],
+    refused=[("fc", "the classifier is kept")],
+    config={"k": 0.1, "radius": 10, "betas": (0.9, 0.99)},
+    created="2026-01-02T03:04:05+00:00",
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "records.jsonl"
+
+
+# ------------------------------------------------------------------------------------------------- validation
+
+
+def test_a_record_with_only_the_required_fields_loads() -> None:
+    record = Record.from_dict(REQUIRED)
+    assert record == make()
+    assert record.layers == []
+    assert record.latency_batch == 1
+
+
+def test_dictionaries_come_back_equal() -> None:
+    assert Record.from_dict(json.loads(json.dumps(FULL.to_dict()))) == FULL
+
+
+def test_the_record_keeps_no_reference_to_mutable_arguments() -> None:
+    config = {"k": 1}
+    record = make(config=config)
+    config["k"] = 2
+    assert record.config == {"k": 1}
+
+
+def test_unknown_fields_are_kept_and_written_back() -> None:
+    record = Record.from_dict(REQUIRED | {"energy_joule": 3.5})
+    assert record.extra == {"energy_joule": 3.5}
+    assert record.to_dict()["energy_joule"] == 3.5
+
+
+@pytest.mark.parametrize("name", sorted(REQUIRED))
+def test_a_missing_required_field_is_named(name: str) -> None:
+    with pytest.raises(BadInput, match=rf"needs the field {name}$"):
+        Record.from_dict({key: value for key, value in REQUIRED.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run", ""),
+        ("method", None),
+        ("allocation", 3),
+        ("run", "half a pair \udc80"),
+        ("config", {"note": "half a pair \udc80"}),
+        ("seed", -1),
+        ("seed", True),
+        ("seed", 1.0),
+        ("ratio", 1.5),
+        ("ratio", "0.5"),
+        ("top1", 88.0),
+        ("top1", math.nan),
+        ("top1_raw", -0.1),
+        ("top1_dense", math.inf),
+        ("top1", 10**400),
+        ("ratio_removed", 2),
+        ("val_top1_raw", math.nan),
+        ("params", 3.5),
+        ("params_dense", 0),
+        ("nonzero", 136_001),
+        ("nonzero_dense", 0),
+        ("macs_dense", 0),
+        ("latency_s", 0.0),
+        ("latency_s", math.inf),
+        ("latency_batch", 0),
+        ("versions", {"torch": 2.13}),
+        ("versions", []),
+        ("config", {"radius": math.inf}),
+        ("config", {"device": object()}),
+        ("layers", {}),
+        ("layers", [{"name": "conv1"}]),
+        (
+            "layers",
+            [{"name": "c", "kind": "rank", "kept": 9, "total": 8, "params": 1, "params_dense": 1}],
+        ),
+        ("refused", [["fc"]]),
+        ("refused", ["ab"]),
+        ("created", "yesterday"),
+        ("extra", {"top1": 1.0}),
+    ],
+)
+def test_invalid_values_are_refused_in_one_line_that_names_the_field(name: str, value: Any) -> None:
+    with pytest.raises(BadInput, match=name) as caught:
+        make(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_key_tells_measurements_apart_and_nothing_else() -> None:
+    same = make(top1=0.1, ratio=0.1 + 0.2, created="2026-01-01")
+    assert same.key() == make(ratio=0.3).key()
+    others = [
+        make(ratio=0.31),
+        make(ratio=0.3, run="other"),
+        make(ratio=0.3, weights="0" * 64),
+        make(ratio=0.3, compressor="rank-whitened"),
+        make(ratio=0.3, allocation="energy"),
+        make(ratio=0.3, pattern="2:4"),
+        make(ratio=0.3, pattern="4:8"),
+    ]
+    assert len({record.key() for record in [same, *others]}) == len(others) + 1
+
+
+# --------------------------------------------------------------------------------------------------- the file
+
+
+def test_records_come_back_in_order(path: Path) -> None:
+    records = [make(ratio=ratio) for ratio in (0.0, 0.5, 0.9)] + [FULL, make(run="Größe \u2028 'x' 网络")]
+    for record in records:
+        append_record(path, record)
+    assert read_records(path) == records
+    assert path.read_bytes().count(b"\n") == len(records)
+
+
+def test_the_folder_is_made(tmp_path: Path) -> None:
+    append_record(tmp_path / "new" / "records.jsonl", FULL)
+    assert read_records(tmp_path / "new" / "records.jsonl") == [FULL]
+
+
+def test_an_empty_file_holds_no_records_and_blank_lines_are_none(path: Path) -> None:
+    path.write_text("")
+    assert read_records(path) == []
+    path.write_text("\n \n")
+    assert read_records(path) == []
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DamagedFile, match=r"none\.jsonl: expected a file of records"):
+        read_records(tmp_path / "none.jsonl")
+    with pytest.raises(DamagedFile, match="expected a file of records"):
+        read_records(tmp_path)
+
+
+def test_a_line_cut_at_any_byte_is_ignored_and_then_dropped(path: Path) -> None:
+    record = make(run="Größe")
+    append_record(path, record)
+    whole = path.read_bytes()
+    for cut in range(1, len(whole) - 1):
+        path.write_bytes(whole + whole[:cut])
+        assert read_records(path) == [record], cut
+        append_record(path, FULL)
+        assert read_records(path) == [record, FULL], cut
+
+
+def test_a_whole_last_line_without_newline_counts_and_stays(path: Path) -> None:
+    path.write_text(json.dumps(REQUIRED))
+    assert read_records(path) == [make()]
+    append_record(path, FULL)
+    assert read_records(path) == [make(), FULL]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b"3",
+        b"\xff\xfe",
+        json.dumps(REQUIRED).encode()[:-5],
+        json.dumps(REQUIRED | {"top1": 2}).encode(),
+        json.dumps(REQUIRED | {"top1": math.nan}).encode(),
+    ],
+)
+def test_a_damaged_line_is_an_error_that_names_file_and_line(path: Path, line: bytes) -> None:
+    append_record(path, FULL)
+    good = path.read_bytes()
+    path.write_bytes(good + line + b"\n" + good)
+    with pytest.raises(DamagedFile, match=r"records\.jsonl:2: ") as caught:
+        read_records(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_kind_of_file_is_neither_read_nor_changed(path: Path) -> None:
+    path.write_text("# Notes\nnot a record")
+    with pytest.raises(DamagedFile, match="is this a file of records"):
+        append_record(path, FULL)
+    with pytest.raises(DamagedFile, match="is this a file of records"):
+        read_records(path)
+    assert path.read_text() == "# Notes\nnot a record"
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(path: Path) -> None:
+    append_record(path, FULL)
+    before = path.read_bytes()
+    # A limit on the file size cuts the write short in the middle, as a full disk does.
+    program = f"""
+import resource, signal
+from pliant.records import append_record, read_records
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+record = read_records({str(path)!r})[0]
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} + 100, resource.RLIM_INFINITY))
+try:
+    append_record({str(path)!r}, record)
+except OSError as error:
+    print(error.errno)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(result.stdout) == errno.ENOSPC
+    assert path.read_bytes() == before
+
+
+def test_several_processes_may_append_to_one_file(path: Path) -> None:
+    record = replace(FULL, config={"notes": "x" * 20_000})
+    append_record(path, record)
+    program = f"""
+from pliant.records import append_record, read_records
+record = read_records({str(path)!r})[0]
+for _ in range(20):
+    append_record({str(path)!r}, record)
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert read_records(path) == [record] * 61
+
+
+def test_importing_records_and_reporting_loads_neither_torch_nor_numpy() -> None:
+    program = """
+import sys
+import pliant.records, pliant.reporting
+print([name for name in ("torch", "numpy", "pandas") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
