@@ -73,7 +73,7 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
         vertices: "support" scales the filters of a vertex along the gradient (k-support norm), "sparse" gives each
             the same length (k-sparse norm).
     """
-    _check_k(k)
+    check_k(k)
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
         n = Rows(Lp(2), layout.dim).length(shape)
@@ -84,7 +84,7 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
 
 def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
     """Constrain to low rank: ``Spectral(KSupport(k))``; k counts singular directions, else as :func:`filters`."""
-    _check_k(k)
+    check_k(k)
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
         n = Spectral(Lp(2), layout.dim, layout.groups).length(shape)
@@ -95,7 +95,7 @@ def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> P
 
 def weights(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
     """Constrain to few entries: ``KSupport(k)``; k counts entries, else as :func:`filters`."""
-    _check_k(k)
+    check_k(k)
     return Preset(lambda shape, layout: _vector_norm(k, math.prod(shape), vertices), radius)
 
 
@@ -126,14 +126,15 @@ def resolve_k(k: float, n: int) -> int:
 
     Raises BadInput where k is below 1, above n, or a fraction outside of (0, 1].
     """
-    _check_k(k)
+    check_k(k)
     count = k if isinstance(k, int) else max(1, math.floor(k * n + 0.5))
     if count > n:
         raise BadInput(f"k={k} is more than there are ({n}): give at most {n}, or a fraction such as 0.1")
     return count
 
 
-def _check_k(k: float) -> None:
+def check_k(k: float) -> None:
+    """Raise BadInput unless k is an int >= 1 (count) or a float in (0, 1] (fraction)."""
     if isinstance(k, bool) or not isinstance(k, int | float):
         raise BadInput(f"k must be an int (count) or a float (fraction), got {k!r}")
     if isinstance(k, int) and k < 1:

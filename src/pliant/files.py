@@ -33,10 +33,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file in one step.
+
+    Libraries that write files themselves report a full disk in errors of their own; let them make bytes, and write
+    those here, so that it is an OSError.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file in one step."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
 
 
 def _sync(path: Path) -> None:

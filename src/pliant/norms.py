@@ -79,6 +79,7 @@ class Norm(ABC):
     def lmo(self, g: Tensors) -> Tensor | list[Tensor]:
         """Return a vertex v of the unit ball with ⟨g, v⟩ = −dual(g), of g's shape(s); lmo(0) = 0."""
         tensors, _ = _scaled(g)
+        self.length([x.shape for x in tensors])
         magnitudes, rebuilds = zip(*(self._split(x) for x in tensors), strict=True)
         aligned = self._align(torch.cat(magnitudes))
         parts = aligned.split([len(a) for a in magnitudes])
@@ -180,7 +181,6 @@ class VectorNorm(Norm):
         return x.abs().flatten()
 
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        self._check_length(x.numel())
         return self._magnitudes(x), lambda w: x.sign() * w.reshape(x.shape)
 
 
@@ -274,7 +274,7 @@ class KSupport(_KNorm):
         before = torch.cat([torch.full_like(z[..., :1], math.inf), z[..., :-1]], dim=-1)
         split = torch.where(before * (self.k - j) > tails, j, 0).amax(dim=-1, keepdim=True)
         head = torch.where(j < split, z, 0)
-        tail = tails.gather(-1, split) / (self.k - split).sqrt()
+        tail = tails.gather(-1, split) / (self.k - split).to(a.dtype).sqrt()
         return vector_norm(torch.cat([head, tail], dim=-1), dim=-1)
 
     def _dual(self, a: Tensor) -> Tensor:
@@ -467,7 +467,6 @@ class Blocks(_Lift):
         return x.movedim(self.dim, -1).abs().reshape(-1, self.size)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        self._length(x.shape)
         moved = x.movedim(self.dim, -1)
         signs = moved.sign()
         return moved.abs().reshape(-1, self.size), lambda w: (signs * w.reshape(moved.shape)).movedim(-1, self.dim)

@@ -29,6 +29,7 @@ from pliant.linalg import accumulation_dtype, l2_norm
 from pliant.norms import Spectral
 
 Rescale = Literal["gradient", "fast-gradient", "diameter"] | None
+FAR_OUTSIDE = 2.0  # a first step that shrinks a parameter by more than this factor warns
 RESCALES: tuple[Rescale, ...] = ("gradient", "fast-gradient", "diameter", None)
 
 
@@ -144,6 +145,7 @@ class SFW(Optimizer):
                 loss = closure()
         if self.check_finite:
             self._refuse_non_finite()
+        self._start_new_parameters()
         for group in self.param_groups:
             ball = _as_ball(group["ball"])
             for members in self._sets_with_gradient(group):
@@ -188,8 +190,6 @@ class SFW(Optimizer):
             p.add_(m, alpha=-lr)
 
     def _constrained_step(self, members: list[Tensor], ball: NormBall, group: dict[str, Any]) -> None:
-        if any(p not in self.state for p in members):
-            _warn_if_far_outside(_scale_inside(members, ball), ball)
         directions = [self._accumulate(p, _signed_gradient(p, group), group) for p in members]
         vertices = self._vertices(members, directions, ball, group["power_iterations"])
         sfw_update(members, directions, vertices, ball, lr=group["lr"], rescale=group["rescale"])
@@ -205,6 +205,33 @@ class SFW(Optimizer):
         return [ball.radius * vertex]
 
     # --- state ---
+
+    def _start_new_parameters(self) -> None:
+        """Scale parameters that take their first step into their balls; warn once about those far outside."""
+        names, shrinkages = [], []
+        for group in self.param_groups:
+            ball = _as_ball(group["ball"])
+            if ball is None:
+                continue
+            name_of = dict(zip(group["params"], _names(group), strict=True))
+            for members in self._sets_with_gradient(group):
+                if any(p not in self.state for p in members):
+                    names.append(name_of[members[0]])
+                    shrinkages.append(_scale_inside(members, ball))
+        if not shrinkages or shrinkages[0].is_meta:
+            return
+        far = [
+            (factor, name)
+            for factor, name in zip(torch.stack(shrinkages).tolist(), names, strict=True)
+            if factor > FAR_OUTSIDE
+        ]
+        if far:
+            factor, name = max(far)
+            warnings.warn(
+                f"{len(far)} constrained parameters started outside of their balls and were shrunk, {name} by a factor "
+                f"of {factor:.3g}; if they were trained before, a larger radius keeps what they learned",
+                stacklevel=2,
+            )
 
     def _sets_with_gradient(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """Return the tensors that move together: single ones with a gradient, or all of a joint ball.
@@ -305,18 +332,6 @@ def _scale_inside(members: list[Tensor], ball: NormBall) -> Tensor:
     for p in members:
         p.div_(shrinkage.to(p.dtype))
     return shrinkage
-
-
-def _warn_if_far_outside(shrinkage: Tensor, ball: NormBall) -> None:
-    if shrinkage.is_meta:
-        return
-    factor = shrinkage.item()
-    if factor > 2:
-        warnings.warn(
-            f"a parameter started outside of {ball} and was shrunk by a factor of {factor:.3g}; "
-            "if it was trained before, choose a larger radius",
-            stacklevel=4,
-        )
 
 
 def _as_ball(ball: NormBall | dict[str, Any] | None) -> NormBall | None:

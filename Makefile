@@ -1,0 +1,47 @@
+# One-word commands; `make help` lists them. Everything is installed into .venv, nothing else is touched.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+DEMO ?= demo
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# torch comes first and by itself, so that nothing else chooses its build.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "pip>=25.1"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[all]" --group dev
+	@touch $@
+
+.PHONY: setup
+setup: .venv/installed ## make .venv with pliant and all that development needs
+
+.PHONY: demo
+demo: setup ## train three networks on small images, compress them, write demo/report.html
+	rm -rf "$(DEMO)"
+	$(BIN)/pliant demo --out "$(DEMO)"
+
+.PHONY: test
+test: setup ## run all tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+.PHONY: check
+check: setup ## lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean: ## remove .venv, caches and the demo
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis "$(DEMO)" build dist

@@ -1,0 +1,159 @@
+"""The command line: pliant train | sweep | report | compress | demo.
+
+Every verb is a Python function; its flags are the function's parameters, and the same settings can come from a YAML
+file with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
+torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jsonargparse
+
+import pliant
+from pliant.errors import PliantError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: the function behind it, its positional argument, if any, and whether to print the path it returns."""
+
+    module: str
+    function: str
+    help: str
+    positional: str | None = None
+    several: bool = False
+    prints_path: bool = False
+
+
+VERBS = {
+    "train": Verb("training", "train", "train one network, with SGD or with SFW", prints_path=True),
+    "sweep": Verb("sweeping", "sweep", "compress trained networks at many ratios and measure", "runs", True, True),
+    "report": Verb("reporting", "report", "turn records into a table and an HTML page", "records", True),
+    "compress": Verb("compressing", "compress_run", "compress a trained network to one size", "run"),
+    "demo": Verb("demonstration", "demo", "all of this on small images, in about a minute"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for an error of the user's with one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except PliantError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; a training goes on with --resume, a sweep with the same command", code=130)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _fail(f"{error.filename}: {reason}" if error.filename else f"{reason}; earlier files are intact")
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        print(f"pliant {pliant.__version__}")
+        return 0
+    if name not in VERBS:
+        return _fail(f"unknown verb {name!r}: {_nearest(name, VERBS)}known are {', '.join(VERBS)}")
+    verb = VERBS[name]
+    function: Callable[..., Any] = getattr(importlib.import_module(f"pliant.{verb.module}"), verb.function)
+    parser = make_parser(name, verb, function)
+    switches = {n for n, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
+    settings = vars(parser.parse_args(_with_values(rest, switches)))
+    path = function(**{key: value for key, value in settings.items() if key != "config"})
+    if verb.prints_path:
+        print(path)
+    return 0
+
+
+def make_parser(name: str, verb: Verb, function: Callable[..., Any]) -> Parser:
+    """Return the parser of a verb, with a flag for each parameter of its function."""
+    summary = inspect.getdoc(function) or verb.help
+    parser = Parser(prog=f"pliant {name}", description=summary.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it.")
+    if verb.positional:
+        text = re.search(rf"^\s+{verb.positional}: (.+)$", summary, re.MULTILINE)
+        parser.add_argument(
+            verb.positional,
+            type=str,
+            nargs="+" if verb.several else None,
+            help=text[1] if text else None,
+        )
+    parser.add_function_arguments(function, skip={verb.positional} if verb.positional else set())
+    return parser
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and where to look, and exit with code 2."""
+        known = [option for action in self._actions for option in action.option_strings]
+        raise SystemExit(_fail(f"{_one_line(message, known)} (see {self.prog} --help)"))
+
+
+def _one_line(message: str, known: list[str]) -> str:
+    """Say jsonargparse's and argparse's messages in one line of a user's words."""
+    if stray := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+        flag = stray[1].partition("=")[0]
+        kind = "unknown flag" if flag.startswith("-") else "unexpected argument"
+        return f"{kind} {flag}: {_nearest(flag, known)}".rstrip(": ")
+    if wrong := re.search(r'[Pp]arser key "([^"]+)":', message):
+        value = re.search(r"(?:Got value|Given value|got value): ?(.*)", message)
+        expected = re.findall(r"Expected (?:an? )?([^.\n]+)", message)
+        kinds = " or ".join(dict.fromkeys(_kind(kind) for kind in expected))
+        if value and kinds:
+            return f"--{wrong[1]} expects {kinds}, got {value[1].strip()!r}"
+    if missing := re.search(r"File does not exist: '?([^']+)'?", message):
+        return f"there is no file {missing[1]}"
+    return " ".join(message.split())
+
+
+def _kind(text: str) -> str:
+    names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+    found = re.search(r"<class '(\w+)'>", text)
+    return names.get(found[1], found[1]) if found else text.strip()
+
+
+def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
+    """Let a switch stand alone: ``--resume`` means ``--resume=true``."""
+    result = []
+    for index, argument in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        alone = argument.startswith("--") and argument[2:] in switches
+        result.append(f"{argument}=true" if alone and following not in ("true", "false") else argument)
+    return result
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {name:<10}{verb.help}" for name, verb in VERBS.items())
+    return (
+        f"pliant {pliant.__version__}: train once, deploy at any size\n\nusage: pliant VERB [flags]\n\n{verbs}\n\n"
+        "`pliant VERB --help` lists the flags of a verb. Try `pliant demo` first."
+    )
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, Verb]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"pliant: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
