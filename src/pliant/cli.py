@@ -133,7 +133,7 @@ def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
     for index, argument in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
         alone = argument.startswith("--") and argument[2:] in switches
-        result.append(f"{argument}=true" if alone and following not in ("true", "false") else argument)
+        result.append(f"{argument}=true" if alone and (not following or following.startswith("-")) else argument)
     return result
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import BadInput, unknown
+from pliant.errors import BadInput, unknown
 
 MIN_SIDE = 8  # pixels: scikit-learn's digits, the smallest images that the networks here are meant for
 

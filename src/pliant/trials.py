@@ -59,7 +59,7 @@ class Trial:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         wanted = run.config.get("precision", "auto") if precision == "auto" else precision
         self.precision = measuring.resolve_precision(wanted, self.device)
-        self._analysis: Any = None
+        self._analyses: dict[type, Any] = {}
 
     def key(self, ratio: float, pattern: str = "") -> tuple[str, str, str, str, str | float]:
         """Return the :meth:`Record.key` that the record of this ratio or pattern has, without measuring."""
@@ -71,10 +71,11 @@ class Trial:
         Returns the compressed network with re-estimated BatchNorm statistics, in eval mode, the plan and the record.
         """
         compressor = self._compressor(ratio, pattern)
-        if self._analysis is None:
-            self._analysis = compressor.analyse(self.dense, self._images(2))
-        plan = compressor.plan(self.dense, self._images(2), analysis=self._analysis)
-        raw = compressor.apply(self.dense, plan, analysis=self._analysis)
+        kind = type(compressor)
+        if kind not in self._analyses:
+            self._analyses[kind] = compressor.analyse(self.dense, self._images(2))
+        plan = compressor.plan(self.dense, self._images(2), analysis=self._analyses[kind])
+        raw = compressor.apply(self.dense, plan, analysis=self._analyses[kind])
         images = Loader(self.run.data, "train", 256, limit=self.calibration)
         small = reestimate_batchnorm(raw, ((x.to(self.device), y) for x, y in images))
         one = self._images(LATENCY_BATCH)
@@ -136,7 +137,9 @@ class Trial:
                 return LowRank(ratio=ratio, allocation=self.allocation)
             case "weights":
                 return Magnitude(ratio=ratio, allocation=self.allocation)
-        n, m = parse_pattern(pattern) if pattern else (1, 1)  # 1:1 keeps everything
+        if not pattern:
+            return Magnitude(ratio=0.0)  # the dense network of a sweep over patterns
+        n, m = parse_pattern(pattern)
         return SemiStructured(n=n, m=m)
 
     def _accuracy(self, model: nn.Module, split: str) -> float:

@@ -1,0 +1,153 @@
+"""The compressor: analyse once, plan for a ratio, apply to a copy.
+
+::
+
+    analysis = compressor.analyse(model, x)                the expensive part, the same for all ratios
+    plan = compressor.plan(model, x, analysis=analysis)    plain data, no side effect
+    small = compressor.apply(model, plan)                  a new model; the given one is not touched
+
+A kind of compressor fills in ``analyse``, ``_plan`` and ``_apply``; the checks around them are made here.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pliant.compression.plan import LayerPlan, Plan, count_parameters
+from pliant.errors import BadInput, Refused, unknown
+
+ALLOCATIONS = ("uniform", "global")
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What a kind of compressor needs to know of a model before it can plan for any ratio.
+
+    ``shapes``: those of all parameters by name, by which the model is known again. ``refused``: (layer, reason)
+    for each layer that is left alone.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    refused: tuple[tuple[str, str], ...]
+
+
+A = TypeVar("A", bound=Analysis)
+C = TypeVar("C", bound="Compressor[Any]")
+
+
+@dataclass(frozen=True)
+class Compressor(abc.ABC, Generic[A]):
+    """A way to make a model smaller; its fields are its options."""
+
+    @abc.abstractmethod
+    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> A:
+        """Return the part of the work that does not depend on the ratio.
+
+        ``example_inputs``: a tensor or tuple of tensors that ``model(*example_inputs)`` takes.
+        Raises BadInput if it does not.
+        """
+
+    def plan(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, analysis: A | None = None) -> Plan:
+        """Return what would be done to ``model``.
+
+        ``analysis``: the result of ``analyse`` on this model with the weights that it has now.
+        Raises Refused if something is asked for and nothing at all can be removed, BadInput if a weight is not
+        finite or the analysis is of another model.
+        """
+        _check_finite(model)
+        if analysis is None:
+            analysis = self.analyse(model, example_inputs)
+        elif analysis.shapes != parameter_shapes(model):
+            raise BadInput("the analysis is of another model: names or shapes of the parameters differ")
+        return self._plan(model, analysis)
+
+    def apply(self, model: nn.Module, plan: Plan, *, analysis: A | None = None) -> nn.Module:
+        """Return a new model that is ``model`` compressed as ``plan`` says.
+
+        The plan's options hold, not those of this compressor. ``analysis`` saves work where it is at hand.
+        Raises BadInput if the plan is of another kind of compressor or for another model.
+        """
+        if plan.compressor != type(self).__name__:
+            raise BadInput(f"the plan is for {plan.compressor}, it cannot be applied by {type(self).__name__}")
+        planned = compressor_of(type(self), plan.options)
+        plan.check(model)
+        _check_finite(model)
+        return planned._apply(copy.deepcopy(model), plan, analysis)
+
+    @abc.abstractmethod
+    def _plan(self, model: nn.Module, analysis: A) -> Plan: ...
+
+    @abc.abstractmethod
+    def _apply(self, model: nn.Module, plan: Plan, analysis: A | None) -> nn.Module:
+        """Carry out a checked plan on ``model``, a copy that may be changed, and return the result."""
+
+    def _make_plan(
+        self,
+        model: nn.Module,
+        analysis: Analysis,
+        *,
+        ratio: float,
+        removed: int,
+        compressible: Mapping[str, int],
+        layers: Iterable[LayerPlan],
+        params_after: int,
+    ) -> Plan:
+        """Assemble the plan. ``compressible``: parameter name → number of its entries that could be removed."""
+        total = sum(compressible.values())
+        if ratio > 0 and not total:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in analysis.refused[:5])
+            more = "; ..." if len(analysis.refused) > 5 else ""
+            raise Refused(f"{type(self).__name__} finds nothing to remove: {reasons or 'no layers'}{more}")
+        return Plan(
+            compressor=type(self).__name__,
+            options={field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            ratio=ratio,
+            ratio_removed=removed / total if total else 0.0,
+            params_before=count_parameters(model),
+            params_after=params_after,
+            compressible=tuple(compressible),
+            layers=tuple(layers),
+            refused=analysis.refused,
+        )
+
+
+def compressor_of(kind: type[C], options: Mapping[str, Any]) -> C:
+    """Return ``kind(**options)``; options that it does not have, or not with these values, are a BadInput."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of {kind.__name__}", name, known)
+    return kind(**options)
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return name → shape of all parameters."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise BadInput(f"parameter {name!r} holds NaN or infinity: compress a model that has not diverged")
+
+
+def check_ratio(ratio: Any) -> None:
+    """Raise BadInput unless 0 <= ratio < 1."""
+    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if not number or not math.isfinite(ratio) or not 0 <= ratio < 1:
+        raise BadInput(f"ratio is the share to remove: expected 0 <= ratio < 1, got {ratio!r}")
+
+
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise the error for an unknown name unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise unknown(what, str(value), known)

@@ -1,0 +1,285 @@
+"""Filters: whole channels taken out of a network, together with everything that is coupled to them."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pliant.compression.allocation import nearest
+from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
+from pliant.compression.plan import LayerPlan, Plan, count_parameters, weight_shape
+from pliant.errors import BadInput
+from pliant.layers import AxisName, axes, axis_length, complement, keep_channels, zero_channels
+from pliant.structure import ChannelGroup, Slot, coupled_channels
+
+IMPORTANCES = ("l2", "l1", "bn")
+MODES = ("remove", "mask")
+AXES: tuple[AxisName, ...] = ("outputs", "inputs")
+
+
+@dataclass(frozen=True, eq=False)
+class Channels(Analysis):
+    """The verified groups of coupled channels of a model."""
+
+    groups: tuple[ChannelGroup, ...]
+
+
+@dataclass(frozen=True)
+class FilterPruning(Compressor[Channels]):
+    """Remove the least important channels of convolution and linear layers, coupled channels as one.
+
+    ``ratio``: share of the compressible parameters to remove, in [0, 1). A parameter entry is compressible if
+    the removal of some channel of a verified group would delete it: filters and their biases, scales and shifts
+    of their normalisation, and the columns that read them; a classifier's weight, but not its bias. At least
+    one channel of every group stays; a ratio beyond that gives the smallest network there is.
+
+    ``importance`` of a filter: its ``"l2"`` norm, its ``"l1"`` norm, or ``"bn"``, the l2 norm after scaling by
+    |γ|/√(σ² + ε) of the BatchNorm that alone reads it.
+
+    ``allocation``: ``"uniform"`` takes the same share of channels from every group (to within one channel), those
+    whose filters in all producers together have the smallest norm. ``"global"`` ranks the channels of all groups
+    by energy per parameter that the removal of one frees; the energy is the share that the filter has in the
+    squared norms of its layer, summed over the producers. (Relative to the layer, not to the group: a residual
+    stream of ten layers would otherwise count as one, and be cut to a single channel.) Among equals the channel
+    of lower index stays.
+
+    ``mode``: ``"remove"`` gives the small network; ``"mask"`` keeps the shapes and zeroes what would be removed,
+    which is the same function.
+
+    Raises BadInput for a ratio out of range or an unknown option. Source of the l1 and l2 criteria: Li et al.
+    2017, "Pruning filters for efficient ConvNets".
+    """
+
+    ratio: float = 0.5
+    allocation: str = "uniform"
+    importance: str = "l2"
+    mode: str = "remove"
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("importance", self.importance, IMPORTANCES)
+        check_choice("mode", self.mode, MODES)
+
+    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channels:
+        """Find and verify the coupled channels; the weights do not matter."""
+        structure = coupled_channels(model, example_inputs)
+        return Channels(parameter_shapes(model), structure.refused, structure.groups)
+
+    def _plan(self, model: nn.Module, analysis: Channels) -> Plan:
+        groups = analysis.groups
+        size = _Size(model, groups)
+        score = _importance if self.allocation == "uniform" else _energy
+        scores = [score(model, group, self.importance) for group in groups]
+        orders = [_weakest_first(s) for s in scores]
+        steps = _uniform(groups) if self.allocation == "uniform" else _global(size, scores, orders)
+
+        def kept(n: int) -> int:
+            return size.after(Counter(steps[:n]))
+
+        dense = size.after({})
+        compressible = sum(size.compressible.values())
+        n = nearest(kept, len(steps), dense - self.ratio * compressible)
+        counts = Counter(steps[:n])
+        gone = _positions(groups, [order[: counts[g]] for g, order in enumerate(orders)])
+        removed = dense - kept(n)
+        return self._make_plan(
+            model,
+            analysis,
+            ratio=self.ratio,
+            removed=removed,
+            compressible=size.compressible,
+            layers=_layers(model, groups, gone, real=self.mode == "remove"),
+            params_after=count_parameters(model) - (removed if self.mode == "remove" else 0),
+        )
+
+    def _apply(self, model: nn.Module, plan: Plan, analysis: Channels | None) -> nn.Module:
+        for module, axis, keep in _kept(model, plan):
+            if self.mode == "remove":
+                keep_channels(module, axis, keep)
+            else:
+                zero_channels(module, axis, complement(module, axis, keep))
+        return model
+
+
+def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of ``model`` in its old shape that computes what the plan's small network computes.
+
+    Only the input columns that read removed channels are zero. Zeroing the filters instead would not do: the
+    shift of a BatchNorm behind them would still flow.
+    """
+    plan.check(model)
+    twin = copy.deepcopy(model)
+    for module, axis, keep in _kept(twin, plan):
+        if axis == "inputs":
+            zero_channels(module, axis, complement(module, axis, keep))
+    return twin
+
+
+# --- ranking ----------------------------------------------------------------------------------------------
+
+
+def _importance(model: nn.Module, group: ChannelGroup, importance: str) -> Tensor:
+    """Return the norm of each channel over the filters of all producers, float64 of shape (channels,)."""
+    norms = torch.stack(_norms(model, group, importance))
+    return norms.sum(0) if importance == "l1" else norms.square().sum(0).sqrt()
+
+
+def _energy(model: nn.Module, group: ChannelGroup, importance: str) -> Tensor:
+    """Return each channel's share of its layer's squared norms, summed over the producers, shape (channels,)."""
+    squares = torch.stack(_norms(model, group, importance)).square()
+    tiny = torch.finfo(squares.dtype).tiny  # a layer of zeros gives shares of 0
+    return (squares / squares.sum(1, keepdim=True).clamp(min=tiny)).sum(0)
+
+
+def _norms(model: nn.Module, group: ChannelGroup, importance: str) -> list[Tensor]:
+    """Return the norms of the filters of each producer, per channel."""
+    norms = []
+    for slot in group.producers:
+        module = model.get_submodule(slot.module)
+        if isinstance(module, (_NormBase, nn.PReLU)):
+            continue
+        weight, dim = axes(module)["outputs"].tensors[0]
+        filters = getattr(module, weight).detach().movedim(dim, 0).flatten(1).double().cpu()
+        if importance == "bn" and slot.norm is not None:
+            filters = filters * _scale(model.get_submodule(slot.norm)).unsqueeze(1)
+        rows = filters[slot.indices].flatten(1)
+        norms.append(rows.abs().sum(1) if importance == "l1" else rows.square().sum(1).sqrt())
+    return norms
+
+
+def _scale(norm: nn.Module) -> Tensor:
+    """Return |γ|/√(σ² + ε) of a BatchNorm, float64 of shape (channels,); a part that it lacks counts as 1."""
+    assert isinstance(norm, _NormBase)  # coupled_channels names nothing else
+    scale = torch.ones(norm.num_features, dtype=torch.float64)
+    if norm.weight is not None:
+        scale *= norm.weight.detach().double().cpu().abs()
+    if norm.running_var is not None:
+        scale /= (norm.running_var.double().cpu() + norm.eps).sqrt()
+    return scale
+
+
+def _weakest_first(scores: Tensor) -> Tensor:
+    """Return the channels in the order of removal: ascending score, the higher index first among equals."""
+    return len(scores) - 1 - scores.flip(0).argsort(stable=True)
+
+
+def _uniform(groups: Sequence[ChannelGroup]) -> list[int]:
+    """Order the removals, each named by its group, so that every prefix takes about one share of each group."""
+    events = [
+        ((2 * taken - 1) / (2 * group.channels), g)
+        for g, group in enumerate(groups)
+        for taken in range(1, group.channels)
+    ]
+    return [g for _, g in sorted(events)]
+
+
+def _global(size: _Size, scores: Sequence[Tensor], orders: Sequence[Tensor]) -> list[int]:
+    """Order the removals, each named by its group, by relative energy per parameter freed."""
+    events = []
+    for g, (energies, order) in enumerate(zip(scores, orders, strict=True)):
+        freed = size.after({}) - size.after({g: 1})
+        events += [(energy / freed, g) for energy in energies[order[:-1]].tolist()]
+    return [g for _, g in sorted(events)]
+
+
+class _Size:
+    """Counts the parameters in all tensors that the groups touch, for any number of removed channels."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        parameters = dict(model.named_parameters())
+        # tensor → dim → group → number of positions per channel
+        self.touched: dict[str, dict[int, dict[int, int]]] = {}
+        for g, group in enumerate(groups):
+            for slot in (*group.producers, *group.consumers):
+                for name, dim in slot.tensors:
+                    if name in parameters:
+                        self.touched.setdefault(name, {}).setdefault(dim, {})[g] = slot.indices.shape[1]
+        self.shapes = {name: tuple(parameters[name].shape) for name in self.touched}
+        everything = {g: group.channels for g, group in enumerate(groups)}
+        self.compressible = {name: prod(self.shapes[name]) - self._entries(name, everything) for name in self.touched}
+
+    def after(self, removed: Mapping[int, int]) -> int:
+        """Return the number of entries left when group g has lost ``removed[g]`` channels."""
+        return sum(self._entries(name, removed) for name in self.touched)
+
+    def _entries(self, name: str, removed: Mapping[int, int]) -> int:
+        shape = list(self.shapes[name])
+        for dim, widths in self.touched[name].items():
+            shape[dim] -= sum(removed.get(g, 0) * width for g, width in widths.items())
+        return prod(shape)
+
+
+# --- between channels and layers --------------------------------------------------------------------------
+
+
+def _positions(groups: Sequence[ChannelGroup], channels: Sequence[Tensor]) -> dict[tuple[str, AxisName], Tensor]:
+    """Return what leaves each axis of each layer when each group loses the given channels."""
+    parts: dict[tuple[str, AxisName], list[Tensor]] = {}
+    for group, gone in zip(groups, channels, strict=True):
+        for slot in (*group.producers, *group.consumers):
+            parts.setdefault((slot.module, slot.axis), []).append(slot.indices[gone].flatten())
+    return {place: torch.cat(positions) for place, positions in parts.items()}
+
+
+def _layers(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    gone: Mapping[tuple[str, AxisName], Tensor],
+    *,
+    real: bool,
+) -> list[LayerPlan]:
+    """Return one entry per layer that a group touches, in the model's order."""
+    slots: list[Slot] = [slot for group in groups for slot in (*group.producers, *group.consumers)]
+    touched = {slot.module for slot in slots}
+    layers = []
+    for name, module in model.named_modules():
+        if name not in touched:
+            continue
+        keeps: dict[AxisName, tuple[int, ...] | None] = {}
+        shapes = {t: list(p.shape) for t, p in module._parameters.items() if p is not None}
+        for axis in AXES:
+            lost = gone.get((name, axis), torch.empty(0, dtype=torch.int64))
+            keeps[axis] = tuple(complement(module, axis, lost).tolist()) if len(lost) else None
+            for tensor, dim in axes(module)[axis].tensors if len(lost) else ():
+                if tensor in shapes:
+                    shapes[tensor][dim] -= len(lost)
+        total = axis_length(module, "outputs")
+        outputs = keeps["outputs"]
+        dense = count_parameters(module)
+        layers.append(
+            LayerPlan(
+                name=name,
+                kind=type(module).__name__,
+                kept=total if outputs is None else len(outputs),
+                total=total,
+                params=sum(prod(shape) for shape in shapes.values()) if real else dense,
+                params_dense=dense,
+                shape=weight_shape(module),
+                outputs=outputs,
+                inputs=keeps["inputs"],
+            )
+        )
+    return layers
+
+
+def _kept(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, AxisName, Tensor]]:
+    """Return (layer, axis, positions that stay) for every axis that the plan shortens."""
+    result = []
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        wanted: dict[AxisName, tuple[int, ...] | None] = {"outputs": layer.outputs, "inputs": layer.inputs}
+        for axis, keep in wanted.items():
+            if keep is None:
+                continue
+            if axis not in axes(module) or keep[-1] >= axis_length(module, axis):
+                raise BadInput(f"the plan is for another model: {layer.name!r} has no {axis} up to {keep[-1]}")
+            result.append((module, axis, torch.tensor(keep)))
+    return result

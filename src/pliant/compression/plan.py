@@ -1,0 +1,220 @@
+"""The plan: what a compressor will do to a model, as plain data that can be read, stored and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from pliant.errors import BadInput, DamagedFile
+
+FORMAT = "pliant.plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What stays of one layer.
+
+    ``kept`` of ``total``: filters or channels (FilterPruning), rank (LowRank; equal where the layer stays as it
+    is), weights that are not zero (Magnitude, SemiStructured). ``params`` of ``params_dense``: numbers of
+    parameters of the layer. ``shape``: that of the dense weight, () without one. ``outputs`` and ``inputs``:
+    the positions that stay on the two axes of a layer, None for all.
+    """
+
+    name: str
+    kind: str
+    kept: int
+    total: int
+    params: int
+    params_dense: int
+    shape: tuple[int, ...]
+    outputs: tuple[int, ...] | None = None
+    inputs: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``compressor`` with ``options`` does to one architecture.
+
+    ``ratio`` is the share of the ``compressible`` parameters (names) that was asked for, ``ratio_removed`` the
+    nearest one that could be had: the share removed, or zeroed by compressors that leave the shapes alone.
+    ``params_before`` and ``params_after`` count all parameters of the model. ``refused`` holds (layer, reason)
+    for every layer that is left alone. ``str(plan)`` is a table.
+    """
+
+    compressor: str
+    options: Mapping[str, Any]
+    ratio: float
+    ratio_removed: float
+    params_before: int
+    params_after: int
+    compressible: tuple[str, ...]
+    layers: tuple[LayerPlan, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data for JSON."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Plan:
+        """Return the plan that ``to_dict`` gave. Raises DamagedFile if ``data`` is anything else."""
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise DamagedFile(f"not a compression plan: expected a mapping with 'format': {FORMAT!r}")
+        if data.get("version") != VERSION:
+            raise DamagedFile(f"the plan has version {data.get('version')!r}, this program reads {VERSION}")
+        fields = _Fields(data, "plan")
+        plan = cls(
+            compressor=fields.text("compressor"),
+            options=dict(fields.mapping("options")),
+            ratio=fields.share("ratio"),
+            ratio_removed=fields.share("ratio_removed"),
+            params_before=fields.count("params_before"),
+            params_after=fields.count("params_after"),
+            compressible=tuple(_text(x, "plan.compressible") for x in fields.items("compressible")),
+            layers=tuple(_layer(x, i) for i, x in enumerate(fields.items("layers"))),
+            refused=tuple(_pair(x) for x in fields.items("refused")),
+        )
+        fields.end()
+        return plan
+
+    def check(self, model: nn.Module) -> None:
+        """Raise BadInput unless every layer of the plan is in ``model`` with its shape."""
+        modules = dict(model.named_modules())
+        for layer in self.layers:
+            module = modules.get(layer.name)
+            if module is None:
+                raise BadInput(f"the plan is for another model: it has no layer {layer.name!r}")
+            if weight_shape(module) != layer.shape or type(module).__name__ != layer.kind:
+                raise BadInput(
+                    f"the plan is for another model: {layer.name!r} should be a {layer.kind} with weight"
+                    f" {layer.shape}, not a {type(module).__name__} with {weight_shape(module)}"
+                )
+        count = count_parameters(model)
+        if count != self.params_before:
+            raise BadInput(
+                f"the plan is for another model: it should have {self.params_before} parameters, not {count}"
+            )
+
+    def __str__(self) -> str:
+        head = f"{self.compressor}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+        rows = [("layer", "kind", "kept", "parameters")]
+        rows += [
+            (x.name, x.kind, f"{x.kept:,} / {x.total:,}", f"{x.params_dense:,} → {x.params:,}") for x in self.layers
+        ]
+        rows.append(("model", "", "", f"{self.params_before:,} → {self.params_after:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
+        verb = "removes" if self.params_after < self.params_before else "zeroes"
+        asked = f"{verb} {self.ratio_removed:.2%} of the compressible parameters ({self.ratio:.2%} asked)"
+        left = [f"left alone: {name}: {reason}" for name, reason in self.refused]
+        return "\n".join([head, asked, *(x.rstrip() for x in lines), *left])
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of the layer's weight, () if it has none."""
+    weight = module._parameters.get("weight")
+    return () if weight is None else tuple(weight.shape)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters, each counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _layer(data: object, i: int) -> LayerPlan:
+    where = f"plan.layers[{i}]"
+    if not isinstance(data, Mapping):
+        raise DamagedFile(f"{where} should be a mapping, not {type(data).__name__}")
+    fields = _Fields(data, where)
+    layer = LayerPlan(
+        name=fields.text("name"),
+        kind=fields.text("kind"),
+        kept=fields.count("kept"),
+        total=fields.count("total"),
+        params=fields.count("params"),
+        params_dense=fields.count("params_dense"),
+        shape=tuple(_count(x, f"{where}.shape") for x in fields.items("shape")),
+        outputs=fields.positions("outputs"),
+        inputs=fields.positions("inputs"),
+    )
+    fields.end()
+    if layer.kept > layer.total:
+        raise DamagedFile(f"{where} keeps {layer.kept} of {layer.total}")
+    return layer
+
+
+class _Fields:
+    """Takes the fields of a mapping one by one and checks their types."""
+
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+        self.data, self.where = dict(data), where
+        self.data.pop("format", None)
+        self.data.pop("version", None)
+
+    def take(self, name: str) -> Any:
+        if name not in self.data:
+            raise DamagedFile(f"{self.where} has no field {name!r}")
+        return self.data.pop(name)
+
+    def end(self) -> None:
+        if self.data:
+            raise DamagedFile(f"{self.where} has a field {min(self.data)!r} that no plan has")
+
+    def text(self, name: str) -> str:
+        return _text(self.take(name), f"{self.where}.{name}")
+
+    def count(self, name: str) -> int:
+        return _count(self.take(name), f"{self.where}.{name}")
+
+    def share(self, name: str) -> float:
+        value = self.take(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise DamagedFile(f"{self.where}.{name} should be a number from 0 to 1, not {value!r}")
+        return float(value)
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        value = self.take(name)
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise DamagedFile(f"{self.where}.{name} should be a mapping, not {type(value).__name__}")
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        value = self.take(name)
+        if not isinstance(value, (list, tuple)):
+            raise DamagedFile(f"{self.where}.{name} should be a list, not {type(value).__name__}")
+        return list(value)
+
+    def positions(self, name: str) -> tuple[int, ...] | None:
+        value = self.take(name)
+        if value is None:
+            return None
+        where = f"{self.where}.{name}"
+        if not isinstance(value, (list, tuple)):
+            raise DamagedFile(f"{where} should be a list or null, not {type(value).__name__}")
+        result = tuple(_count(x, where) for x in value)
+        if not result or any(a >= b for a, b in pairwise(result)):
+            raise DamagedFile(f"{where} should hold at least one position, in ascending order")
+        return result
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise DamagedFile(f"{where} should be text, not {value!r}")
+    return value
+
+
+def _count(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DamagedFile(f"{where} should be a count, not {value!r}")
+    return value
+
+
+def _pair(value: object) -> tuple[str, str]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise DamagedFile(f"plan.refused should hold (layer, reason) pairs, not {value!r}")
+    return _text(value[0], "plan.refused"), _text(value[1], "plan.refused")

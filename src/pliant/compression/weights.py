@@ -1,0 +1,177 @@
+"""Single weights: the smallest entries set to zero, anywhere (Magnitude) or n of every m kept (SemiStructured).
+
+The shapes stay; what shrinks is the number of non-zeros, for hardware and formats that profit from them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
+from pliant.compression.plan import LayerPlan, Plan, count_parameters, weight_shape
+from pliant.errors import BadInput
+from pliant.layers import as_inputs, count_calls, named_layers, obstacle, tied_parameters
+
+
+@dataclass(frozen=True, eq=False)
+class Weights(Analysis):
+    """The names of the layers whose weights may be zeroed."""
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Magnitude(Compressor[Weights]):
+    """Zero the entries of smallest magnitude in the weights of linear and convolution layers.
+
+    ``ratio``: share of these entries to zero, in [0, 1); exactly round(ratio·n) of n are, those of lower index
+    kept among equals. ``allocation``: ``"uniform"`` takes the share from every layer, ``"global"`` compares the
+    magnitudes of all layers. Biases and normalisation layers are not touched.
+
+    Raises BadInput for a ratio out of range or an unknown allocation.
+    """
+
+    ratio: float = 0.5
+    allocation: str = "uniform"
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+
+    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Weights:
+        """List the layers with a weight of their own."""
+        return _analyse(model, example_inputs, lambda module: None)
+
+    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+        weights = [_weight(model, name) for name in analysis.layers]
+        sizes = [w.numel() for w in weights]
+        if self.allocation == "uniform" or not weights:
+            kept = [size - round(self.ratio * size) for size in sizes]
+        else:
+            magnitudes = torch.cat([w.abs().flatten() for w in weights])
+            stays = largest(magnitudes, len(magnitudes) - round(self.ratio * len(magnitudes)))
+            kept = [int(part.sum()) for part in stays.split(sizes)]
+        return _weight_plan(self, model, analysis, self.ratio, kept)
+
+    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        for layer in plan.layers:
+            weight = _weight(model, layer.name)
+            if not layer.kept <= layer.total == weight.numel():
+                raise BadInput(f"the plan is for another model: {layer.name!r} has {weight.numel()} weights")
+            stays = largest(weight.abs().flatten(), layer.kept)
+            weight.masked_fill_(~stays.view_as(weight), 0.0)
+        return model
+
+
+@dataclass(frozen=True)
+class SemiStructured(Compressor[Weights]):
+    """Keep the ``n`` largest magnitudes of every ``m`` consecutive input channels, the pattern of sparse kernels.
+
+    Blocks run along dim 1 of the weight, for each filter and each kernel position; among equals the lower index
+    is kept. Layers whose number of input channels per group ``m`` does not divide are refused by name, and so
+    are transposed convolutions. Raises BadInput unless 1 <= n < m.
+
+    Source: Mishra et al. 2021, "Accelerating sparse deep neural networks" (2:4).
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.n, self.m))
+        if not whole or not 1 <= self.n < self.m:
+            raise BadInput(f"n:m keeps n of every m weights: expected whole 1 <= n < m, got {self.n!r}:{self.m!r}")
+
+    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Weights:
+        """List the layers that the pattern fits."""
+        return _analyse(model, example_inputs, self._unfit)
+
+    def _unfit(self, module: nn.Module) -> str | None:
+        if isinstance(module, _ConvTransposeNd):
+            return "is a transposed convolution"
+        channels = weight_shape(module)[1]
+        return f"has {channels} input channels, which {self.m} does not divide" if channels % self.m else None
+
+    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+        kept = [_weight(model, name).numel() // self.m * self.n for name in analysis.layers]
+        return _weight_plan(self, model, analysis, 1 - self.n / self.m, kept)
+
+    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        for layer in plan.layers:
+            weight = _weight(model, layer.name)
+            blocks = weight.abs().unflatten(1, (-1, self.m)).movedim(2, -1)
+            stays = largest(blocks, self.n).movedim(-1, 2).flatten(1, 2)
+            weight.masked_fill_(~stays, 0.0)
+        return model
+
+
+def largest(x: Tensor, count: int) -> Tensor:
+    """Return the boolean mask of the ``count`` largest entries along the last dim; lower index first on ties."""
+    if count == 0:
+        return torch.zeros_like(x, dtype=torch.bool)
+    # Linear time, where a stable sort of a large network's weights takes seconds; topk leaves ties open.
+    smallest = x.kthvalue(x.shape[-1] - count + 1, dim=-1, keepdim=True).values
+    above, equal = x > smallest, x == smallest
+    room = count - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def _analyse(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], unfit: Callable[[nn.Module], str | None]
+) -> Weights:
+    inputs = as_inputs(example_inputs)
+    count_calls(copy.deepcopy(model).eval(), inputs)  # for its BadInput: a wrong example should not pass here only
+    tied = tied_parameters(model)
+    layers: list[str] = []
+    refused: list[tuple[str, str]] = []
+    for name, module in named_layers(model):
+        reason = obstacle(module, tied) or unfit(module)
+        if reason is None:
+            layers.append(name)
+        else:
+            refused.append((name, reason))
+    return Weights(parameter_shapes(model), tuple(refused), tuple(layers))
+
+
+def _weight_plan(
+    compressor: Compressor[Weights], model: nn.Module, analysis: Weights, ratio: float, kept: Sequence[int]
+) -> Plan:
+    modules = [model.get_submodule(name) for name in analysis.layers]
+    compressible: Mapping[str, int] = {
+        f"{name}.weight" if name else "weight": _weight(model, name).numel() for name in analysis.layers
+    }
+    layers = [
+        LayerPlan(
+            name=name,
+            kind=type(module).__name__,
+            kept=n,
+            total=_weight(model, name).numel(),
+            params=count_parameters(module),
+            params_dense=count_parameters(module),
+            shape=weight_shape(module),
+        )
+        for name, module, n in zip(analysis.layers, modules, kept, strict=True)
+    ]
+    return compressor._make_plan(
+        model,
+        analysis,
+        ratio=ratio,
+        removed=sum(layer.total - layer.kept for layer in layers),
+        compressible=compressible,
+        layers=layers,
+        params_after=count_parameters(model),
+    )
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """Return the layer's weight without its gradient history, sharing its memory."""
+    weight = model.get_submodule(name)._parameters.get("weight")
+    if weight is None:
+        raise BadInput(f"the plan is for another model: {name!r} has no weight of its own")
+    return weight.detach()

@@ -1,0 +1,203 @@
+"""What is known of single layers: where their channels lie, and whether their weight is theirs to change.
+
+Convention: a layer's ``"outputs"`` axis holds its filters or neurons, its ``"inputs"`` axis the columns that read
+the layer before. Also here: how a user's model is run on an example, since that is how layers are seen at work.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from pliant.errors import BadInput
+
+AxisName = Literal["outputs", "inputs"]
+Item = TypeVar("Item")
+
+# What is known of a layer holds for these classes and for subclasses that keep their forward.
+_KNOWN: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    nn.PReLU,
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a layer: the (tensor, dim) pairs that hold its entries, the attributes that count them."""
+
+    tensors: tuple[tuple[str, int], ...]
+    attributes: tuple[str, ...]
+
+
+def axes(module: nn.Module) -> dict[AxisName, Axis]:
+    """Return the axes along which channels can be taken out of ``module``; empty for layers not known.
+
+    A BatchNorm, a PReLU and a depthwise convolution hand each channel on: they have the outputs axis only.
+    Convolutions with other groups have none, because a channel is tied to its place in its group.
+    """
+    outputs: AxisName = "outputs"
+    inputs: AxisName = "inputs"
+    if isinstance(module, nn.Linear):
+        out = Axis((("weight", 0), ("bias", 0)), ("out_features",))
+        return {outputs: out, inputs: Axis((("weight", 1),), ("in_features",))}
+    if isinstance(module, _ConvNd) and module.groups == 1:
+        filters, columns = (1, 0) if isinstance(module, _ConvTransposeNd) else (0, 1)
+        out = Axis((("weight", filters), ("bias", 0)), ("out_channels",))
+        return {outputs: out, inputs: Axis((("weight", columns),), ("in_channels",))}
+    if isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels:
+        return {outputs: Axis((("weight", 0), ("bias", 0)), ("in_channels", "out_channels", "groups"))}
+    if isinstance(module, _NormBase):
+        tensors = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
+        return {outputs: Axis(tensors, ("num_features",))}
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return {outputs: Axis((("weight", 0),), ("num_parameters",))}
+    return {}
+
+
+def axis_length(module: nn.Module, axis: AxisName) -> int:
+    """Return the number of positions on one axis."""
+    return int(getattr(module, axes(module)[axis].attributes[0]))
+
+
+def complement(module: nn.Module, axis: AxisName, positions: Tensor) -> Tensor:
+    """Return the positions on an axis that are not among the given ones (int64), ascending."""
+    mask = torch.ones(axis_length(module, axis), dtype=torch.bool)
+    return mask.index_fill_(0, positions, False).nonzero().flatten()
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every convolution and linear layer once, under its first name."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, _ConvNd)):
+            yield name, module
+
+
+def obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:
+    """Return why the weight of ``module`` is not simply its own, or None.
+
+    ``tied``: the result of :func:`tied_parameters` on the whole model.
+    """
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "is parametrised: its weight is computed, fold the parametrisation in first"
+    base = next((known for known in _KNOWN if isinstance(module, known)), None)
+    if base is None:
+        return f"is of type {type(module).__name__}, whose channels are not known"
+    if "forward" in vars(module) or any(
+        getattr(type(module), method, None) is not getattr(base, method, None)
+        for method in ("forward", "_conv_forward")
+    ):
+        return f"is a {type(module).__name__} with a forward of its own"
+    if any(id(p) in tied for p in module.parameters(recurse=False)):
+        return "shares a parameter with another layer"
+    return None
+
+
+def tied_parameters(model: nn.Module) -> frozenset[int]:
+    """Return the ids of all parameters that two different modules, or two names of one, hold in common."""
+    owners: dict[tuple[Any, ...], list[int]] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                key = (p.data_ptr(),) if p.numel() and not p.is_meta else (None, id(p))
+                owners.setdefault(key, []).append(id(p))
+    return frozenset(i for ids in owners.values() if len(ids) > 1 for i in ids)
+
+
+def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
+    """Reduce ``module`` in place to the positions ``keep`` (int64, ascending) of one axis."""
+    which = axes(module)[axis]
+    for name, dim in which.tensors:
+        old = getattr(module, name)
+        if old is None:
+            continue
+        new = old.detach().index_select(dim, keep.to(old.device))
+        is_parameter = isinstance(old, nn.Parameter)
+        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+    for attribute in which.attributes:
+        setattr(module, attribute, len(keep))
+
+
+def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:
+    """Set the parameters of ``module`` at the positions ``gone`` (int64) of one axis to zero, in place."""
+    with torch.no_grad():
+        for name, dim in axes(module)[axis].tensors:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.index_fill_(dim, gone.to(parameter.device), 0.0)
+
+
+# --- running the model ------------------------------------------------------------------------------------
+
+
+def as_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the example as a tuple of tensors, or raise BadInput."""
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise BadInput(f"example_inputs must be a tensor or a tuple of tensors, not {type(inputs).__name__}")
+    return tuple(inputs)
+
+
+def count_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[nn.Module]:
+    """Run ``model`` in the mode that it is in and count the calls of each module. Raises BadInput."""
+    calls: Counter[nn.Module] = Counter()
+    handles = [m.register_forward_hook(lambda m, args, out: calls.update([m])) for m in model.modules()]
+    try:
+        run(model, inputs)
+    except Exception as error:  # whatever a user's forward may raise
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise BadInput(f"the model cannot be called on the example of shape {shapes}: {line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Call ``model`` without gradients, leave the random number generators as they were, list its tensors."""
+    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *inputs] if x.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        return [leaf for leaf in pytree.tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+
+
+def line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def largest_sound(
+    items: Sequence[Item], fault: Callable[[list[Item]], str | None]
+) -> tuple[list[Item], list[tuple[Item, str]]]:
+    """Split ``items`` into a list that is sound as a whole and the rest, each with its fault.
+
+    ``fault(items)`` returns None for a sound list and a reason otherwise. One call where all is well; a single
+    bad item among n costs about 2·log2(n) calls.
+    """
+    failed: list[tuple[Item, str]] = []
+
+    def extend(sound: list[Item], more: Sequence[Item]) -> list[Item]:
+        if not more:
+            return sound
+        reason = fault([*sound, *more])
+        if reason is None:
+            return [*sound, *more]
+        if len(more) == 1:
+            failed.append((more[0], reason))
+            return sound
+        half = len(more) // 2
+        return extend(extend(sound, more[:half]), more[half:])
+
+    return extend([], items), failed

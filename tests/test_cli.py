@@ -1,0 +1,187 @@
+"""The command line as a person meets it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pliant import training
+from pliant.cli import VERBS, main
+from pliant.records import read_records
+from pliant.training import Session
+
+QUICK = ["--model", "mlp", "--epochs", "1", "--batch_size", "256"]
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must fail, and return its one line."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("pliant: error: ")
+    return line
+
+
+def test_train_sweep_compress_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK, "--method", "sfw-rank", "--k", "2", "--radius", "5", "--rescale", "none"]) == 0
+    (run,) = Path("runs").iterdir()
+    assert capsys.readouterr().out.strip() == str(run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["k"], config["radius"], config["rescale"]) == (2, 5.0, "none")
+    assert main(["sweep", str(run), "--compressor", "rank", "--ratios", "0,0.6", "--allocation", "uniform"]) == 0
+    assert [r.ratio for r in read_records("records.jsonl")] == [0, 0.6]
+    assert main(["compress", str(run), "--compressor", "rank", "--ratio", "0.6", "--out", "small"]) == 0
+    assert "LowRank" in capsys.readouterr().out
+    assert main(["report", "records.jsonl", "--out", "r.html"]) == 0
+    assert "sfw-rank" in capsys.readouterr().out
+    assert "</html>" in Path("r.html").read_text()
+
+
+def test_an_integer_k_is_a_count_and_a_float_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text, value in (("1", 1), ("1.0", 1.0)):
+        assert main(["train", *QUICK, "--method", "sfw-filters", "--k", text, "--out", text]) == 0
+        saved = yaml.safe_load(Path(text, "config.yaml").read_text())["k"]
+        assert (saved, type(saved)) == (value, type(value))
+
+
+def test_a_runs_config_is_a_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK, "--lr", "0.05", "--out", "first"]) == 0
+    assert main(["train", "--config", "first/config.yaml", "--seed", "1", "--out", "second"]) == 0
+    first, second = (yaml.safe_load(Path(run, "config.yaml").read_text()) for run in ("first", "second"))
+    assert second == first | {"seed": 1}
+
+
+def test_resume_is_a_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK, "--out", "run"]) == 0
+    assert main(["train", "--resume", "--out", "run"]) == 0
+    assert main(["train", "--out", "run", "--resume"]) == 0
+
+
+def test_overview_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert all(verb in text for verb in VERBS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("pliant ")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_is_explained(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    assert re.findall(r"(--\w+ \S+) \(", text) == []  # the type in brackets would follow the flag at once
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian", "did you mean train?"),
+        ("train --epoch 3", "unknown flag --epoch: did you mean --epochs?"),
+        ("train --epochs three", "--epochs expects an integer, got 'three'"),
+        ("train --epochs 2.5", "--epochs expects an integer, got '2.5'"),
+        ("train --k some", "--k expects an integer or a number"),
+        ("train --augment maybe", "--augment expects true or false, got 'maybe'"),
+        ("train --epochs", "--epochs"),
+        ("train here", "unexpected argument here"),
+        ("train --config nowhere.yaml", "there is no file"),
+        ("train --method sfw-rnk", "did you mean 'sfw-rank'?"),
+        ("train --data cifar1", "did you mean 'cifar"),
+        ("train --data cifar10 --data_dir nowhere", "nowhere"),
+        ("train --model resnet9", "did you mean 'resnet8'?"),
+        ("train --model nowhere:net", "nowhere"),
+        ("train --method sfw-rank --k 0", "at least 1"),
+        ("train --method sfw-rank --k 1.5", "(0, 1]"),
+        ("train --method sfw-nm --pattern 4:2", "N:M"),
+        ("sweep", "runs"),
+        ("sweep nowhere", "not a run folder"),
+        ("sweep nowhere --compressor rnk", "did you mean 'rank'?"),
+        ("sweep nowhere --ratios 0,1.5", "0 <= ratio < 1"),
+        ("compress nowhere --ratio 1", "0 <= ratio < 1"),
+        ("compress a b", "b"),
+        ("report nowhere.jsonl", "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    command: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(command.split(), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content in ("epoch: 3\n", "epochs: [\n", "epochs: three\n"):
+        Path("c.yaml").write_text(content)
+        assert "epoch" in fails(["train", "--config", "c.yaml"], capsys) or "[" in content
+
+
+def test_a_run_that_exists_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK, "--out", "run"]) == 0
+    capsys.readouterr()
+    before = Path("run/model.safetensors").read_bytes()
+    assert "--resume" in fails(["train", *QUICK, "--out", "run"], capsys)
+    assert Path("run/model.safetensors").read_bytes() == before
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing past the limit is an error, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+from pliant.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_disk_without_room_is_one_line_and_earlier_files_survive(tmp_path: Path) -> None:
+    command = ["train", *QUICK, "--out", str(tmp_path / "run")]
+    failed = subprocess.run([sys.executable, "-c", FULL_DISK, *command], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("pliant: error: ")
+    assert "large" in last
+    assert "Traceback" not in failed.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "env.json",
+        "train.jsonl",
+        "checkpoint",
+    }
+    assert not list((tmp_path / "run" / "checkpoint").iterdir())
+    assert main([*command, "--resume"]) == 0  # with room again, it goes on
+
+
+def test_interruption_tells_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "run", interrupt)
+    assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "run" / training.CHECKPOINT).exists()

@@ -1,0 +1,163 @@
+"""From a trained run to records and to a compressed folder, on small networks and the embedded digits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pliant
+from pliant import measuring
+from pliant.compressing import compress_run
+from pliant.compression import masked_twin
+from pliant.errors import BadInput, DamagedFile
+from pliant.records import read_records
+from pliant.runs import Run
+from pliant.sweeping import parse_ratios, sweep
+from pliant.training import train
+from pliant.trials import COMPRESSORS, Trial
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "lenet"
+    return train(model="lenet5", epochs=20, batch_size=64, precision="fp32", out=str(folder))
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_sweep_writes_true_records(compressor: str, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "records.jsonl"
+    sweep(str(run), compressor, ratios="0,0.5", calibration=256, out=str(out))
+    dense, half = read_records(out)
+    assert (dense.run, dense.method, dense.model, dense.data, dense.seed) == ("lenet", "sgd", "lenet5", "digits", 0)
+    assert dense.ratio == dense.ratio_removed == 0
+    assert dense.params == dense.params_dense == measuring.parameters(pliant.load(run))
+    assert dense.top1_raw == dense.top1_dense > 0.8
+    assert dense.bytes == dense.bytes_dense == (run / "model.safetensors").stat().st_size
+    assert half.ratio_removed == pytest.approx(0.5, abs=0.02)
+    assert half.nonzero < 0.65 * half.nonzero_dense  # type: ignore[operator]
+    if compressor in ("filters", "rank"):
+        assert half.params < half.params_dense
+        assert half.macs < half.macs_dense
+        assert half.bytes < half.bytes_dense
+    else:
+        assert (half.params, half.macs) == (half.params_dense, half.macs_dense)
+    assert half.pattern == ("2:4" if compressor == "nm" else "")
+    assert half.allocation == ("" if compressor == "nm" else "global")
+    assert half.config["epochs"] == 20
+    assert {"pliant", "torch", "python"} <= set(half.versions)
+    assert half.layers
+
+
+def test_a_stopped_sweep_goes_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "records.jsonl"
+    sweep([run], "weights", ratios=[0, 0.5], calibration=64, out=str(out))
+    before = out.read_bytes()
+    with out.open("ab") as file:
+        file.write(b'{"run": "killed in the mid')
+    sweep([run], "weights", ratios=[0, 0.5, 0.9], calibration=64, out=str(out))
+    assert out.read_bytes().startswith(before)
+    assert [record.ratio for record in read_records(out)] == [0, 0.5, 0.9]
+    assert "2 records exist already" in capsys.readouterr().err
+    sweep([run], "weights", ratios=[0], allocation="uniform", calibration=64, out=str(out))
+    assert len(read_records(out)) == 4  # another allocation is another measurement
+
+
+def test_compressing_leaves_the_run_as_it_was(run: Path) -> None:
+    trial = Trial(Run.open(run), "rank", calibration=64)
+    before = {name: tensor.clone() for name, tensor in trial.dense.state_dict().items()}
+    trial.measure(0.7)
+    torch.testing.assert_close(trial.dense.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_compressed_folder_is_loaded_again(compressor: str, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    compress_run(run, compressor, ratio=0.6, calibration=256, out=str(out))
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "model.safetensors", "plan.json", "record.json"}
+    small, record = pliant.load(out), json.loads((out / "record.json").read_text())
+    assert measuring.parameters(small) == record["params"]
+    assert (out / "model.safetensors").stat().st_size == record["bytes"]
+    trial = Trial(Run.open(run), compressor, calibration=256)
+    assert trial._accuracy(small, "test") == record["top1"]
+    with pytest.raises(BadInput, match="exists"):
+        compress_run(run, compressor, out=str(out))
+
+
+def test_removed_filters_equal_their_masked_twin(run: Path, tmp_path: Path) -> None:
+    out = compress_run(run, "filters", ratio=0.6, calibration=2, out=str(tmp_path / "small"))
+    dense = Run.open(run).load()
+    plan = pliant.Plan.from_dict(json.loads((out / "plan.json").read_text()))
+    small, twin = pliant.replay(dense, plan).eval(), masked_twin(dense, plan).eval()
+    x = torch.randn(16, 1, 8, 8)
+    torch.testing.assert_close(small(x), twin(x), atol=1e-5, rtol=1e-5)
+    assert (out / "model.safetensors").stat().st_size < (run / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"plan.json": b"{"}, "plan.json is damaged"),
+        ({"plan.json": b"[]"}, "plan.json: not a compression plan"),
+        ({"model.safetensors": b"\0" * 9}, "model.safetensors is damaged"),
+    ],
+)
+def test_damaged_artefacts(damage: dict[str, bytes], message: str, run: Path, tmp_path: Path) -> None:
+    out = compress_run(run, "rank", ratio=0.5, calibration=2, out=str(tmp_path / "small"))
+    for name, content in damage.items():
+        (out / name).write_bytes(content)
+    with pytest.raises(DamagedFile, match=message):
+        pliant.load(out)
+
+
+def test_a_run_with_other_weights_is_another_run(run: Path, tmp_path: Path) -> None:
+    ours, theirs = Trial(Run.open(run), "rank"), Trial(Run.open(run), "rank")
+    assert ours.key(0.5) == theirs.key(0.5)
+    other = train(model="lenet5", epochs=1, out=str(tmp_path / "lenet"))
+    assert Trial(Run.open(other), "rank").key(0.5) != ours.key(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compressor": "filter"}, "did you mean 'filters'"),
+        ({"allocation": "globl"}, "did you mean 'global'"),
+        ({"ratios": "0,1"}, "0 <= ratio < 1"),
+        ({"ratios": "-0.1"}, "0 <= ratio < 1"),
+        ({"ratios": "nan"}, "0 <= ratio < 1"),
+        ({"ratios": "a"}, "separated by commas"),
+        ({"ratios": []}, "at least one ratio"),
+        ({"compressor": "nm", "pattern": "4:2"}, "N:M"),
+        ({"calibration": 1}, "--calibration"),
+        ({"runs": []}, "at least one run"),
+        ({"precision": "fp8"}, "precision"),
+    ],
+)
+def test_bad_sweeps(options: dict[str, Any], message: str, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    with pytest.raises(BadInput, match=message):
+        sweep(**{"runs": [run], "out": str(out)} | options)
+    assert not out.exists()
+
+
+def test_ratios_may_be_text_or_numbers() -> None:
+    assert parse_ratios("0,0.5,0.5,.9") == parse_ratios([0, 0.5, 0.9]) == [0, 0.5, 0.9]
+
+
+def test_the_users_own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_nets.py").write_text(
+        "from torch import nn\n"
+        "def tiny(num_classes, image_shape):\n"
+        "    c = image_shape[0]\n"
+        "    return nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),\n"
+        "                         nn.Flatten(), nn.Linear(8 * 36, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = train(model="their_nets:tiny", method="sfw-filters", epochs=1)
+    out = sweep([own], "filters", ratios="0.5", calibration=64)
+    (record,) = read_records(out)
+    assert own == Path("runs/digits-their_nets-tiny-sfw-filters-seed0")
+    assert record.params < record.params_dense
+    assert isinstance(pliant.load(own), nn.Sequential)
