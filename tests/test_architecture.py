@@ -41,9 +41,11 @@ ALLOWED = {
     "structure": {"errors", "layers"},
     "compression": {"structure", "layers", "errors"},
     "records": {"errors", "files"},
-    "reporting": {"records", "errors", "files"},
+    "curves": {"records"},
+    "reporting": {"curves", "records", "errors", "files"},
     "models": {"errors"},
-    "data": {"errors"},
+    "readers": {"errors"},
+    "data": {"readers", "errors"},
     "measuring": {"errors"},
 }
 

@@ -36,7 +36,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_leaves_a_run_folder(method: str, tmp_path: Path) -> None:
-    run = quick(tmp_path / "run", method=method, epochs=12, batch_size=64, width=1.0, lr=0.3)
+    run = quick(tmp_path / "run", method=method, epochs=12, batch_size=64, width=1.0)
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
         "env.json",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pliant.constraints import rank as rank
     from pliant.constraints import semi_structured as semi_structured
     from pliant.constraints import weights as weights
+    from pliant.data import Loader as Loader
     from pliant.data import load_data as load_data
     from pliant.demonstration import demo as demo
     from pliant.errors import BadInput as BadInput
@@ -65,7 +66,7 @@ _HOMES = {
         "replay",
     ],
     "constraints": ["KSchedule", "constrain", "filters", "l2", "rank", "semi_structured", "weights"],
-    "data": ["load_data"],
+    "data": ["Loader", "load_data"],
     "demonstration": ["demo"],
     "errors": ["BadInput", "DamagedFile", "Diverged", "PliantError", "Refused"],
     "models": ["build_model"],

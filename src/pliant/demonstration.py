@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pliant.errors import BadInput
 from pliant.reporting import report
 from pliant.sweeping import sweep
 from pliant.training import train
 
-COMPRESSED_BY = {"sgd": ("filters", "rank"), "sfw-filters": ("filters",), "sfw-rank": ("rank",)}
+# Chosen on the validation images of seed 0 by the mean accuracy over ratios 0, 0.5, 0.7, 0.8 and 0.9, from 9 (sgd: two
+# values in one, filters and rank), 22 (sfw-filters) and 27 (sfw-rank) settings of weight decay or k and radius, and lr.
+RECIPES: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.1, "weight_decay": 0.05},
+    "sfw-filters": {"lr": 0.3, "k": 0.3, "radius": 1.0},
+    "sfw-rank": {"lr": 0.3, "k": 0.05, "radius": 3.0},
+}
+COMPRESSORS = {"sgd": ("filters", "rank"), "sfw-filters": ("filters",), "sfw-rank": ("rank",)}
 
 
-def demo(out: str = "demo", epochs: int = 60, seed: int = 0) -> Path:
+def demo(out: str = "demo", epochs: int = 40, seed: int = 0) -> Path:
     """Train with SGD and with SFW (filters, rank) on the embedded digits, compress each, and write a report.
 
     Args:
@@ -21,11 +29,19 @@ def demo(out: str = "demo", epochs: int = 60, seed: int = 0) -> Path:
         seed: of the trainings.
     """
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise BadInput(f"{folder} exists and is not empty: choose another --out, or remove it")
     records = folder / "records.jsonl"
-    for method, compressors in COMPRESSED_BY.items():
-        run = train(data="digits", model="resnet8", method=method, epochs=epochs, seed=seed, out=str(folder / method))
-        for compressor in compressors:
+    for method, recipe in RECIPES.items():
+        run = train(
+            data="digits",
+            model="resnet8",
+            method=method,
+            epochs=epochs,
+            seed=seed,
+            out=str(folder / "runs" / method),
+            **recipe,
+        )
+        for compressor in COMPRESSORS[method]:
             sweep([run], compressor, out=str(records))
     return report([records], folder / "report.html")

@@ -3,24 +3,20 @@
 The page is a single file that needs no network: text, figures and plotly.js lie inside. It is made of records
 alone, so that it can be rebuilt wherever they are; neither torch nor numpy is loaded.
 
-From records to the page: records with the same model and data make a *section*; in it, runs that differ only in
-their seed make a *training*, which has a colour; a training under one compressor and allocation makes a *curve*;
-curves whose compressors are of one family share a *panel*, the figures and the table that compare them. Python
-decides what is said, in plain data; ``templates/report.js`` draws it.
+``pliant.curves`` decides what is compared: sections, panels and curves. Here they become text and numbers; on the
+page a training has a colour, and ``templates/report.js`` draws the figures from plain data.
 """
 
 from __future__ import annotations
 
 import html
-import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jinja2
 from plotly.offline import get_plotlyjs
@@ -29,6 +25,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pliant.curves import (
+    Axis,
+    Curve,
+    Section,
+    flat,
+    grouped,
+    nonzero_share,
+    panels_of,
+    run_of,
+    sections_of,
+    step_of,
+    steps_of,
+)
 from pliant.errors import BadInput
 from pliant.files import write_text
 from pliant.records import Record, read_records
@@ -70,8 +79,8 @@ def summary_table(records: Iterable[Record]) -> Table:
     Rows are grouped by model and data set, then by compressor and allocation. The columns are the number of runs,
     the dense accuracy, then one per removed share or N:M pattern. Ten of these fit into 100 characters.
     """
-    sections = _sections(records)
-    steps = _steps(record for section in sections for record in section.records if record.ratio > 0)
+    sections = sections_of(records)
+    steps = steps_of(record for section in sections for record in section.records if record.ratio > 0)
     table = Table(
         title="Test accuracy (%) by removed share",
         caption="BatchNorm re-estimated; mean over the runs.",
@@ -87,10 +96,10 @@ def summary_table(records: Iterable[Record]) -> Table:
     for section in sections:
         table.add_section()
         table.add_row(Text(f"{section.model} on {section.data}", style="bold"))
-        for variant, curves in _grouped(section.curves, lambda curve: curve.variant).items():
+        for variant, curves in grouped(section.curves, lambda curve: curve.variant).items():
             table.add_row(Text(f"  {variant}", style="italic"))
             for curve in curves:
-                at = _steps(curve.records)
+                at = steps_of(curve.records)
                 means = [_percent(fmean(r.top1 for r in at[step])) if step in at else "-" for step in steps]
                 cells = [f"    {curve.training}", str(len(curve.runs)), _percent(curve.dense), *means]
                 table.add_row(*map(Text, cells))
@@ -106,23 +115,23 @@ def render(records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = _sections(records)
+    sections = sections_of(records)
     trainings = list(dict.fromkeys(curve.training for section in sections for curve in section.curves))
     versions = Counter(tuple(sorted(record.versions.items())) for record in records)
     return environment.get_template("report.html.j2").render(
-        runs=len(_grouped(records, _run)),
+        runs=len(grouped(records, run_of)),
         trainings=trainings,
         measurements=len(records),
         sections=[
             {
                 "section": section,
                 "names": {curve.training for curve in section.curves},
-                "panels": _panels(section),
+                "panels": panels_of(section),
                 "batches": sorted({record.latency_batch for record in section.records}),
                 "layered": any(record.layers for record in section.records),
                 "rows": [[cell(record) for _, cell in _COLUMNS] for record in section.records],
                 "refused": Counter((r.compressor, *pair) for r in section.records for pair in r.refused),
-                "runs": [(found[0], _flat(found[0].config)) for found in _grouped(section.records, _run).values()],
+                "runs": [(found[0], flat(found[0].config)) for found in grouped(section.records, run_of).values()],
             }
             for section in sections
         ],
@@ -138,195 +147,7 @@ def render(records: Sequence[Record]) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------- sections and curves
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The records of one training under one compressor and allocation."""
-
-    training: str
-    compressor: str
-    allocation: str
-    records: list[Record]
-
-    @property
-    def variant(self) -> str:
-        """The compressor and how it spreads the ratio over the layers."""
-        return f"{self.compressor}, {self.allocation}" if self.allocation else self.compressor
-
-    @property
-    def family(self) -> str:
-        """The compressor without its variant."""
-        return self.compressor.partition("-")[0]
-
-    @property
-    def removes(self) -> bool:
-        """Whether parameters leave the network; otherwise they become zeros, stored all the same."""
-        compressed = [record for record in self.records if record.ratio > 0]
-        if any(record.params < record.params_dense for record in compressed):
-            return True
-        zeroed = any(_nonzero_share(record) < 1 for record in compressed)
-        return not zeroed and self.family not in ("weights", "nm")
-
-    @property
-    def runs(self) -> dict[tuple[str, str], list[Record]]:
-        """The records of every run."""
-        return _grouped(self.records, _run)
-
-    @property
-    def dense(self) -> float:
-        """The accuracy before compression, mean over the runs."""
-        return fmean(records[0].top1_dense for records in self.runs.values())
-
-
-@dataclass(frozen=True)
-class Section:
-    """All that was measured with one model on one data set."""
-
-    model: str
-    data: str
-    records: list[Record]
-    curves: list[Curve]
-
-
-def _sections(records: Iterable[Record]) -> list[Section]:
-    by_setting = _grouped(records, lambda record: (record.data, record.model))
-    return [Section(model, data, found, _curves(found)) for (data, model), found in sorted(by_setting.items())]
-
-
-def _curves(records: list[Record]) -> list[Curve]:
-    """Return the curves sorted by compressor and allocation, trainings in the order of the records."""
-    names = _training_names(records)
-    by_curve = _grouped(records, lambda r: (r.compressor, r.allocation, names[r.method, _settings(r)]))
-    curves = [Curve(name, compressor, how, found) for (compressor, how, name), found in by_curve.items()]
-    known = {family: place for place, (family, _) in enumerate(_PANEL_TITLES)}
-    return sorted(curves, key=lambda c: (known.get(c.family, len(known)), c.compressor, c.allocation))
-
-
-def _training_names(records: list[Record]) -> dict[tuple[str, frozenset[str]], str]:
-    """Name every (method, settings) after the method and those settings that differ between its trainings."""
-    names = {}
-    for method, found in _grouped(records, lambda record: record.method).items():
-        trainings = _grouped(found, _settings)
-        shared = frozenset.intersection(*trainings)
-        for settings in trainings:
-            own = ", ".join(sorted(settings - shared))
-            names[method, settings] = f"{method} ({own})" if own else method
-    return names
-
-
-# Entries of a run's config that say which run it is or where it ran, not how it was trained.
-_NO_SETTINGS = frozenset({"seed", "run", "name", "out", "data_dir", "tensorboard"})
-
-
-def _settings(record: Record) -> frozenset[str]:
-    return frozenset(
-        f"{name}={value}" for name, value in _flat(record.config) if name.split(".")[-1] not in _NO_SETTINGS
-    )
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return the entries of a nested dictionary as pairs (dotted name, value)."""
-    found = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
-    return found
-
-
-Item = TypeVar("Item")
-Key = TypeVar("Key")
-
-
-def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Return the items by key, in the order in which they came."""
-    found: dict[Key, list[Item]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
-
-
-def _run(record: Record) -> tuple[str, str]:
-    return record.run, record.weights
-
-
-def _nonzero_share(record: Record) -> float:
-    return record.nonzero / (record.nonzero_dense or record.params_dense)
-
-
-def _steps(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return the records by what was asked of the compressor, "50%" or "2:4", from the dense end on."""
-    by_ratio = sorted(records, key=lambda record: record.ratio)
-    return _grouped(by_ratio, _step)
-
-
-def _step(record: Record) -> str:
-    return record.pattern or f"{100 * record.ratio:.6g}%"
-
-
 # -------------------------------------------------------------------------------------- the data of the figures
-
-
-class Axis(NamedTuple):
-    """A horizontal axis: its title and the share of the dense network that a record keeps."""
-
-    title: str
-    share: Callable[[Record], float]
-
-
-_AXES_REMOVED = (
-    Axis("parameters left (%)", lambda record: record.params / record.params_dense),
-    Axis("MACs left (%)", lambda record: record.macs / record.macs_dense),
-)
-_AXES_ZEROED = (Axis("non-zero parameters left (%)", _nonzero_share),)
-
-_PANEL_TITLES = {
-    ("filters", True): "Filters removed",
-    ("filters", False): "Filters zeroed",
-    ("rank", True): "Layers factorised to low rank",
-    ("weights", False): "Single weights zeroed",
-    ("nm", False): "N:M patterns",
-}
-
-
-class Panel(NamedTuple):
-    """Curves that are compared with each other."""
-
-    title: str
-    removes: bool
-    axes: tuple[Axis, ...]
-    curves: list[Curve]
-
-    @property
-    def variants(self) -> list[str]:
-        """The compressors and allocations of the curves."""
-        return list(dict.fromkeys(curve.variant for curve in self.curves))
-
-    @property
-    def patterned(self) -> bool:
-        """Whether the steps are N:M patterns instead of ratios."""
-        return any(record.pattern for curve in self.curves for record in curve.records)
-
-    @property
-    def repeated(self) -> bool:
-        """Whether any curve is the mean of several runs."""
-        return any(len(curve.runs) > 1 for curve in self.curves)
-
-
-def _panels(section: Section) -> list[Panel]:
-    by_family = _grouped(section.curves, lambda curve: (curve.family, curve.removes))
-    return [
-        Panel(
-            _PANEL_TITLES.get((family, removes), family if removes else f"{family}, zeroed"),
-            removes,
-            _AXES_REMOVED if removes else _AXES_ZEROED,
-            curves,
-        )
-        for (family, removes), curves in by_family.items()
-    ]
 
 
 def _section_data(section: Section) -> dict[str, Any]:
@@ -339,10 +160,10 @@ def _section_data(section: Section) -> dict[str, Any]:
             {
                 "axes": [axis.title for axis in panel.axes],
                 "variants": panel.variants,
-                "steps": list(_steps(record for curve in panel.curves for record in curve.records)),
+                "steps": list(steps_of(record for curve in panel.curves for record in curve.records)),
                 "curves": [_curve_data(curve, panel.axes) for curve in panel.curves],
             }
-            for panel in _panels(section)
+            for panel in panels_of(section)
         ],
         "layers": [view for curve in section.curves for view in _layer_views(curve)],
     }
@@ -371,7 +192,7 @@ def _curve_data(curve: Curve, axes: Sequence[Axis]) -> dict[str, Any]:
                     for record in records
                 ],
             }
-            for step, records in _steps(curve.records).items()
+            for step, records in steps_of(curve.records).items()
         ],
     }
 
@@ -385,7 +206,7 @@ def _tip(curve: Curve, record: Record) -> str:
     speed = record.latency_dense_s / record.latency_s
     lines = [
         f"<b>{html.escape(curve.training)}</b> · {html.escape(record.run)}",
-        f"{html.escape(curve.variant)} · {html.escape(_step(record))}",
+        f"{html.escape(curve.variant)} · {html.escape(step_of(record))}",
         f"accuracy {_percent(record.top1)} % · raw {_percent(record.top1_raw)} %"
         f" · dense {_percent(record.top1_dense)} %",
         f"parameters {_human(record.params)} ({_percent(record.params / record.params_dense)} %),"
@@ -407,7 +228,7 @@ def _layer_views(curve: Curve) -> list[dict[str, Any]]:
             views.append(
                 {
                     "title": f"{run} · {curve.variant}",
-                    "steps": [_step(record) for record in steps],
+                    "steps": [step_of(record) for record in steps],
                     "layers": [
                         {
                             "name": name,
@@ -450,7 +271,7 @@ def _size(name: str, unit: str = "") -> Callable[[Record], Cell]:
 
 
 def _nonzero(record: Record) -> Cell:
-    return Cell(_human(record.nonzero), f"{_percent(_nonzero_share(record))}%", record.nonzero)
+    return Cell(_human(record.nonzero), f"{_percent(nonzero_share(record))}%", record.nonzero)
 
 
 def _latency(record: Record) -> Cell:
@@ -460,7 +281,7 @@ def _latency(record: Record) -> Cell:
 
 def _removed(record: Record) -> Cell:
     real = record.ratio_removed
-    return Cell(_step(record), "" if real is None else f"{_percent(real)}%", record.ratio)
+    return Cell(step_of(record), "" if real is None else f"{_percent(real)}%", record.ratio)
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Record], Cell]], ...] = (

@@ -30,7 +30,7 @@ from pliant.display import Display
 from pliant.errors import BadInput, DamagedFile, Diverged, unknown
 from pliant.files import write_bytes, write_text
 from pliant.measuring import evaluate, resolve_precision
-from pliant.methods import check_method, make_optimizer, parse_pattern
+from pliant.methods import RESCALES, make_optimizer, parse_pattern, with_defaults
 from pliant.models import build_model
 from pliant.runs import CONFIG, WEIGHTS, Run, save_weights, versions, write_config
 from pliant.sfw import SFW
@@ -52,14 +52,14 @@ def train(
     width: float = 1.0,
     method: str = "sgd",
     k: int | float | None = None,
-    radius: float = 10.0,
+    radius: float | None = None,
     rescale: str = "gradient",
     pattern: str = "2:4",
     k_start: int | float | None = None,
     epochs: int = 30,
     batch_size: int = 128,
     accumulate: int = 1,
-    lr: float = 0.1,
+    lr: float | None = None,
     schedule: str = "cosine",
     warmup: float = 0.05,
     momentum: float = 0.9,
@@ -81,7 +81,8 @@ def train(
         model: mlp, lenet5, resnet8, resnet20, resnet56, resnet18, vgg16, wrn28_10, vit_tiny or package.module:callable.
         width: factor on all channel counts.
         method: sgd, sfw-filters, sfw-rank, sfw-weights or sfw-nm.
-        k: per layer, how many filters, singular directions or weights a step may use: 3 is a count, 0.1 a share.
+        k: filters, singular directions or weights per layer that one step may use: 3 is a count, 0.1 a share. Without
+            it, k, radius and lr are the method's own, and config.yaml tells them.
         radius: size of the balls, relative to the weights at initialisation.
         rescale: what SFW multiplies lr by: gradient, fast-gradient, diameter or none.
         pattern: N:M for sfw-nm.
@@ -126,6 +127,7 @@ class Session:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        settings = with_defaults(settings)
         check_settings(settings)
         accelerator_precision = resolve_precision(settings["precision"], _device())
         # Accelerate keeps its state in the process and refuses another precision for a second training.
@@ -318,7 +320,8 @@ class Log:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise BadInput for a setting that is unknown or out of range."""
-    check_method(settings["method"], settings["rescale"])
+    if settings["rescale"] not in RESCALES:
+        raise unknown("rescale", settings["rescale"], RESCALES)
     if settings["schedule"] not in SCHEDULES:
         raise unknown("schedule", settings["schedule"], SCHEDULES)
     parse_pattern(settings["pattern"])
@@ -331,7 +334,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     if not 0 <= settings["seed"] < 2**63:
         raise BadInput(f"--seed must be an integer from 0 to 2^63 - 1, got {settings['seed']}")
     for name in ("lr", "radius", "width"):
-        if not (settings[name] > 0 and math.isfinite(settings[name])):
+        if settings[name] is not None and not (settings[name] > 0 and math.isfinite(settings[name])):
             raise BadInput(f"--{name} must be positive and finite, got {settings[name]}")
     for name in ("momentum", "warmup"):
         if not 0 <= settings[name] < 1:

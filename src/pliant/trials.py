@@ -30,7 +30,8 @@ from pliant.methods import parse_pattern
 from pliant.records import LayerCount, Record
 from pliant.runs import Run, versions
 
-COMPRESSORS = ("filters", "rank", "weights", "nm")
+UNITS = {"filters": "channels", "rank": "rank", "weights": "weights", "nm": "weights"}
+COMPRESSORS = tuple(UNITS)
 ALLOCATIONS = ("uniform", "global")
 LATENCY_BATCH = 1
 
@@ -107,7 +108,7 @@ class Trial:
             latency_s=latency,
             latency_dense_s=latency_dense,
             latency_batch=LATENCY_BATCH,
-            layers=[_layer_count(layer) for layer in plan.layers],
+            layers=[self._layer_count(layer) for layer in plan.layers if len(layer.shape) > 1],
             refused=[list(pair) for pair in plan.refused],
             weights=self.run.weights_hash,
             config=self.run.config | {"calibration": self.calibration, "evaluation_precision": self.precision},
@@ -142,6 +143,16 @@ class Trial:
         n, m = parse_pattern(pattern)
         return SemiStructured(n=n, m=m)
 
+    def _layer_count(self, layer: LayerPlan) -> LayerCount:
+        return LayerCount(
+            name=layer.name,
+            kind=UNITS[self.compressor],
+            kept=layer.kept,
+            total=layer.total,
+            params=layer.params,
+            params_dense=layer.params_dense,
+        )
+
     def _accuracy(self, model: nn.Module, split: str) -> float:
         return measuring.evaluate(model, Loader(self.run.data, split, 512), self.device, self.precision)
 
@@ -162,14 +173,3 @@ def check_ratio(ratio: float) -> float:
     if not 0 <= ratio < 1:
         raise BadInput(f"a ratio is the share of parameters to remove, 0 <= ratio < 1; got {ratio}")
     return ratio
-
-
-def _layer_count(layer: LayerPlan) -> LayerCount:
-    return LayerCount(
-        name=layer.name,
-        kind=layer.kind,
-        kept=layer.kept,
-        total=layer.total,
-        params=layer.params,
-        params_dense=layer.params_dense,
-    )

@@ -1,0 +1,52 @@
+"""What a reader is asked for, what it gives back, and what the readers share."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pliant.errors import BadInput
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels of one split: uint8 images (N, C, H, W) in 0..255, int64 labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Request(NamedTuple):
+    """What a reader is asked for: the data set's full name, its folder, the image size (None: as it is)."""
+
+    name: str
+    folder: Path | None
+    image_size: int | None
+
+
+class Raw(NamedTuple):
+    """What a reader returns: all training images, the test images (None: there is no such split), class names."""
+
+    train: Split
+    test: Split | None
+    classes: tuple[str, ...]
+
+
+def extra(module: str) -> Any:
+    """Import a module of the extra ``pliant[data]``."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadInput(f"image files need the package {module} ({error}): pip install 'pliant[data]'") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
