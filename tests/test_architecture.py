@@ -36,7 +36,7 @@ ALLOWED = {
     "norms": {"linalg"},
     "ball": {"norms", "linalg"},
     "sfw": {"ball", "norms", "linalg"},
-    "constraints": {"sfw", "ball", "norms", "errors"},
+    "constraints": {"sfw", "ball", "norms", "linalg", "errors"},
     "layers": {"errors"},
     "structure": {"errors", "layers"},
     "compression": {"structure", "layers", "errors"},

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from pliant import constrain, filters, l2, rank, semi_structured, weights
 from pliant.ball import NormBall
@@ -132,6 +133,87 @@ def test_radius_of_pretrained_weights_is_their_own() -> None:
     assert found["weight"].radius == pytest.approx(3 * 6)  # type: ignore[union-attr]
 
 
+class Gain(nn.Linear):
+    """A layer whose initialiser leaves one parameter alone, and needs a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.gain = nn.Parameter(torch.ones(16))
+        self.register_buffer("scale", torch.full((4, 4), 3.0))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "scale"):
+            with torch.no_grad():
+                self.weight.copy_(self.scale)
+
+
+def test_initialisers_that_set_only_some_parameters() -> None:
+    found = balls(constrain(Gain(), [("*", l2(radius=1))]))
+    assert found["gain"].radius == pytest.approx(4)  # type: ignore[union-attr]
+    assert found["weight"].radius == pytest.approx(12)  # type: ignore[union-attr]
+
+
+def test_initialisers_that_cannot_be_called_alone() -> None:
+    class Needy(nn.Linear):
+        def reset_parameters(self, std: float = 0.0, *rest: int) -> None:
+            super().reset_parameters()
+
+    class Needier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((2, 2), 2.0))
+
+        def reset_parameters(self, std: float) -> None:
+            raise AssertionError
+
+    assert balls(constrain(Needy(2, 2), [("*", l2())]))["weight"] is not None
+    assert balls(constrain(Needier(), [("*", l2(radius=1))]))["weight"].radius == pytest.approx(4)  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_parametrised_and_pruned_layers_are_measured() -> None:
+    old = nn.utils.weight_norm(nn.Conv2d(4, 4, 3, groups=2))
+    old(torch.ones(1, 4, 3, 3))
+    pruned = nn.Linear(4, 4)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    new = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=2))
+    model = nn.ModuleDict({"old": old, "pruned": pruned, "new": new})
+    found = balls(constrain(model, [("*_v", rank(k=1)), ("*original1", rank(k=1))], default=l2()))
+    assert found["old.weight_v"].norm == found["new.parametrizations.weight.original1"].norm  # type: ignore[union-attr]
+    assert found["new.parametrizations.weight.original1"].norm == Spectral(KSupport(1), groups=2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("model", "rules", "options", "message"),
+    [
+        (network(), [("*", "rank")], {"default": None}, "a rule is a pair"),
+        (network(), ["*"], {"default": None}, "a rule is a pair"),
+        (network(), [], {"default": rank(k=1)}, r"default preset.*1\.weight"),
+        (nn.ConvTranspose2d(4, 4, 3, groups=2), [("weight", rank(k=1))], {"default": None}, "grouped transposed"),
+        (nn.LazyLinear(3), [("weight", rank(k=1))], {"default": l2()}, "no shape yet"),
+        (nn.Linear(2, 2, device="meta"), [("*", l2())], {"pretrained": True}, "meta"),
+    ],
+    ids=["no preset", "no pair", "default", "grouped transposed", "lazy", "meta"],
+)
+def test_what_cannot_be_constrained_is_named(  # type: ignore[no-untyped-def]
+    model: nn.Module, rules, options, message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        constrain(model, rules, **options)
+
+
+def test_a_tied_embedding_is_constrained_under_its_linear_name() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["table"].weight
+    assert balls(constrain(model, [("head.weight", rank(k=1))], default=None))["table.weight"] is not None
+
+
+def test_a_structured_rule_on_a_vector_warns_that_it_decides_nothing() -> None:
+    with pytest.warns(UserWarning, match="decides for no parameter"):
+        constrain(nn.Linear(3, 3), [("bias", rank(k=1))], default=None)
+
+
 def test_radii_are_kept_by_name_not_by_shape() -> None:
     model = nn.BatchNorm1d(16)  # scale and shift have one shape, but their norms are 4 and 0
     found = balls(constrain(model, [("*", l2(radius=1))]))
@@ -215,23 +297,35 @@ def test_schedule_anneals_k_keeps_the_diameter_and_the_momentum() -> None:
     assert seen == [20, 18, 16, 15, 13, 11, 9, 7, 6, 4, 2, 2]
 
 
-def test_schedule_resumes() -> None:
-    def fresh() -> tuple[SFW, KSchedule]:
+@pytest.mark.parametrize("optimizer_first", [True, False])
+@pytest.mark.parametrize("done", [4, 10, 15])
+def test_schedule_resumes(optimizer_first: bool, done: int) -> None:
+    def fresh() -> tuple[nn.Linear, SFW]:
         torch.manual_seed(0)
         model = nn.Linear(20, 20)
-        opt = SFW(constrain(model, [("weight", rank(k=0.1))], default=None))
-        return opt, KSchedule(opt, start=1.0, end=0.3, steps=10)
+        return model, SFW(constrain(model, [("weight", rank(k=0.1, radius=1, vertices="sparse"))], default=None))
 
-    opt, anneal = fresh()
-    for _ in range(4):
+    model, opt = fresh()
+    anneal = KSchedule(opt, start=1.0, end=0.3, steps=10)
+    for _ in range(done):
+        model.weight.grad = torch.ones(20, 20)
+        opt.step()
         anneal.step()
-    again, resumed = fresh()
-    again.load_state_dict(opt.state_dict())
+    weight = model.weight.detach().clone()
+    resumed_model, again = fresh()
+    resumed_model.load_state_dict(model.state_dict())
+    if optimizer_first:
+        again.load_state_dict(opt.state_dict())
+        resumed = KSchedule(again, start=1.0, end=0.3, steps=10)
+    else:
+        resumed = KSchedule(again, start=1.0, end=0.3, steps=10)
+        again.load_state_dict(opt.state_dict())
     resumed.load_state_dict(anneal.state_dict())
+    assert torch.equal(resumed_model.weight, weight)
     for schedule in (anneal, resumed):
         schedule.step()
-    assert again.param_groups[0]["ball"] == opt.param_groups[0]["ball"]
-    assert norm_k(NormBall.from_spec(opt.param_groups[0]["ball"]).norm) == 13
+    k, resumed_k = (norm_k(NormBall.from_spec(o.param_groups[0]["ball"]).norm) for o in (opt, again))
+    assert k == resumed_k == {4: 13, 10: 6, 15: 6}[done]
 
 
 def test_schedules_need_something_to_anneal() -> None:
@@ -241,7 +335,7 @@ def test_schedules_need_something_to_anneal() -> None:
     opt = SFW(constrain(nn.Linear(4, 4), [("weight", rank(k=1))], default=None))
     with pytest.raises(BadInput, match="steps"):
         KSchedule(opt, steps=0)
-    with pytest.raises(BadInput, match="k=5"):
+    with pytest.raises(BadInput, match="weight: k=5"):
         KSchedule(opt, start=5, steps=3)
 
 

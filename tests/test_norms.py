@@ -119,6 +119,27 @@ def test_nan_is_not_hidden(norm: Norm, shape: tuple[int, ...]) -> None:
     assert norm(g).isnan()
 
 
+@pytest.mark.parametrize("norm", [Rows(Lp(math.inf)), Rows(KSparse(3)), Rows(KSupport(2))], ids=str)
+@pytest.mark.parametrize("tiny", [2.0**-62, 2.0**-70, 2.0**-130])
+def test_vanishing_rows_do_not_leave_the_ball(norm: Norm, tiny: float) -> None:
+    for g in (gradient((6, 5), dtype=torch.float32), gradient((6,), dtype=torch.float32)):
+        g[2:] *= tiny
+        assert norm(norm.lmo(g)) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("p", [1.00001, 1.0001, 1.01])
+def test_powers_near_one_stay_in_the_ball(p: float) -> None:
+    ties = torch.full((1000,), 0.1)
+    assert Lp(p)(Lp(p).lmo(ties)).item() == pytest.approx(1, abs=2e-6)
+
+
+def test_zero_rows_stay_exactly_zero_under_the_operator_norm() -> None:
+    u, _, vh = torch.linalg.svd(gradient((8, 6), dtype=torch.float32), full_matrices=False)
+    g = (u * torch.logspace(0, -5, 6)) @ vh
+    g[[2, 5]] = 0
+    assert Spectral(Lp(math.inf)).lmo(g)[[2, 5]].count_nonzero() == 0
+
+
 # --- limits and special cases -----------------------------------------------------------------------------------------
 
 LIMITS = [

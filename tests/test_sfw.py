@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -120,6 +121,15 @@ def test_operator_norm_ball_without_rescale_is_muons_exact_step() -> None:
     torch.testing.assert_close(p.detach(), -0.5 * permutation)
 
 
+def test_k_sparse_spectral_ball_without_rescale_is_numuons_step_with_decay() -> None:
+    p, g, lr, radius = nn.Parameter(parameter(6, 5, dtype=torch.float64).detach()), integers(6, 5).double(), 0.1, 4.0
+    before = p.detach().clone()
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    p.grad = g
+    SFW(group(p, NormBall(Spectral(KSparse(2)), radius)), lr=lr / radius, rescale=None).step()
+    torch.testing.assert_close(p.detach(), (1 - lr / radius) * before - lr * u[:, :2] @ vh[:2])
+
+
 @every_ball
 def test_gradient_rescale_gives_steps_of_the_length_of_sgd(ball: NormBall) -> None:
     p = nn.Parameter(torch.zeros(24, 40))
@@ -150,6 +160,41 @@ def test_zero_gradient_or_zero_lr_changes_nothing(ball: NormBall, rescale: Resca
         assert torch.equal(p, start)
 
 
+def test_gap_without_momentum_or_gradient_is_unknown() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    opt = SFW(group(p, NormBall(Lp(2), 1.0)), momentum=0.0)
+    p.grad = torch.ones(3)
+    opt.step()
+    assert opt.gap() >= 0
+    opt.zero_grad()
+    assert opt.gap().isnan()
+
+
+def test_copies_keep_their_options() -> None:
+    opt = SFW([parameter(2)], check_finite=True)
+    twin = pickle.loads(pickle.dumps(opt))
+    twin.param_groups[0]["params"][0].grad = torch.full((2,), math.nan)
+    with pytest.raises(FloatingPointError):
+        twin.step()
+
+
+def test_state_of_sgd_can_be_loaded() -> None:
+    p, q = parameter(3), parameter(3)
+    sgd, opt = torch.optim.SGD([p], lr=0.1, momentum=0.9), SFW([q], lr=0.5)
+    p.grad = q.grad = torch.ones(3)
+    sgd.step()
+    opt.load_state_dict(sgd.state_dict())
+    opt.step()
+    assert opt.param_groups[0]["lr"] == 0.1
+    assert torch.equal(opt.state[q]["momentum_buffer"], torch.full((3,), 1.9))
+
+
+def test_state_with_a_ball_that_does_not_fit_is_refused() -> None:
+    large, small = SFW(group(parameter(9), NormBall(KSupport(9), 1.0))), SFW(group(parameter(3), NormBall(Lp(2), 1.0)))
+    with pytest.raises(ValueError, match="k <= 3"):
+        small.load_state_dict(large.state_dict())
+
+
 def test_at_the_vertex_it_stays() -> None:
     ball, g = NormBall(KSupport(2), 1.0), torch.tensor([4.0, 3.0, 0.0])
     p = nn.Parameter(ball.lmo(g))
@@ -157,6 +202,15 @@ def test_at_the_vertex_it_stays() -> None:
     before = p.detach().clone()
     SFW(group(p, ball), lr=0.1).step()
     assert torch.equal(p, before)
+
+
+@every_rescale
+@pytest.mark.parametrize("norm", [Lp(1), Lp(math.inf), KSparse(2), KSupport(2), Rows(KSupport(1))], ids=str)
+def test_nan_gradients_are_not_hidden(norm: Norm, rescale: Rescale) -> None:
+    p = nn.Parameter(torch.ones(3, 3) / 10)
+    p.grad = torch.full((3, 3), math.nan)
+    SFW(group(p, NormBall(norm, 1.0)), rescale=rescale).step()
+    assert p.isnan().any()
 
 
 @every_ball
@@ -171,6 +225,21 @@ def test_extreme_gradients(ball: NormBall, exponent: int) -> None:
 
 
 # --- several tensors --------------------------------------------------------------------------------------------------
+
+
+def test_a_zero_first_gradient_does_not_freeze_the_spectral_basis() -> None:
+    # The basis of a zero matrix is arbitrary; here it starts in columns that no later gradient has.
+    ball, p = NormBall(Spectral(KSupport(3)), 1.0), nn.Parameter(torch.zeros(40, 40))
+    opt = SFW(group(p, ball), momentum=0.0)
+    p.grad = torch.zeros(40, 40)
+    opt.step()
+    g = integers(40, 40)
+    g[:, :20] = 0
+    for _ in range(20):
+        p.grad = g
+        opt.step()
+    vertex = opt._vertices([p], [g], ball, iterations=1)[0]
+    assert torch.sum(-g * vertex) > 0.98 * ball.norm.dual(g)
 
 
 def test_missing_gradients_do_not_shift_vertices() -> None:
@@ -461,5 +530,11 @@ def test_sets_and_sparse_gradients_are_refused() -> None:
         SFW([{"params": {parameter(3)}}])
     p = parameter(3, 3)
     p.grad = torch.eye(3).to_sparse()
+    first = parameter(2)
+    first.grad = torch.ones(2)
+    before = first.detach().clone()
     with pytest.raises(ValueError, match="dense"):
-        SFW(group(p, NormBall(Lp(2), 1.0))).step()
+        SFW([{"params": [first]}, *group(p, NormBall(Lp(2), 1.0))], check_finite=True).step()
+    assert torch.equal(first, before)
+    with pytest.raises(ValueError, match="must be a NormBall"):
+        SFW([{"params": [first], "ball": "l2"}])

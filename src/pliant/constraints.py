@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from pliant.ball import NormBall
 from pliant.errors import BadInput
+from pliant.linalg import l2_norm
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 from pliant.sfw import SFW
 
@@ -74,6 +76,7 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
             the same length (k-sparse norm).
     """
     check_k(k)
+    _check_vertices(vertices)
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
         n = Rows(Lp(2), layout.dim).length(shape)
@@ -85,6 +88,7 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
 def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
     """Constrain to low rank: ``Spectral(KSupport(k))``; k counts singular directions, else as :func:`filters`."""
     check_k(k)
+    _check_vertices(vertices)
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
         n = Spectral(Lp(2), layout.dim, layout.groups).length(shape)
@@ -96,6 +100,7 @@ def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> P
 def weights(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
     """Constrain to few entries: ``KSupport(k)``; k counts entries, else as :func:`filters`."""
     check_k(k)
+    _check_vertices(vertices)
     return Preset(lambda shape, layout: _vector_norm(k, math.prod(shape), vertices), radius)
 
 
@@ -106,6 +111,7 @@ def semi_structured(n: int = 2, m: int = 4, radius: float = 10.0, *, vertices: V
     """
     if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
         raise BadInput(f"an N:M pattern needs integers 1 <= n <= m, got {n}:{m}")
+    _check_vertices(vertices)
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
         inputs = 1 if layout.dim == 0 else 0
@@ -143,9 +149,12 @@ def check_k(k: float) -> None:
         raise BadInput(f"k as a fraction must lie in (0, 1], got {k}; a count is written without a point")
 
 
-def _vector_norm(k: float, n: int, vertices: Vertices) -> VectorNorm:
+def _check_vertices(vertices: Vertices) -> None:
     if vertices not in ("support", "sparse"):
         raise BadInput(f"vertices must be 'support' or 'sparse', got {vertices!r}")
+
+
+def _vector_norm(k: float, n: int, vertices: Vertices) -> VectorNorm:
     return (KSupport if vertices == "support" else KSparse)(resolve_k(k, n))
 
 
@@ -181,21 +190,24 @@ def constrain(
 
     Warns about a rule that matches nothing.
     """
+    for rule in rules:
+        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[1], Preset | None)):
+            raise BadInput(f"a rule is a pair of a pattern or predicate and a preset or None, got {rule!r}")
     groups: dict[str, dict[str, Any]] = {}
-    unmatched, used = [], set()
+    unmatched, misfit, used = [], [], set()
     for parameter, names in _trainable(model).items():
-        owner = model.get_submodule(names[0].rpartition(".")[0])
-        preset = default
-        for index, (selector, candidate) in enumerate(rules):
-            if _selects(selector, names, parameter):
-                used.add(index)
-                if candidate is None or not candidate.structured or _is_matrix(owner, parameter):
-                    preset = candidate
-                    break
-        if preset is _UNMATCHED:
-            unmatched.append(names[0])
+        choice = _choose(model, rules, names, parameter)
+        name, preset = names[0], default
+        if choice is not None:
+            used.add(choice[0])
+            name, preset = choice[1], rules[choice[0]][1]
+        elif default is _UNMATCHED:
+            unmatched.append(name)
             continue
-        ball = None if preset is None else _make_ball(preset, names[0], parameter, owner, pretrained)
+        elif default is not None and default.structured and not _is_matrix(_owner(model, name), parameter):
+            misfit.append(name)
+            continue
+        ball = None if preset is None else _make_ball(preset, name, parameter, _owner(model, name), pretrained)
         group = groups.setdefault(repr(ball), {"params": [], "param_names": [], "ball": ball, "weight_decay": 0.0})
         if ball is None:
             group.pop("weight_decay", None)  # the optimizer's default holds where no ball does
@@ -204,6 +216,11 @@ def constrain(
     if unmatched:
         raise BadInput(
             f"no rule matches {', '.join(unmatched)}: add a rule, or default=None to train them without a ball"
+        )
+    if misfit:
+        raise BadInput(
+            f"the default preset is for weight matrices, not for {', '.join(misfit)}: make it a rule ('*', preset), "
+            "and the default None or pliant.l2()"
         )
     for index, (selector, _) in enumerate(rules):
         if index not in used:
@@ -215,6 +232,16 @@ def constrain(
     return list(groups.values())
 
 
+def _choose(model: nn.Module, rules: Sequence[Rule], names: list[str], parameter: Tensor) -> tuple[int, str] | None:
+    """Return the index of the rule that decides for a parameter, and the name that it matched; None without one."""
+    for index, (selector, preset) in enumerate(rules):
+        for name in names:
+            matches = selector(name, parameter) if callable(selector) else fnmatch.fnmatchcase(name, selector)
+            if matches and (preset is None or not preset.structured or _is_matrix(_owner(model, name), parameter)):
+                return index, name
+    return None
+
+
 def _trainable(model: nn.Module) -> dict[Tensor, list[str]]:
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -223,19 +250,23 @@ def _trainable(model: nn.Module) -> dict[Tensor, list[str]]:
     return names
 
 
-def _selects(selector: str | Callable[[str, Tensor], bool], names: list[str], parameter: Tensor) -> bool:
-    if callable(selector):
-        return any(selector(name, parameter) for name in names)
-    return any(fnmatch.fnmatchcase(name, selector) for name in names)
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """Return the layer a parameter belongs to; parametrisations stand between the two."""
+    return model.get_submodule(
+        name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    )
 
 
 def _is_matrix(owner: nn.Module, parameter: Tensor) -> bool:
-    vectors = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    vectors = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
     return parameter.ndim >= 2 and not isinstance(owner, vectors)
 
 
-def _layout(owner: nn.Module) -> Layout:
+def layout_of(owner: nn.Module) -> Layout:
+    """Return how the weight of a layer is read as a matrix."""
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+        if owner.groups > 1:
+            raise BadInput("grouped transposed convolutions have no layout yet: give them the rule (name, None)")
         return Layout(dim=1)
     if isinstance(owner, nn.modules.conv._ConvNd):
         return Layout(groups=owner.groups)
@@ -245,37 +276,60 @@ def _layout(owner: nn.Module) -> Layout:
 
 
 def _make_ball(preset: Preset, name: str, parameter: Tensor, owner: nn.Module, pretrained: bool) -> NormBall:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise BadInput(f"{name} has no shape yet: run the model once on an example before constraining it")
     try:
-        norm = preset.norm(parameter.shape, _layout(owner))
+        norm = preset.norm(parameter.shape, layout_of(owner) if preset.structured else Layout())
     except ValueError as error:
         raise BadInput(f"{name} of shape {tuple(parameter.shape)}: {error}") from None
-    expected = 1.0 if parameter.is_meta and pretrained else initial_norm(owner, name, parameter, pretrained)
-    diameter = 2 * preset.radius * expected
+    diameter = 2 * preset.radius * initial_norm(owner, name, parameter, pretrained)
     return NormBall(norm, diameter / norm.diameter(parameter.shape))
 
 
 def initial_norm(owner: nn.Module, name: str, parameter: Tensor, pretrained: bool = False, draws: int = 3) -> float:
     """Return E‖θ_init‖₂ of one parameter, the mean over draws of its layer's own initialiser.
 
-    Where the layer has no ``reset_parameters``, or for ``pretrained`` weights, it is the norm at hand; 0 counts as 1.
+    Where the layer has no ``reset_parameters`` that sets this parameter, or for ``pretrained`` weights, it is the norm
+    at hand; 0 counts as 1. Raises BadInput for a norm that is not finite, or that a meta tensor does not have.
     """
-    reset = getattr(type(owner), "reset_parameters", None) or getattr(type(owner), "_reset_parameters", None)
-    if reset is None or pretrained:
-        norms = [torch.linalg.vector_norm(parameter.detach().double()).item()]
-    else:
-        leaf = name.rpartition(".")[2]
-        copied = copy.deepcopy(owner).to_empty(device="cpu")
-        norms = []
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            # The same draws for every layer: layers of one shape then share one radius, and so one group.
-            torch.manual_seed(0)
-            for _ in range(draws):
-                reset(copied)
-                norms.append(torch.linalg.vector_norm(getattr(copied, leaf).double()).item())
+    leaf = name.rpartition(".")[2]
+    norms = [] if pretrained else _drawn_norms(owner, leaf, draws)
+    if not norms:
+        if parameter.is_meta:
+            raise BadInput(f"{name} is on the meta device and its layer cannot draw it: its radius cannot be measured")
+        norms = [l2_norm([parameter.detach().double()]).item()]
     mean = sum(norms) / len(norms)
     if not math.isfinite(mean):
         raise BadInput(f"{name} has NaN or infinite entries: its radius cannot be measured")
     return mean or 1.0
+
+
+def _drawn_norms(owner: nn.Module, leaf: str, draws: int) -> list[float]:
+    """Return the norms of a parameter in some draws of its layer's initialiser, none if that does not set it."""
+    reset = getattr(type(owner), "reset_parameters", None) or getattr(type(owner), "_reset_parameters", None)
+    if reset is None or not isinstance(getattr(owner, leaf, None), nn.Parameter) or not _callable_alone(reset):
+        return []
+    # Tensors that are not leaves of autograd cannot be deep-copied; older weight_norm and pruning keep such ones.
+    tensors = [t for module in owner.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    copied = copy.deepcopy(owner, {id(t): t.detach().clone() for t in tensors})
+    if any(t.is_meta for t in [*copied.parameters(), *copied.buffers()]):
+        copied.to_empty(device="cpu")
+    copied.cpu()
+    norms = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        # The same draws for every layer: layers of one shape then share one radius, and so one group.
+        torch.default_generator.manual_seed(0)
+        getattr(copied, leaf).fill_(math.nan)  # to see whether it is set
+        for _ in range(draws):
+            reset(copied)
+            norms.append(l2_norm([getattr(copied, leaf).double()]).item())
+    return [] if math.isnan(norms[0]) else norms
+
+
+def _callable_alone(reset: Callable[..., Any]) -> bool:
+    _, *others = inspect.signature(reset).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(p.default is not inspect.Parameter.empty or p.kind in variadic for p in others)
 
 
 # --- schedules of k ---------------------------------------------------------------------------------------------------
@@ -285,7 +339,8 @@ class KSchedule:
     """Anneal k of every ball that has one, linearly from ``start`` to ``end`` over ``steps`` steps.
 
     The L2 diameter of each ball is kept, so the radius follows k; the weights are scaled inside the new ball and the
-    momentum is kept. Constructing sets the start value; call :meth:`step` after each optimizer step.
+    momentum is kept. Constructing sets the start value but touches no weights; call :meth:`step` after each optimizer
+    step. To resume, load the optimizer's state and the schedule's, in any order.
 
     Args:
         optimizer: an :class:`~pliant.SFW`.
@@ -308,10 +363,14 @@ class KSchedule:
                 self._spans.append(None)
                 continue
             n = self._length(ball, group)
-            self._spans.append((resolve_k(start, n), current if end is None else resolve_k(end, n)))
+            try:
+                self._spans.append((resolve_k(start, n), current if end is None else resolve_k(end, n)))
+            except BadInput as error:
+                names = ", ".join(group.get("param_names", ["a group without names"]))
+                raise BadInput(f"{names}: {error}") from None
         if not any(self._spans):
             raise BadInput("no group of this optimizer has a ball with a k to anneal")
-        self._apply()
+        self._apply(started=False)
 
     def step(self) -> None:
         """Go one step further; after ``steps`` steps k stays at its end."""
@@ -328,23 +387,28 @@ class KSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; the balls themselves come with the optimizer's state."""
+        """Go on from a saved state: every ball gets the k of that step."""
         if len(state["spans"]) != len(self._spans):
             raise BadInput(f"a schedule of {len(state['spans'])} groups cannot go on with {len(self._spans)} groups")
         self.last_step, self.steps = state["last_step"], state["steps"]
         self._spans = [tuple(s) if s else None for s in state["spans"]]
+        self._apply()
 
-    def _apply(self) -> None:
-        progress = self.last_step / self.steps
+    def _apply(self, *, started: bool = True) -> None:
+        progress = min(1.0, self.last_step / self.steps)
         for group, span in zip(self.optimizer.param_groups, self._spans, strict=True):
             if span is None:
                 continue
             ball = NormBall.from_spec(group["ball"])
-            k = round(span[0] + (span[1] - span[0]) * progress)
+            k = math.floor(span[0] + (span[1] - span[0]) * progress + 0.5)
             if k != norm_k(ball.norm):
                 shapes = self._shapes(group)
                 norm = with_k(ball.norm, k)
-                self.optimizer.set_ball(group, NormBall(norm, ball.diameter(shapes) / norm.diameter(shapes)))
+                ball = NormBall(norm, ball.diameter(shapes) / norm.diameter(shapes))
+                if started:
+                    self.optimizer.set_ball(group, ball)
+                else:
+                    group["ball"] = ball.to_spec()
 
     def _length(self, ball: NormBall, group: dict[str, Any]) -> int:
         lengths = {with_k(ball.norm, 1).length(p.shape) for p in group["params"]}

@@ -80,26 +80,32 @@ def orthonormalise(columns: Tensor) -> Tensor:
 def starting_basis(g: Tensor, k: int) -> Tensor:
     """Return an orthonormal start for :func:`leading_subspace`: a Gaussian sketch of the row space of ``g``.
 
-    The sketch has a seed of its own, so the result is a function of ``g`` alone and the global random state is
-    left as it is. (Halko, Martinsson, Tropp 2011, algorithm 4.1.)
+    (Halko, Martinsson, Tropp 2011, algorithm 4.1.)
 
     Shapes: ``g`` (m, n) -> (n, k).
     """
-    generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(g.shape[0], k, generator=generator, dtype=g.dtype).to(g.device)
-    return orthonormalise(g.T @ sketch)
+    return orthonormalise(g.T @ _gaussian(g.shape[0], k, g))
 
 
 def leading_subspace(g: Tensor, basis: Tensor, iterations: int) -> Tensor:
     """Improve an orthonormal ``basis`` of the leading right singular subspace of ``g``.
 
-    Each iteration is one step of block power iteration (subspace iteration), Q <- qr(Gᵀ G Q); a basis kept
-    from the last, similar ``g`` needs one. Where ``g`` is zero the basis is returned as it is.
+    Each iteration is one step of block power iteration (subspace iteration), Q <- qr(Gᵀ(GQ + E)); a basis kept from the
+    last, similar ``g`` needs one. Where ``g`` is zero the basis is returned as it is.
     (Golub, Van Loan, Matrix Computations, section 8.2.4.)
 
     Shapes: ``g`` (m, n), ``basis`` (n, k) -> (n, k), orthonormal columns.
     """
+    # Without the small fixed noise E, a basis orthogonal to the rows of g would stay so for ever: GQ = 0.
+    noise = _gaussian(g.shape[0], basis.shape[1], g)
+    noise = noise * (1e-5 * vector_norm(g) / vector_norm(noise))
     previous = basis
     for _ in range(iterations):
-        basis = orthonormalise(g.T @ (g @ basis))
+        basis = orthonormalise(g.T @ (g @ basis + noise))
     return torch.where(vector_norm(g, math.inf) == 0, previous, basis)
+
+
+def _gaussian(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return always the same Gaussian matrix of this shape; the global random state is left as it is."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)

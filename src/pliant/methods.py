@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pliant.constraints import Preset, constrain, filters, rank, resolve_k, semi_structured, weights
+from pliant import sfw
+from pliant.constraints import Preset, constrain, filters, layout_of, rank, resolve_k, semi_structured, weights
 from pliant.errors import BadInput, unknown
 from pliant.sfw import SFW
 
@@ -44,7 +45,7 @@ METHODS = {
     "sfw-weights": Method("SFW towards few weights", lr=0.1, k=0.1, radius=10.0),
     "sfw-nm": Method("SFW towards N of M consecutive input channels", lr=0.1, radius=10.0),
 }
-RESCALES = ("gradient", "fast-gradient", "diameter", "none")
+RESCALES = tuple("none" if rescale is None else rescale for rescale in sfw.RESCALES)
 
 
 def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
@@ -104,16 +105,17 @@ def rules(model: nn.Module, method: str, *, k: int | float | None, radius: float
         preset = semi_structured(n if k is None else resolve_k(k, m), m, radius)
     else:
         preset = presets[method](k, radius)
-    matrices = {
-        f"{name}.weight"
+    # The dimension of the input channels of every weight that can be constrained.
+    inputs = {
+        f"{name}.weight": 1 - layout_of(module).dim
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     }
-    matrices.discard(f"{_classifier(model)}.weight")
+    inputs.pop(f"{_classifier(model)}.weight", None)
 
     def constrained(name: str, parameter: Tensor) -> bool:
         # Hardware reads N:M along whole blocks of input channels; the first layer's 1 or 3 do not fill one.
-        return name in matrices and (method != "sfw-nm" or parameter.shape[1] % m == 0)
+        return name in inputs and (method != "sfw-nm" or parameter.shape[inputs[name]] % m == 0)
 
     if not any(constrained(name, p) for name, p in model.named_parameters()):
         raise BadInput(f"{method} finds no weight to constrain in this model; train it with --method sgd")

@@ -211,8 +211,9 @@ class Lp(VectorNorm):
         q = self._conjugate()
         largest = a.amax(dim=-1, keepdim=True)
         shape = divide_or_zero(a, largest.expand_as(a))
-        length = vector_norm(shape, q, dim=-1, keepdim=True)
-        return divide_or_zero(shape, length.expand_as(a)) ** (q - 1)
+        # Dividing last makes the norm 1 whatever the power did to the rounding (q is huge for p near 1).
+        powers = shape ** (q - 1)
+        return divide_or_zero(powers, _p_norm(powers, self.p)[..., None].expand_as(a))
 
     def _diameter(self, n: int) -> float:
         return 2 * math.pow(n, max(0.0, 0.5 - 1 / self.p))
@@ -335,6 +336,8 @@ class Rows(_Lift):
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         matrix = _as_matrix(x, self.dim)
         a = vector_norm(matrix, dim=1)
+        # The squares of smaller rows underflow, and dividing by their norms would leave the ball: they count as 0.
+        a = torch.where(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0, a)
         return a, lambda w: _from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
 
 
@@ -352,8 +355,8 @@ class Spectral(_Lift):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.groups < 1:
-            raise ValueError(f"Spectral needs groups >= 1, got {self.groups}")
+        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
+            raise ValueError(f"Spectral needs an integer groups >= 1, got {self.groups!r}")
 
     def _length(self, shape: Shape) -> int:
         rows, columns = self._block_shape(shape)
@@ -373,6 +376,7 @@ class Spectral(_Lift):
         # Below this, singular values are rounding and their vectors arbitrary: they would write into zero rows.
         noise = s[:, :1] * max(blocks.shape[1:]) * torch.finfo(s.dtype).eps
         s = torch.where(s <= noise, 0, s)
+        u = u * (blocks != 0).any(dim=2, keepdim=True)  # a zero row stays exactly zero
 
         def rebuild(w: Tensor) -> Tensor:
             return _from_matrix(((u * w.reshape(s.shape)[:, None, :]) @ vh).flatten(0, 1), x.shape, self.dim)
@@ -451,6 +455,8 @@ class Blocks(_Lift):
         super().__post_init__()
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"Blocks needs an integer size >= 1, got {self.size!r}")
+        if self.dim < 0:
+            raise ValueError(f"Blocks needs dim >= 0, got {self.dim}")
         self.inner._check_length(self.size)
 
     def _length(self, shape: Shape) -> int:
@@ -488,6 +494,8 @@ class Blocks(_Lift):
 def _scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
     """Return the tensors divided by one power of two near their largest entry, and that power."""
     tensors = [x] if isinstance(x, Tensor) else list(x)
+    if not tensors:
+        raise ValueError("a norm needs at least one tensor, got none")
     for t in tensors:
         if not t.is_floating_point():
             raise ValueError(f"a norm needs real floating-point tensors, got dtype {t.dtype}")

@@ -16,6 +16,7 @@ rescaling is sign-SGD with decay; ``Spectral(Lp(inf))`` without rescaling is Muo
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pliant.ball import NormBall
-from pliant.linalg import accumulation_dtype, l2_norm
+from pliant.linalg import accumulation_dtype, divide_or_zero, l2_norm
 from pliant.norms import Spectral
 
 Rescale = Literal["gradient", "fast-gradient", "diameter"] | None
@@ -42,7 +43,8 @@ class SFW(Optimizer):
 
     Constructing never touches weights. The first step of a constrained parameter scales it radially into its ball and
     warns if that shrinks it by more than a factor of 2. Apart from that first step, and from ``check_finite``, a step
-    does not synchronise with the host.
+    asks for no value of a tensor, so it does not wait for the device; on CUDA, torch's own singular value
+    decompositions do, which small ``Spectral`` balls use.
 
     bf16 or fp16 *weights* freeze when η is below their resolution; keep float32 weights and use autocast.
 
@@ -77,7 +79,6 @@ class SFW(Optimizer):
     ) -> None:
         if not isinstance(power_iterations, int) or power_iterations < 1:
             raise ValueError(f"power_iterations must be an integer >= 1, got {power_iterations!r}")
-        self.check_finite = check_finite
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -85,6 +86,7 @@ class SFW(Optimizer):
             "weight_decay": weight_decay,
             "rescale": rescale,
             "maximize": maximize,
+            "check_finite": check_finite,
             "power_iterations": power_iterations,
             "ball": None,
             "joint": False,
@@ -109,7 +111,9 @@ class SFW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("check_finite", False)
+        for group in self.param_groups:  # a state saved by another version, or by SGD, may lack options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state made by ``state_dict``; the singular bases keep their own precision."""
@@ -121,10 +125,13 @@ class SFW(Optimizer):
             basis = state_dict["state"].get(index, {}).get("basis")
             if basis is not None:
                 self.state[p]["basis"] = basis.to(p.device, copy=True)
+        for group in self.param_groups:
+            _check_ball_fits(_as_ball(group["ball"]), group["params"], joint=group["joint"])
 
     @torch.no_grad()
     def set_ball(self, group: dict[str, Any], ball: NormBall) -> None:
         """Give a group of this optimizer another ball: its weights are scaled inside, its momentum is kept."""
+        _check_options(group, ball)
         _check_ball_fits(ball, group["params"], joint=group["joint"])
         group["ball"] = ball.to_spec()
         started = [p for p in group["params"] if p in self.state]
@@ -143,8 +150,7 @@ class SFW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.check_finite:
-            self._refuse_non_finite()
+        self._check_gradients()
         self._start_new_parameters()
         for group in self.param_groups:
             ball = _as_ball(group["ball"])
@@ -159,9 +165,9 @@ class SFW(Optimizer):
     def gap(self) -> Tensor:
         """Return the Frank-Wolfe gap ⟨θ, m⟩ + r·dual(m), summed over all balls, times (1 − μ)/(1 − dampening).
 
-        A scalar tensor, 0 before the first step; without momentum, m is the gradient at hand. For full gradients and
-        weights inside their balls it is >= 0 and certifies stationarity; with stochastic momentum it is an estimate of
-        that. (Jaggi 2013, section 2.)
+        A scalar tensor, 0 before the first step. Without momentum, m is the gradient at hand, and the gap is NaN after
+        ``zero_grad``. For full gradients and weights inside their balls it is >= 0 and certifies stationarity; with
+        stochastic momentum it is an estimate of that. (Jaggi 2013, section 2.)
         """
         total = torch.zeros(())
         for group in self.param_groups:
@@ -230,7 +236,7 @@ class SFW(Optimizer):
             warnings.warn(
                 f"{len(far)} constrained parameters started outside of their balls and were shrunk, {name} by a factor "
                 f"of {factor:.3g}; if they were trained before, a larger radius keeps what they learned",
-                stacklevel=2,
+                stacklevel=5,  # past step() and the wrappers torch puts around it
             )
 
     def _sets_with_gradient(self, group: dict[str, Any]) -> list[list[Tensor]]:
@@ -259,19 +265,26 @@ class SFW(Optimizer):
 
     def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         buffer: Tensor | None = self.state[p].get("momentum_buffer")
-        return _signed_gradient(p, group) if buffer is None else buffer
+        if buffer is None:
+            return torch.full_like(p, math.nan) if p.grad is None else _signed_gradient(p, group)
+        return buffer
 
-    def _refuse_non_finite(self) -> None:
-        with_gradient = [
-            (name, p)
-            for group in self.param_groups
-            for name, p in zip(_names(group), group["params"], strict=True)
-            if p.grad is not None
-        ]
-        if not with_gradient:
+    def _check_gradients(self) -> None:
+        """Refuse a gradient that no step can be taken with, before anything has changed."""
+        checked: list[tuple[str, Tensor]] = []
+        for group in self.param_groups:
+            for name, p in zip(_names(group), group["params"], strict=True):
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided or p.grad.is_complex():
+                    raise ValueError(f"SFW needs dense, real gradients, got {p.grad.layout} {p.grad.dtype} in {name}")
+                if group["check_finite"]:
+                    checked.append((name, p.grad))
+        if not checked:
             return
-        finite = torch.stack([torch.isfinite(p.grad).all() for _, p in with_gradient]).tolist()
-        bad = [name for (name, _), ok in zip(with_gradient, finite, strict=True) if not ok]
+        # One reduction per tensor, one transfer for all.
+        finite = torch.stack([torch.isfinite(gradient).all() for _, gradient in checked]).tolist()
+        bad = [name for (name, _), ok in zip(checked, finite, strict=True) if not ok]
         if bad:
             shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise FloatingPointError(f"NaN or infinite gradient in {shown}; the step was refused, nothing has changed")
@@ -300,7 +313,7 @@ def sfw_update(
     """
     length = l2_norm(directions)
     if rescale is None or rescale == "diameter":
-        length = (length != 0).to(length.dtype)
+        length = divide_or_zero(length, length)  # 1, or 0 for a zero direction, or NaN for NaN
     match rescale:
         case "gradient":
             reference = l2_norm([w - v for w, v in zip(weights, vertices, strict=True)])
@@ -322,8 +335,6 @@ def sfw_update(
 def _signed_gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(p)
-    if p.grad.is_sparse or p.grad.is_complex():
-        raise ValueError(f"SFW needs dense, real gradients, got {p.grad.layout} of {p.grad.dtype}")
     return -p.grad if group["maximize"] else p.grad
 
 
@@ -335,6 +346,8 @@ def _scale_inside(members: list[Tensor], ball: NormBall) -> Tensor:
 
 
 def _as_ball(ball: NormBall | dict[str, Any] | None) -> NormBall | None:
+    if not isinstance(ball, NormBall | dict | None):
+        raise ValueError(f"'ball' must be a NormBall, its spec or None, got {ball!r}")
     return NormBall.from_spec(ball) if isinstance(ball, dict) else ball
 
 

@@ -203,6 +203,7 @@ class Session:
         self.loader.set_epoch(epoch)
         total_loss, total_correct, count = 0.0, 0, 0
         for images, labels in self.loader:
+            optimizer.zero_grad()  # here, not after the step: the gap of an epoch may need the last gradient
             loss, correct = 0.0, 0
             parts = min(self.settings["accumulate"], len(labels))
             for part, target in zip(images.chunk(parts), labels.chunk(parts), strict=True):
@@ -215,7 +216,6 @@ class Session:
                 optimizer.step()
             except FloatingPointError as error:
                 raise self._diverged(str(error), folder) from None
-            optimizer.zero_grad()
             self.scheduler.step()
             if self.k_schedule is not None:
                 self.k_schedule.step()

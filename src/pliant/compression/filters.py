@@ -58,7 +58,7 @@ class FilterPruning(Compressor[Channels]):
     """
 
     ratio: float = 0.5
-    allocation: str = "uniform"
+    allocation: str = "global"
     importance: str = "l2"
     mode: str = "remove"
 

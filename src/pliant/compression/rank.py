@@ -86,7 +86,7 @@ class LowRank(Compressor[Spectra]):
     """
 
     ratio: float = 0.5
-    allocation: str = "uniform"
+    allocation: str = "global"
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)

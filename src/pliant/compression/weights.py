@@ -38,7 +38,7 @@ class Magnitude(Compressor[Weights]):
     """
 
     ratio: float = 0.5
-    allocation: str = "uniform"
+    allocation: str = "global"
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)

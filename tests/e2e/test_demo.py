@@ -1,0 +1,74 @@
+"""The README's promises, kept: its code runs, its commands run, the demo runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import pliant
+from pliant.cli import main
+from pliant.records import read_records
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_makes_a_smaller_network_that_works() -> None:
+    (code,) = blocks("python")
+    names: dict[str, object] = {}
+    exec(code, names)
+    model, small, data = names["model"], names["small"], names["data"]
+    assert sum(p.numel() for p in small.parameters()) < 0.35 * sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
+    images, labels = next(iter(pliant.Loader(data, "test", 512)))  # type: ignore[arg-type]
+    assert (small.eval()(images).argmax(1) == labels).float().mean() > 0.9  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_shell_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (session,) = blocks("console")
+    commands = [shlex.split(line.removeprefix("$ ")) for line in session.splitlines() if line.startswith("$ ")]
+    assert [command[1] for command in commands] == ["train", "sweep", "report", "compress"]
+    for command in commands:
+        quick = ["--epochs", "1"] if command[1] == "train" else []
+        assert main([*command[1:], *quick]) == 0
+    assert len(read_records("records.jsonl")) == 6
+    assert pliant.load("small")
+
+
+@pytest.mark.slow
+def test_the_demo_reports_all_networks_at_all_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--epochs", "1"]) == 0
+    table = capsys.readouterr().out
+    for word in ("sgd", "sfw-filters", "sfw-rank", "dense", "30%", "50%", "70%", "80%", "90%", "demo/report.html"):
+        assert word in table
+    records = read_records("demo/records.jsonl")
+    points = {(r.method, r.compressor) for r in records}
+    assert points == {("sgd", "filters"), ("sgd", "rank"), ("sfw-filters", "filters"), ("sfw-rank", "rank")}
+    assert len(records) == 24
+    assert "</html>" in Path("demo/report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(["demo"]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cifar10_runs_to_the_end(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", "cifar10", "--data_dir", str(shared / "data" / "cifar10")]
+    small = ["--model", "resnet8", "--width", "0.125", "--method", "sfw-rank", "--epochs", "1", "--batch_size", "1024"]
+    assert main(["train", *data, *small, "--out", "run"]) == 0
+    assert main(["sweep", "run", "--compressor", "rank", "--ratios", "0,0.5"]) == 0
+    assert main(["report", "records.jsonl"]) == 0
+    dense, half = read_records("records.jsonl")
+    assert dense.top1 > 0.12  # chance is 0.1
+    assert half.params < half.params_dense
