@@ -28,7 +28,7 @@ def zeros(x: Tensor) -> int:
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.35, 0.5, 0.999])
 def test_exactly_the_asked_count_is_zero_per_layer_and_globally(ratio: float) -> None:
     model, x = network()
-    uniform = compress(model, Magnitude(ratio), x)
+    uniform = compress(model, Magnitude(ratio, "uniform"), x)
     weights = [uniform[i].weight for i in (0, 3, 5)]
     assert [zeros(w) for w in weights] == [round(ratio * w.numel()) for w in weights]
     everything = compress(model, Magnitude(ratio, "global"), x)
@@ -59,7 +59,7 @@ def test_global_compares_layers_and_uniform_does_not() -> None:
     x = torch.randn(2, 4)
     plan = Magnitude(0.5, "global").plan(model, x)
     assert [layer.kept for layer in plan.layers] == [0, 16]
-    assert [layer.kept for layer in Magnitude(0.5).plan(model, x).layers] == [8, 8]
+    assert [layer.kept for layer in Magnitude(0.5, "uniform").plan(model, x).layers] == [8, 8]
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
