@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pliant.errors import BadInput
 from pliant.reporting import report
 from pliant.sweeping import sweep
@@ -32,16 +34,22 @@ def demo(out: str = "demo", epochs: int = 40, seed: int = 0) -> Path:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise BadInput(f"{folder} exists and is not empty: choose another --out, or remove it")
     records = folder / "records.jsonl"
-    for method, recipe in RECIPES.items():
-        run = train(
-            data="digits",
-            model="resnet8",
-            method=method,
-            epochs=epochs,
-            seed=seed,
-            out=str(folder / "runs" / method),
-            **recipe,
-        )
-        for compressor in COMPRESSORS[method]:
-            sweep([run], compressor, out=str(records))
+    threads = torch.get_num_threads()
+    # Images of 8×8 are too small to share out: on a busy machine several threads would only wait for each other.
+    torch.set_num_threads(1)
+    try:
+        for method, recipe in RECIPES.items():
+            run = train(
+                data="digits",
+                model="resnet8",
+                method=method,
+                epochs=epochs,
+                seed=seed,
+                out=str(folder / "runs" / method),
+                **recipe,
+            )
+            for compressor in COMPRESSORS[method]:
+                sweep([run], compressor, out=str(records))
+    finally:
+        torch.set_num_threads(threads)
     return report([records], folder / "report.html")

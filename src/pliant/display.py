@@ -1,4 +1,4 @@
-"""What a person sees while a network trains: a progress bar on a terminal, a line per epoch elsewhere."""
+"""What a person sees while a network trains: a progress bar on a terminal, some lines elsewhere."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Display:
         """Show an epoch's entry of the log."""
         gap = "" if entry["gap"] is None else f"  gap {entry['gap']:.3g}"
         self._validation = f"  val {entry['val_top1']:.1%}{gap}"
-        if not self._console.is_terminal or entry["epoch"] == epochs:
+        # Without a bar: the first and the last epoch, and about ten between.
+        tenth = entry["epoch"] * 10 // epochs > (entry["epoch"] - 1) * 10 // epochs
+        if entry["epoch"] == epochs or (not self._console.is_terminal and (tenth or entry["epoch"] == 1)):
             self._console.print(
                 f"{self.title}  epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.3f}  "
                 f"train {entry['train_top1']:.1%}{self._validation}  {entry['seconds']:.1f} s",
