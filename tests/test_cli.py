@@ -50,7 +50,7 @@ def test_train_sweep_compress_report(
 def test_an_integer_k_is_a_count_and_a_float_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for text, value in (("1", 1), ("1.0", 1.0)):
-        assert main(["train", *QUICK, "--method", "sfw-filters", "--k", text, "--radius", "50", "--out", text]) == 0
+        assert main(["train", *QUICK, "--method", "sfw-filters", "--k", text, "--out", text]) == 0
         saved = yaml.safe_load(Path(text, "config.yaml").read_text())["k"]
         assert (saved, type(saved)) == (value, type(value))
 

@@ -155,7 +155,7 @@ def test_a_shuffled_epoch_has_every_image_once() -> None:
 
 def test_augmented_images_are_all_shifts_and_mirrors_of_their_own() -> None:
     data = make_data(2, shape=(3, 4, 6), pad=1)
-    padded = torch.nn.functional.pad(data.train.images, (1, 1, 1, 1))
+    padded = torch.nn.functional.pad(data.train.images.float(), (1, 1, 1, 1), mode="reflect").to(torch.uint8)
     loader = Loader(data, "train", 2, shuffle=True, augment=True)
     seen = set()
     for number in range(200):

@@ -181,11 +181,19 @@ class Loader:
 
 
 def _crop(images: Tensor, pad: int, top: Tensor, left: Tensor) -> Tensor:
-    """Pad (B, C, H, W) with zeros and cut out of each image the H x W window at its ``top``, ``left`` (B,)."""
+    """Mirror (B, C, H, W) ``pad`` pixels over its edges; cut out of each image the H x W window at ``top``, ``left``.
+
+    Black edges would be simpler, but BatchNorm would then see other statistics in training than on plain images.
+    """
     height, width = images.shape[2:]
-    padded = F.pad(images, (pad, pad, pad, pad))
+    padded = images[:, :, _mirrored(height, pad)][:, :, :, _mirrored(width, pad)]
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, 2·pad+1, 2·pad+1, H, W)
     return windows.permute(0, 2, 3, 1, 4, 5)[torch.arange(len(images)), top, left]
+
+
+def _mirrored(size: int, pad: int) -> Tensor:
+    """Return the positions 0 … size − 1 with ``pad`` < size more at either end, mirrored at the edge pixels."""
+    return (size - 1) - (torch.arange(-pad, size + pad).abs() - (size - 1)).abs()
 
 
 def _generator(seed: int, *stream: int) -> torch.Generator:

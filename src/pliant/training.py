@@ -12,6 +12,7 @@ import json
 import math
 import pickle
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,10 @@ def train(
         _start_folder(folder, session.settings)
     elif (folder / CHECKPOINT).exists():
         session.restore(folder / CHECKPOINT)
-    session.run(folder)
+    with warnings.catch_warnings():
+        # Nothing is lost when newly initialised weights are scaled into small balls.
+        warnings.filterwarnings("ignore", message=".* started outside of their balls")
+        session.run(folder)
     return folder
 
 
