@@ -327,5 +327,5 @@ def test_tensors_without_a_norm_are_refused(x: Tensor) -> None:
 
 
 def test_projection_is_not_promised_where_none_is_known() -> None:
-    with pytest.raises(NotImplementedError, match="KSupport"):
-        KSupport(2).project(torch.ones(3), 1.0)
+    with pytest.raises(NotImplementedError, match="Lp"):
+        Lp(3).project(torch.ones(3), 1.0)

@@ -52,6 +52,7 @@ from pliant.linalg import (
     topk_mask,
     vector_norm,
 )
+from pliant.projections import project_ksparse, project_ksupport
 
 Tensors = Tensor | Sequence[Tensor]
 Shape = Sequence[int]
@@ -101,9 +102,27 @@ class Norm(ABC):
         self._check_length(n)
         return n
 
+    @torch.no_grad()
     def project(self, x: Tensor, radius: float) -> Tensor:
-        """Return the nearest point to x, in L2, of the ball of this radius."""
-        raise NotImplementedError(f"no Euclidean projection is known for {self}")
+        """Return the nearest point to x, in L2, of the ball of this radius; x itself where ``NormBall.contains`` it.
+
+        Known for Lp(1), Lp(2), Lp(inf), KSparse and KSupport, under Rows and Spectral too, and for Blocks(KSupport);
+        else raises NotImplementedError.
+
+        Args:
+            x: of any shape that this norm is defined for.
+            radius: positive and finite, in the units of x.
+        """
+        if not (radius > 0 and math.isfinite(radius)):
+            raise ValueError(f"project needs a positive, finite radius, got {radius}")
+        (scaled,), scale = _scaled(x)
+        self.length(x.shape)
+        magnitudes, rebuild = self._split(scaled)
+        nearest = scale * rebuild(self._nearest(magnitudes, radius / scale))
+        # The rounding of singular vectors, or of one threshold for many entries, adds up: shrink what it put outside.
+        nearest = nearest / (self(nearest) / radius).clamp_min(1)
+        inside = self(x) <= radius * (1 + 4 * torch.finfo(x.dtype).eps)
+        return torch.where(inside, x, nearest.to(x.dtype))
 
     def to_spec(self) -> dict[str, Any]:
         """Return this norm as plain data: strings, numbers and dicts (p = ∞ is the string "inf")."""
@@ -164,6 +183,9 @@ class Norm(ABC):
     @abstractmethod
     def _diameter(self, n: int) -> float: ...
 
+    def _nearest(self, a: Tensor, radius: Tensor) -> Tensor:
+        raise NotImplementedError(f"no Euclidean projection is known for {self}")
+
 
 # --- vector norms -----------------------------------------------------------------------------------------
 
@@ -218,6 +240,16 @@ class Lp(VectorNorm):
     def _diameter(self, n: int) -> float:
         return 2 * math.pow(n, max(0.0, 0.5 - 1 / self.p))
 
+    def _nearest(self, a: Tensor, radius: Tensor) -> Tensor:
+        match self.p:
+            case 1:
+                return project_ksparse(a, 1, radius)
+            case 2:
+                return a  # the nearest point is on the ray through a: project shrinks it
+            case math.inf:
+                return a.minimum(radius)
+        return super()._nearest(a, radius)
+
     def _conjugate(self) -> float:
         if self.p == 1:
             return math.inf
@@ -256,6 +288,9 @@ class KSparse(_KNorm):
     def _diameter(self, n: int) -> float:
         return 2.0 * math.sqrt(self.k)
 
+    def _nearest(self, a: Tensor, radius: Tensor) -> Tensor:
+        return project_ksparse(a, self.k, radius)
+
 
 @dataclass(frozen=True)
 class KSupport(_KNorm):
@@ -288,6 +323,9 @@ class KSupport(_KNorm):
     def _diameter(self, n: int) -> float:
         return 2.0
 
+    def _nearest(self, a: Tensor, radius: Tensor) -> Tensor:
+        return project_ksupport(a[None], self.k, radius)[0]
+
 
 # --- lifts ------------------------------------------------------------------------------------------------
 
@@ -316,6 +354,9 @@ class _Lift(Norm):
 
     def _diameter(self, n: int) -> float:
         return self.inner._diameter(n)
+
+    def _nearest(self, a: Tensor, radius: Tensor) -> Tensor:
+        return self.inner._nearest(a, radius)
 
 
 @dataclass(frozen=True)
@@ -486,6 +527,11 @@ class Blocks(_Lift):
     def _align(self, a: Tensor) -> Tensor:
         weights = Lp(2)._align(self.inner._dual(a))
         return weights[:, None] * self.inner._align(a)
+
+    def _nearest(self, a: Tensor, radius: Tensor) -> Tensor:
+        if isinstance(self.inner, KSupport):
+            return project_ksupport(a, self.inner.k, radius)
+        return Norm._nearest(self, a, radius)
 
 
 # --- shapes and scales ------------------------------------------------------------------------------------
