@@ -77,3 +77,13 @@ def test_empty_loader_and_unusable_batches_are_bad_input() -> None:
     vectors = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     with pytest.raises(BadInput, match="more than 1 value"):
         reestimate_batchnorm(vectors, [torch.randn(1, 3)])
+
+
+def test_dropout_is_off_while_statistics_are_measured() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
+    batches = [(torch.randn(64, 4), None) for _ in range(3)]
+    first, second = (reestimate_batchnorm(model, batches) for _ in range(2))
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+    mean = torch.stack([model[0](x).mean(0) for x, _ in batches]).mean(0)
+    torch.testing.assert_close(first[2].running_mean, mean)
+    assert first[1].p == 0.5

@@ -167,6 +167,7 @@ def test_a_disk_without_room_is_one_line_and_earlier_files_survive(tmp_path: Pat
     assert "Traceback" not in failed.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.yaml",
+        "shape.json",
         "env.json",
         "train.jsonl",
         "checkpoint",

@@ -34,6 +34,19 @@ def test_macs_see_attention() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_macs_of_networks_that_need_real_numbers() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 8, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.abs().sum().item() >= 0
+            return self.lstm(x, (torch.zeros(1, len(x), 8), torch.zeros(1, len(x), 8)))[0]
+
+    assert measuring.macs(Recurrent(), torch.zeros(2, 5, 4)) == 5 * 4 * 8 * (4 + 8)
+
+
 def test_nonzero_counts_shared_parameters_once() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight

@@ -76,7 +76,13 @@ def test_compressing_leaves_the_run_as_it_was(run: Path) -> None:
 def test_compressed_folder_is_loaded_again(compressor: str, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     compress_run(run, compressor, ratio=0.6, calibration=256, out=str(out))
-    assert {path.name for path in out.iterdir()} == {"config.yaml", "model.safetensors", "plan.json", "record.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml",
+        "shape.json",
+        "model.safetensors",
+        "plan.json",
+        "record.json",
+    }
     small, record = pliant.load(out), json.loads((out / "record.json").read_text())
     assert measuring.parameters(small) == record["params"]
     assert (out / "model.safetensors").stat().st_size == record["bytes"]

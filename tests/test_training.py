@@ -11,6 +11,7 @@ from torch import nn
 
 from pliant import training
 from pliant.ball import NormBall
+from pliant.compressing import compress_run
 from pliant.errors import BadInput, DamagedFile, Diverged
 from pliant.methods import METHODS
 from pliant.runs import Run, load, load_weights, save_weights
@@ -39,6 +40,7 @@ def test_every_method_learns_and_leaves_a_run_folder(method: str, tmp_path: Path
     run = quick(tmp_path / "run", method=method, epochs=12, batch_size=64, width=1.0)
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
+        "shape.json",
         "env.json",
         "train.jsonl",
         "checkpoint",
@@ -83,6 +85,49 @@ def test_resume_of_a_complete_run_changes_nothing(tmp_path: Path) -> None:
     before = weights(run)
     train(out=str(run), resume=True)
     assert_equal(weights(run), before)
+
+
+def test_resume_leaves_finished_work_alone(tmp_path: Path) -> None:
+    run = quick(tmp_path / "run")
+    (run / training.CHECKPOINT).unlink()
+    before = (run / "model.safetensors").stat()
+    train(out=str(run), resume=True)
+    assert (run / "model.safetensors").stat() == before
+    small = compress_run(run, "weights", ratio=0.5, calibration=2, out=str(tmp_path / "small"))
+    with pytest.raises(BadInput, match="compressed network, not a run"):
+        train(out=str(small), resume=True)
+    with pytest.raises(BadInput, match="compressed already"):
+        compress_run(small, "weights", out=str(tmp_path / "smaller"))
+
+
+def test_loading_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = quick(tmp_path / "run", epochs=1)
+    small = compress_run(run, "filters", ratio=0.5, calibration=2, out=str(tmp_path / "small"))
+    monkeypatch.setattr("pliant.runs.load_data", None)
+    assert load(run)(torch.zeros(1, 1, 8, 8)).shape == load(small)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    for content, message in ((b"{", "damaged"), (b"[1]", "damaged"), (None, "missing")):
+        (small / "shape.json").unlink() if content is None else (small / "shape.json").write_bytes(content)
+        with pytest.raises(DamagedFile, match=message):
+            load(small)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("nn.Sequential(nn.Flatten(), nn.Linear(64, 5))", r"scores of shape \(2, 10\).*got shape \(2, 5\)"),
+        ("nn.Sequential(nn.Flatten(), nn.Linear(63, 10))", r"cannot be run on images of shape \(2, 1, 8, 8\)"),
+        ("nn.Sequential(nn.Flatten(), nn.LSTM(64, 10))", "got tuple"),
+    ],
+)
+def test_networks_that_do_not_fit_are_named(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"net{abs(hash(body))}"
+    (tmp_path / f"{module}.py").write_text(f"from torch import nn\ndef make():\n    return {body}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        quick(tmp_path / "run", model=f"{module}:make", width=1.0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
@@ -150,7 +195,7 @@ def test_divergence_is_named_and_keeps_the_last_good_checkpoint(
 
 
 def test_an_exploding_learning_rate_is_caught(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="train anew with a smaller --lr"):
+    with pytest.raises(Diverged, match="train with a smaller --lr"):
         quick(tmp_path / "run", lr=1e12, warmup=0.0)
 
 
@@ -191,6 +236,11 @@ def test_checkpoints_that_would_run_code_are_refused(tmp_path: Path) -> None:
         ({"k": 1.5}, "k as a fraction"),
         ({"method": "sfw-filters", "k": 1000}, r"conv1\.weight.*k=1000"),
         ({"precision": "fp8"}, "precision"),
+        ({"precision": "fp16"}, "needs a GPU"),
+        ({"epochs": "3"}, "--epochs expects int, got '3'"),
+        ({"augment": None}, "--augment expects bool, got None"),
+        ({"data": None}, "--data expects str"),
+        ({"width": None}, "--width expects float"),
     ],
 )
 def test_bad_settings_leave_nothing_behind(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -222,7 +272,18 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         load_weights(nn.Linear(3, 3), tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "data: [", "data: digits\n", "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[1, 2]",
+        "data: [",
+        "data: digits\n",
+        "\xff",
+        "{data: 5, model: mlp, method: sgd, seed: 0}",
+        "{data: digits, model: mlp, method: sgd, seed: 0, width: x}",
+    ],
+)
 def test_damaged_config(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(DamagedFile, match=r"config\.yaml is damaged"):

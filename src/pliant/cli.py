@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted; a training goes on with --resume, a sweep with the same command", code=130)
     except OSError as error:
         reason = error.strerror or str(error)
-        return _fail(f"{error.filename}: {reason}" if error.filename else f"{reason}; earlier files are intact")
+        return _fail(f"{error.filename}: {reason}" if error.filename else reason)
 
 
 def _run(arguments: list[str]) -> int:

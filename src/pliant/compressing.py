@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pliant.errors import BadInput
 from pliant.files import write_text
-from pliant.runs import PLAN, WEIGHTS, Run, save_weights, write_config
+from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config
 from pliant.sweeping import describe
 from pliant.trials import Trial, check_names, check_ratio
 
@@ -28,7 +28,8 @@ def compress_run(
 ) -> Path:
     """Compress a trained network to one size, without retraining, and write it to a folder.
 
-    The folder holds model.safetensors, plan.json (what was kept), config.yaml and record.json (what it achieves).
+    The folder holds model.safetensors, plan.json (what was kept), record.json (what it achieves), config.yaml and
+    shape.json.
 
     Args:
         run: run folder, as pliant train makes it.
@@ -52,6 +53,8 @@ def compress_run(
     folder = Path(out) if out else source.path.resolve().with_name(f"{source.name}-{compressor}-{size}")
     if folder.exists():
         raise BadInput(f"{folder} exists: choose another --out, or remove it")
+    if (source.path / PLAN).exists():
+        raise BadInput(f"{run} is compressed already: give the run folder it was made from")
     trial = Trial(source, compressor, allocation=allocation, calibration=calibration, precision=precision)
     network, plan, record = trial.measure(ratio, pattern if compressor == "nm" else "")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,8 @@ def compress_run(
     try:
         save_weights(network, temporary / WEIGHTS)
         write_text(temporary / PLAN, json.dumps(plan.to_dict(), indent=1) + "\n")
-        write_config(temporary / "config.yaml", source.config)
+        write_config(temporary / CONFIG, source.config)
+        shutil.copyfile(source.path / SHAPE, temporary / SHAPE)
         write_text(temporary / "record.json", json.dumps(record.to_dict(), indent=1) + "\n")
         temporary.chmod(0o755)
         temporary.rename(folder)

@@ -21,7 +21,7 @@ class Display:
         self.title = title
         self._console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -56,4 +56,6 @@ class Display:
                 f"train {entry['train_top1']:.1%}{self._validation}  {entry['seconds']:.1f} s",
                 highlight=False,
                 soft_wrap=True,
+                markup=False,
+                emoji=False,
             )

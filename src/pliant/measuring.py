@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import safetensors.torch
@@ -77,18 +78,29 @@ def file_bytes(model: nn.Module) -> int:
 def macs(model: nn.Module, example_input: Tensor) -> int:
     """Return the multiply-accumulates of one forward pass, per image of the example input (N, C, H, W).
 
-    Counted for convolutions, matrix products and attention on a copy without data, so it costs next to nothing.
+    Counted for convolutions, matrix products and attention on a copy without data, so it costs next to nothing; a
+    network that needs real numbers in its forward is run once.
     """
-    ghost = copy.deepcopy(model).to("meta").eval()
-    counter = FlopCounterMode(display=False)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see the encoder's fused kernels
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            ghost(example_input.to("meta"))
+        try:
+            with torch.device("meta"):
+                flops = _flops(copy.deepcopy(model).to("meta"), example_input.to("meta"))
+        except (RuntimeError, NotImplementedError):
+            # oneDNN's fused LSTM is one operation that the counter does not know.
+            with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
+                flops = _flops(copy.deepcopy(model), example_input)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return int(counter.get_total_flops() // 2 // len(example_input))
+    return flops // 2 // len(example_input)
+
+
+def _flops(model: nn.Module, example_input: Tensor) -> int:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model.eval()(example_input)
+    return int(counter.get_total_flops())
 
 
 def latencies(

@@ -1,6 +1,7 @@
 """Run folders: what training leaves behind, and how later steps read it.
 
 runs/NAME/config.yaml        the settings; `pliant train --config` takes it
+          shape.json         the network's classes and image shape, so that loading it needs no data
           env.json           versions and machine
           train.jsonl        one line per epoch
           checkpoint/        to go on with --resume
@@ -32,8 +33,18 @@ from pliant.files import write_bytes, write_text
 from pliant.measuring import state_tensors
 from pliant.models import build_model
 
-CONFIG, WEIGHTS, PLAN = "config.yaml", "model.safetensors", "plan.json"
+CONFIG, SHAPE, WEIGHTS, PLAN = "config.yaml", "shape.json", "model.safetensors", "plan.json"
 _REQUIRED = ("data", "model", "method", "seed")
+_KINDS: dict[str, Any] = {
+    "data": str,
+    "data_dir": str | None,
+    "image_size": int | None,
+    "model": str,
+    "width": int | float,
+    "method": str,
+    "seed": int,
+    "precision": str,
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,9 @@ class Run:
         missing = [key for key in _REQUIRED if not isinstance(config, dict) or key not in config]
         if missing:
             raise DamagedFile(f"{file} is damaged: it lacks {', '.join(missing)}")
+        for key, kinds in _KINDS.items():
+            if key in config and not isinstance(config[key], kinds):
+                raise DamagedFile(f"{file} is damaged: {key} is {config[key]!r}")
         return cls(path, config)
 
     @property
@@ -82,11 +96,18 @@ class Run:
 
     def build(self) -> nn.Module:
         """Return the network, newly initialised; the global random state is left as it is."""
+        try:
+            shape = json.loads((self.path / SHAPE).read_text(encoding="utf-8"))
+            num_classes, (channels, height, width) = int(shape["num_classes"]), map(int, shape["image_shape"])
+        except FileNotFoundError:
+            raise DamagedFile(f"{self.path / SHAPE} is missing: restore it, or train anew") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedFile(f"{self.path / SHAPE} is damaged: {error}") from None
         with torch.random.fork_rng(devices=[]):
             return build_model(
                 self.config["model"],
-                num_classes=self.data.num_classes,
-                image_shape=self.data.image_shape,
+                num_classes=num_classes,
+                image_shape=(channels, height, width),
                 width=self.config.get("width", 1.0),
             )
 
@@ -149,6 +170,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         shown = ", ".join(sorted(differing)[:3])
         raise DamagedFile(f"{path} belongs to another model: {len(differing)} tensors differ, such as {shown}")
     model.load_state_dict(tensors, strict=False)  # tied tensors are stored once; the names were compared above
+
+
+def write_shape(folder: Path, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    """Write what a network needs to be built but its settings."""
+    write_text(folder / SHAPE, json.dumps({"num_classes": num_classes, "image_shape": image_shape}) + "\n")
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:

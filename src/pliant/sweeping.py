@@ -49,7 +49,7 @@ def sweep(
         raise BadInput("expected at least one run folder, got none")
     path = Path(out)
     existing = {record.key() for record in read_records(path)} if path.exists() else set()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     for run in opened:
         trial = Trial(run, compressor, allocation=allocation, calibration=calibration, precision=precision)
         missing = [point for point in points if trial.key(*point) not in existing]
@@ -58,6 +58,7 @@ def sweep(
         for ratio, pattern_or_none in missing:
             _, _, record = trial.measure(ratio, pattern_or_none)
             append_record(path, record)
+            existing.add(record.key())
             console.print(describe(record))
     return path
 

@@ -10,8 +10,8 @@ import inspect
 import io
 import json
 import math
-import pickle
 import time
+import typing
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,14 +26,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pliant.constraints import KSchedule, check_k
-from pliant.data import Loader, load_data
+from pliant.data import ImageData, Loader, load_data
 from pliant.display import Display
 from pliant.errors import BadInput, DamagedFile, Diverged, unknown
 from pliant.files import write_bytes, write_text
-from pliant.measuring import evaluate, resolve_precision
+from pliant.measuring import eval_mode, evaluate, resolve_precision
 from pliant.methods import RESCALES, make_optimizer, parse_pattern, with_defaults
 from pliant.models import build_model
-from pliant.runs import CONFIG, WEIGHTS, Run, save_weights, versions, write_config
+from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, versions, write_config, write_shape
 from pliant.sfw import SFW
 
 CHECKPOINT = Path("checkpoint") / "last.pt"
@@ -111,9 +111,11 @@ def train(
     """
     given = {name: value for name, value in locals().items() if name not in ("out", "resume")}
     settings, folder = _settings_and_folder(given, out, resume)
+    if (folder / WEIGHTS).exists() and not (folder / CHECKPOINT).exists():
+        return folder  # complete, and its checkpoint was deleted
     session = Session(settings)
-    if not (folder / CONFIG).exists():
-        _start_folder(folder, session.settings)
+    if not (folder / SHAPE).exists():
+        _start_folder(folder, session)
     elif (folder / CHECKPOINT).exists():
         session.restore(folder / CHECKPOINT)
     with warnings.catch_warnings():
@@ -134,6 +136,8 @@ class Session:
         settings = with_defaults(settings)
         check_settings(settings)
         accelerator_precision = resolve_precision(settings["precision"], _device())
+        if accelerator_precision == "fp16" and _device().type == "cpu":
+            raise BadInput("--precision fp16 needs a GPU, this is a CPU: take bf16 or fp32")
         # Accelerate keeps its state in the process and refuses another precision for a second training.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -150,6 +154,7 @@ class Session:
             image_shape=self.data.image_shape,
             width=settings["width"],
         )
+        _try_out(self.model, self.data, settings["model"])
         if settings["channels_last"]:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.to(self.accelerator.device)
@@ -209,8 +214,8 @@ class Session:
         for images, labels in self.loader:
             optimizer.zero_grad()  # here, not after the step: the gap of an epoch may need the last gradient
             loss, correct = 0.0, 0
-            parts = min(self.settings["accumulate"], len(labels))
-            for part, target in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            parts = min(self.settings["accumulate"], max(1, len(labels) // 2))  # BatchNorm needs two images
+            for part, target in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
                 part_loss, part_correct = self._backward(network, part, target, share=len(target) / len(labels))
                 loss += part_loss
                 correct += part_correct
@@ -270,12 +275,13 @@ class Session:
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available() and state["cuda_rng"]:
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
+            if type(state["epoch"]) is not int or not 0 <= state["epoch"] <= self.settings["epochs"]:
+                raise ValueError(f"epoch {state['epoch']!r}")
             self.epoch = state["epoch"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+        except Exception as error:  # a damaged file fails in as many ways as it can be damaged
             raise DamagedFile(
-                f"{path} is damaged ({reason}): restore it, or delete the run folder and train anew"
-            ) from None
+                f"{path} is damaged ({type(error).__name__}): restore it, or delete the run folder and train anew"
+            ) from error
 
     def _refuse_non_finite_weights(self, folder: Path) -> None:
         for name, parameter in self.model.named_parameters():
@@ -285,7 +291,9 @@ class Session:
     def _diverged(self, what: str, folder: Path) -> Diverged:
         kept = f"the checkpoint of epoch {self.epoch} is kept in {folder}" if self.epoch else "no epoch was completed"
         lr = self.scheduler.get_last_lr()[0]
-        return Diverged(f"{what} in epoch {self.epoch + 1} at lr {lr:.3g}; {kept}; train anew with a smaller --lr")
+        return Diverged(
+            f"{what} in epoch {self.epoch + 1} at lr {lr:.3g}; {kept}; train with a smaller --lr and another --out"
+        )
 
 
 class Log:
@@ -300,7 +308,11 @@ class Log:
     def __init__(self, folder: Path, *, keep: int, tensorboard: bool) -> None:
         self.path = folder / "train.jsonl"
         self._writer: Any = None
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        lines = (
+            self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            if self.path.exists()
+            else []
+        )
         write_text(self.path, "".join(lines[:keep]))
         if tensorboard:
             self._writer = _summary_writer(folder / "tensorboard", keep)
@@ -347,6 +359,32 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise BadInput(f"--weight_decay must be >= 0 and finite, got {settings['weight_decay']}")
 
 
+def _check_kinds(settings: dict[str, Any]) -> None:
+    """Raise BadInput for a setting of the wrong type, such as null, or text where a number is due."""
+    hints = typing.get_type_hints(train)
+    for name, value in settings.items():
+        allowed = typing.get_args(hints[name]) or (hints[name],)
+        number = float in allowed and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) not in allowed and not number:
+            kinds = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+            raise BadInput(f"--{name} expects {kinds}, got {value!r}")
+
+
+def _try_out(model: nn.Module, data: ImageData, name: str) -> None:
+    """Raise BadInput unless the network gives one score per class for two images."""
+    images, _ = next(iter(Loader(data, "val", 2)))
+    try:
+        with torch.no_grad(), eval_mode(model):
+            scores = model(images)
+    except Exception as error:  # whatever the user's own code raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"model {name!r} cannot be run on images of shape {tuple(images.shape)}: {reason}") from error
+    expected = (len(images), data.num_classes)
+    if not isinstance(scores, Tensor) or scores.shape != expected:
+        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise BadInput(f"model {name!r} must give scores of shape {expected} (images, classes), got {found}")
+
+
 def learning_rate(settings: dict[str, Any], steps: int) -> Callable[[int], float]:
     """Return the factor of lr at each step: a linear warm-up, then the schedule over what remains."""
     warm = int(settings["warmup"] * steps + 0.5)
@@ -362,8 +400,9 @@ def learning_rate(settings: dict[str, Any], steps: int) -> Callable[[int], float
 
 def _settings_and_folder(given: dict[str, Any], out: str | None, resume: bool) -> tuple[dict[str, Any], Path]:
     """Return the settings to train with and the run folder; a resumed run brings its own settings."""
+    _check_kinds(given)
     if given["data_dir"] is not None:
-        given["data_dir"] = str(Path(given["data_dir"]).resolve())
+        given["data_dir"] = str(Path(given["data_dir"]).expanduser().resolve())
     data, model = (given[name].replace("/", "-").replace(":", "-") for name in ("data", "model"))
     folder = Path(out or f"runs/{data}-{model}-{given['method']}-seed{given['seed']}")
     occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
@@ -371,6 +410,8 @@ def _settings_and_folder(given: dict[str, Any], out: str | None, resume: bool) -
         raise BadInput(f"{folder} exists: go on with --resume, or choose another --out")
     if not occupied:
         return given, folder
+    if (folder / PLAN).exists():
+        raise BadInput(f"{folder} holds a compressed network, not a run: choose another --out")
     saved = Run.open(folder).config
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
     for name, value in given.items():
@@ -380,13 +421,16 @@ def _settings_and_folder(given: dict[str, Any], out: str | None, resume: bool) -
             raise BadInput(
                 f"--{name} {value} contradicts {saved[name]!r} of {folder}: leave it out, or start another run"
             )
-    return {name: saved[name] for name in given}, folder
+    settings = {name: saved[name] for name in given}
+    _check_kinds(settings)
+    return settings, folder
 
 
-def _start_folder(folder: Path, settings: dict[str, Any]) -> None:
+def _start_folder(folder: Path, session: Session) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / CONFIG, session.settings)  # first: with it alone, the run can be resumed
+    write_shape(folder, session.data.num_classes, session.data.image_shape)
     write_text(folder / "env.json", json.dumps(versions(), indent=2) + "\n")
-    write_config(folder / CONFIG, settings)
 
 
 def _device() -> torch.device:

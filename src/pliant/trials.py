@@ -7,6 +7,7 @@ decompositions) is made once and serves every ratio.
 from __future__ import annotations
 
 import datetime
+import math
 from functools import cached_property
 from typing import Any
 
@@ -77,7 +78,9 @@ class Trial:
             self._analyses[kind] = compressor.analyse(self.dense, self._images(2))
         plan = compressor.plan(self.dense, self._images(2), analysis=self._analyses[kind])
         raw = compressor.apply(self.dense, plan, analysis=self._analyses[kind])
-        images = Loader(self.run.data, "train", 256, limit=self.calibration)
+        count = min(self.calibration, len(self.run.data.train))
+        batch = math.ceil(count / math.ceil(count / 256))  # batches as equal as can be: each has the same weight
+        images = Loader(self.run.data, "train", batch, limit=count)
         small = reestimate_batchnorm(raw, ((x.to(self.device), y) for x, y in images))
         one = self._images(LATENCY_BATCH)
         latency, latency_dense = measuring.latencies([small, self.dense], one)

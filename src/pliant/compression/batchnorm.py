@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import update_bn
 
 from pliant.errors import BadInput
@@ -39,13 +40,20 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
             yield batch
 
     devices = [device.index or 0] if device.type == "cuda" else []
+    # The network will be used without dropout, so its statistics are measured without; what noise is left is seeded.
+    dropouts = [(module, module.p) for module in new.modules() if isinstance(module, _DropoutNd)]
+    for dropout, _ in dropouts:
+        dropout.p = 0.0
     try:
         with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
             update_bn(counted(), new, device)
     except (RuntimeError, ValueError, TypeError) as error:
         raise BadInput(f"batch {batches} cannot be run in training mode: {line(error)}") from error
     if not batches:
         raise BadInput("the loader for the BatchNorm statistics is empty")
+    for dropout, share in dropouts:
+        dropout.p = share
     for module, flag in training:
         module.training = flag  # update_bn sets one flag for all; a frozen part keeps its own
     return new

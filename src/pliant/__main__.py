@@ -1,0 +1,7 @@
+"""``python -m pliant`` is the command line."""
+
+import sys
+
+from pliant.cli import main
+
+sys.exit(main())
