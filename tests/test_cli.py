@@ -136,6 +136,14 @@ def test_bad_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert "epoch" in fails(["train", "--config", "c.yaml"], capsys) or "[" in content
 
 
+def test_a_config_file_that_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_bytes(b"epochs: \xff\n")
+    assert "UTF-8" in fails(["train", "--config", "c.yaml"], capsys)
+
+
 def test_a_run_that_exists_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(arguments)
     except PliantError as error:
         return _fail(str(error))
+    except UnicodeDecodeError as error:
+        return _fail(f"expected a text file in UTF-8, got other bytes ({error.reason} at byte {error.start})")
     except KeyboardInterrupt:
         return _fail("interrupted; a training goes on with --resume, a sweep with the same command", code=130)
     except OSError as error:
