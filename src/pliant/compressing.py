@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
 from pliant.files import write_text
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config
 from pliant.sweeping import describe
-from pliant.trials import Trial, check_names, check_ratio
+from pliant.trials import Trial, check_names
 
 
 def compress_run(

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
 from pliant.methods import parse_pattern
 from pliant.records import Record, append_record, read_records
 from pliant.runs import Run
-from pliant.trials import Trial, check_names, check_ratio
+from pliant.trials import Trial, check_names
 
 
 def sweep(
@@ -67,13 +68,13 @@ def parse_ratios(ratios: str | Sequence[float]) -> list[float]:
     """Return ratios from a list or from text such as "0,0.5,0.9"; raises BadInput for anything else."""
     parts = ratios.split(",") if isinstance(ratios, str) else list(ratios)
     try:
-        parsed = [check_ratio(float(part)) for part in parts]
-    except (TypeError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
+        parsed = [float(part) for part in parts]
+    except (TypeError, ValueError):
         raise BadInput(f"ratios are numbers separated by commas, such as 0,0.5,0.9; got {ratios!r}") from None
     if not parsed:
         raise BadInput("expected at least one ratio, got none")
+    for ratio in parsed:
+        check_ratio(ratio)
     return list(dict.fromkeys(parsed))
 
 

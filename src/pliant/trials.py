@@ -25,15 +25,15 @@ from pliant.compression import (
     SemiStructured,
     reestimate_batchnorm,
 )
+from pliant.compression.base import ALLOCATIONS, check_choice
 from pliant.data import Loader
-from pliant.errors import BadInput, unknown
+from pliant.errors import BadInput
 from pliant.methods import parse_pattern
 from pliant.records import LayerCount, Record
 from pliant.runs import Run, versions
 
 UNITS = {"filters": "channels", "rank": "rank", "weights": "weights", "nm": "weights"}
 COMPRESSORS = tuple(UNITS)
-ALLOCATIONS = ("uniform", "global")
 LATENCY_BATCH = 1
 
 
@@ -165,14 +165,5 @@ class Trial:
 
 def check_names(compressor: str, allocation: str) -> None:
     """Raise BadInput for an unknown compressor or allocation."""
-    if compressor not in COMPRESSORS:
-        raise unknown("compressor", compressor, COMPRESSORS)
-    if allocation not in ALLOCATIONS:
-        raise unknown("allocation", allocation, ALLOCATIONS)
-
-
-def check_ratio(ratio: float) -> float:
-    """Return a ratio that lies in [0, 1); raises BadInput for any other."""
-    if not 0 <= ratio < 1:
-        raise BadInput(f"a ratio is the share of parameters to remove, 0 <= ratio < 1; got {ratio}")
-    return ratio
+    check_choice("compressor", compressor, COMPRESSORS)
+    check_choice("allocation", allocation, ALLOCATIONS)
