@@ -238,8 +238,11 @@ def test_a_zero_first_gradient_does_not_freeze_the_spectral_basis() -> None:
     for _ in range(20):
         p.grad = g
         opt.step()
-    vertex = opt._vertices([p], [g], ball, iterations=1)[0]
-    assert torch.sum(-g * vertex) > 0.98 * ball.norm.dual(g)
+    with torch.no_grad():
+        p.zero_()
+    opt.param_groups[0].update(lr=0.5, rescale=None)
+    opt.step()  # half of the vertex
+    assert torch.sum(-g * p.detach()) > 0.49 * ball.norm.dual(g)
 
 
 def test_missing_gradients_do_not_shift_vertices() -> None:
@@ -457,7 +460,7 @@ def test_step_runs_on_meta_tensors() -> None:
     for _ in range(2):
         p.grad = torch.empty_like(p)
         opt.step()
-    assert opt.state[p]["basis"].shape == (40, 3)
+    assert opt.state[p]["basis"].shape == (40, 16)
 
 
 # --- the gap ----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,24 @@
-"""Tensor kernels below the norms: exact top-k, safe scaling, leading singular subspaces.
+"""Tensor kernels below the norms: exact top-k, safe scaling, leading singular directions.
 
-Nothing here knows of balls or optimizers, and nothing here synchronises with the host: every function is a
-fixed sequence of tensor operations, whatever the values.
+Nothing here knows of balls or optimizers, and nothing here waits for a device: every function is a fixed sequence of
+tensor operations, whatever the values. Only where the values are at hand anyway (:func:`readable`: plain tensors on the
+CPU) may a function look at them to take a shorter way to the same result.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+CHUNK = 2**18  # entries that an operation on the CPU works on at a time, so that temporaries stay in the cache
 
 
-def vector_norm(x: Tensor, order: float = 2, dim: int | None = None, keepdim: bool = False) -> Tensor:
+def vector_norm(x: Tensor, order: float = 2, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     """``torch.linalg.vector_norm`` with its return type declared."""
     result: Tensor = torch.linalg.vector_norm(x, order, dim, keepdim)
     return result
@@ -73,44 +79,211 @@ def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, torch.zeros_like(b), a / torch.where(b == 0, torch.ones_like(b), b))
 
 
-def orthonormalise(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis of the span of the columns (and more columns where they are dependent).
+def readable(x: Tensor) -> bool:
+    """Return whether looking at the values of x costs nothing: a plain tensor on the CPU, outside of torch.compile."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not isinstance(x, FakeTensor)
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    Shapes: (n, k) -> (n, k), with k <= n.
+
+# --- keeping the largest entries --------------------------------------------------------------------------------------
+
+
+def keep_largest(tensors: Sequence[Tensor], k: int, outs: Sequence[Tensor]) -> None:
+    """Write each tensor to its ``out`` with all but the k largest magnitudes of all of them set to zero.
+
+    Exactly ``topk_mask`` of all magnitudes, concatenated; on the CPU without a sort of large tensors.
+
+    Args:
+        tensors: floating point, of any shapes, together at least k entries.
+        k: how many entries are kept.
+        outs: dense, of the same shapes and dtypes; may be the tensors themselves.
     """
-    basis: Tensor = torch.linalg.qr(columns).Q
-    return basis
+    flats = [_in_order_of_memory(x, out).flatten() for x, out in zip(tensors, outs, strict=True)]
+    flat_outs = [_in_order_of_memory(out, out).view(-1) for out in outs]
+    if not all(readable(x) for x in tensors):
+        masks = topk_mask(torch.cat(flats).abs(), k).split([len(x) for x in flats])
+        for x, mask, out in zip(flats, masks, flat_outs, strict=True):
+            torch.mul(x, mask, out=out)
+        return
+    threshold, surplus = _kth_largest([x.detach().numpy() for x in flats], k)
+    # The last tied entries go, so that exactly k stay. Ties of zeros need no choice: they are zero either way.
+    for x, out in zip(reversed(flats), reversed(flat_outs), strict=True):
+        last = np.zeros(0, dtype=np.int64)
+        if surplus and threshold > 0:
+            tied = np.flatnonzero(np.abs(x.numpy()) == threshold)
+            last = tied[max(0, len(tied) - surplus) :]
+            surplus -= len(last)
+        # hardshrink keeps |x| above its bound: the next smaller number lets the threshold itself through.
+        torch.ops.aten.hardshrink.out(x, float(np.nextafter(threshold, threshold.dtype.type(0))), out=out)
+        if len(last):
+            out[torch.from_numpy(last)] = 0
 
 
-def starting_basis(g: Tensor, k: int) -> Tensor:
-    """Return an orthonormal start for :func:`leading_subspace`: a Gaussian sketch of the row space of ``g``.
+def _kth_largest(arrays: list[np.ndarray], k: int) -> tuple[np.floating, int]:
+    """Return the k-th largest magnitude, and how many entries beyond k are at least as large (the surplus of ties).
 
-    (Halko, Martinsson, Tropp 2011, algorithm 4.1.)
-
-    Shapes: ``g`` (m, n) -> (n, k).
+    A sample brackets the answer, one pass counts what is above the bracket and collects what is inside, and the few
+    collected are searched. (Floyd, Rivest 1975, Expected time bounds for selection.) A bracket that misses costs a
+    search of everything, never the answer.
     """
-    return orthonormalise(g.T @ _gaussian(g.shape[0], k, g))
+    n = sum(len(a) for a in arrays)
+    low, high = _bracket(arrays, n, k)
+    above, inside = 0, []
+    for a in arrays:
+        for start in range(0, len(a) if low is not None else 0, CHUNK):
+            magnitudes = np.abs(a[start : start + CHUNK])
+            over = magnitudes > high
+            above += int(np.count_nonzero(over))
+            inside.append(magnitudes[(magnitudes >= low) ^ over])
+    candidates = np.concatenate(inside) if inside else np.zeros(0)
+    if not above < k <= above + len(candidates):
+        above, candidates = 0, np.concatenate([np.abs(a) for a in arrays])
+    place = len(candidates) - (k - above)
+    candidates.partition(place)
+    threshold = candidates[place]
+    # Everything from that place on is at least the threshold; of what is before, only equals are.
+    surplus = int(np.count_nonzero(candidates[:place] == threshold))
+    return threshold, surplus
 
 
-def leading_subspace(g: Tensor, basis: Tensor, iterations: int) -> Tensor:
-    """Improve an orthonormal ``basis`` of the leading right singular subspace of ``g``.
+def _bracket(arrays: list[np.ndarray], n: int, k: int) -> tuple[np.floating | None, np.floating | None]:
+    """Return two values of a sample that the k-th largest magnitude very likely lies between; None if n is small."""
+    stride = max(1, n // 2**15)
+    if stride < 8:
+        return None, None
+    stride |= 1  # an even stride would see the same channels over and over again
+    sample = np.concatenate([np.abs(a[::stride]) for a in arrays])
+    share = 1 - k / n
+    deviation = 4 * math.sqrt(share * (1 - share) / len(sample))
+    last = len(sample) - 1
+    low, high = (min(last, max(0, round((share + d) * last))) for d in (-deviation, deviation))
+    sample.partition([low, high])
+    return sample[low], sample[high]
 
-    Each iteration is one step of block power iteration (subspace iteration), Q <- qr(Gᵀ(GQ + E)); a basis kept from the
-    last, similar ``g`` needs one. Where ``g`` is zero the basis is returned as it is.
-    (Golub, Van Loan, Matrix Computations, section 8.2.4.)
 
-    Shapes: ``g`` (m, n), ``basis`` (n, k) -> (n, k), orthonormal columns.
+def keep_n_of_m(x: Tensor, n: int, m: int, dim: int, out: Tensor) -> None:
+    """Write x to ``out`` with all but the n largest magnitudes of every m consecutive entries along ``dim`` set to 0.
+
+    Among equals the lower index wins, but magnitudes that differ in nothing but their last bits count as equal (as many
+    bits as it takes to write m).
+
+    Args:
+        x: float32 or float64; m divides its size along ``dim``.
+        n: how many are kept, 1 <= n <= m.
+        m: entries in a block.
+        dim: the dimension that blocks lie along.
+        out: dense, of the same shape and dtype; not x itself.
     """
-    # Without the small fixed noise E, a basis orthogonal to the rows of g would stay so for ever: GQ = 0.
-    noise = _gaussian(g.shape[0], basis.shape[1], g)
-    noise = noise * (1e-5 * vector_norm(g) / vector_norm(noise))
-    previous = basis
-    for _ in range(iterations):
-        basis = orthonormalise(g.T @ (g @ basis + noise))
-    return torch.where(_largest(g) == 0, previous, basis)
+    if n == m:
+        out.copy_(x)
+        return
+    inside = _order_of_memory(out).index(dim) + 1
+    inner = math.prod(_in_order_of_memory(out, out).shape[inside:])
+    blocks = _in_order_of_memory(x, out).reshape(-1, m, inner)
+    kept = _in_order_of_memory(out, out).view(-1, m, inner)
+    integers = torch.int32 if x.dtype == torch.float32 else torch.int64
+    last_bits = (1 << (m - 1).bit_length()) - 1
+    magnitude_bits = torch.iinfo(integers).max ^ last_bits  # all but the sign and the last bits
+    slots = torch.arange(m - 1, -1, -1, dtype=integers, device=x.device)[:, None, None]
+    step = max(1, CHUNK // (m * inner)) if readable(x) else len(blocks)
+    for start in range(0, len(blocks), step):
+        chunk = blocks[start : start + step]
+        # As integers, magnitudes have the same order; the slot in the last bits makes all of a block different.
+        keys = torch.empty((m, len(chunk), inner), dtype=integers, device=x.device)
+        torch.bitwise_and(chunk.view(integers).transpose(0, 1), magnitude_bits, out=keys)
+        ordered = keys.add_(slots).view(x.dtype)
+        torch.ge(ordered, _nth_largest(ordered, n), out=ordered)
+        torch.mul(chunk, ordered.transpose(0, 1), out=kept[start : start + step])
 
 
-def _gaussian(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Return always the same Gaussian matrix of this shape; the global random state is left as it is."""
+def _nth_largest(keys: Tensor, n: int) -> Tensor:
+    """Return the n-th largest along the first dimension by insertion into a sorted list; all operations elementwise."""
+    leaders: list[Tensor] = []
+    for key in keys:
+        candidate = key
+        for place, leader in enumerate(leaders):
+            leaders[place] = torch.maximum(leader, candidate)
+            if place < n - 1:
+                candidate = torch.minimum(leader, candidate)
+        if len(leaders) < n:
+            leaders.append(candidate)
+    return leaders[-1]
+
+
+def _in_order_of_memory(x: Tensor, like: Tensor) -> Tensor:
+    """Return x with its dimensions in the order that those of ``like`` have in memory, outermost first."""
+    return x.permute(_order_of_memory(like))
+
+
+def _order_of_memory(x: Tensor) -> list[int]:
+    strides = x.stride()
+    return sorted(range(x.ndim), key=lambda d: (-strides[d], d))
+
+
+# --- leading singular directions --------------------------------------------------------------------------------------
+
+
+def starting_directions(blocks: Sequence[Tensor], size: int) -> list[Tensor]:
+    """Return the fixed start of :func:`leading_directions` where nothing better is known; leaves the random state.
+
+    Shapes: blocks (L, r_i, c_i) -> (L, c_i, size).
+    """
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
+    return [torch.randn(len(a), a.shape[2], size, generator=generator, dtype=a.dtype).to(a.device) for a in blocks]
+
+
+def leading_directions(
+    blocks: Sequence[Tensor], start: Sequence[Tensor], k: int, iterations: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Approximate the k leading singular directions of L block-diagonal matrices, without decomposing them.
+
+    Block power iteration with oversampling, one QR of a tall matrix per iteration, and no wait for the device: from
+    right directions Z, left ones are U = qr(AZ) and new right ones Z = AᵀU. Inside the block of b > k directions, more
+    steps of the same iteration on the b×b Gram matrix ZᵀZ bring the leading ones to the front. (Halko, Martinsson,
+    Tropp 2011, Finding structure with randomness, section 4.5; Golub, Van Loan, Matrix Computations, section 8.2.4.)
+
+    Args:
+        blocks: the diagonal blocks of the matrices A, each (L, r_i, c_i); one block is the common case.
+        start: right directions from the last, similar matrices, or :func:`starting_directions`: (L, c_i, b), b >= k.
+        k: how many directions.
+        iterations: at least 1; after a good start 1 is enough.
+
+    Returns:
+        ``left`` (L, r_i, k), together with orthonormal columns but for zero rows of A, which stay zero;
+        ``right`` = Aᵀ·left, (L, c_i, k); and the next start (L, c_i, b).
+    """
+    right = list(start)
+    for _ in range(iterations):
+        image = torch.cat([a @ _stirred(z) for a, z in zip(blocks, right, strict=True)], dim=1)
+        basis = torch.linalg.qr(image).Q
+        basis = basis * (image != 0).any(dim=2, keepdim=True)
+        left = basis.split([a.shape[1] for a in blocks], dim=1)
+        right = [a.mT @ u for a, u in zip(blocks, left, strict=True)]
+    gram = torch.stack([z.mT @ z for z in right]).sum(dim=0)
+    order = _ordered(gram)
+    right = [z @ order for z in right]
+    return [u @ order[:, :, :k] for u in left], [z[:, :, :k] for z in right], right
+
+
+def _stirred(z: Tensor) -> Tensor:
+    """Add a little of a fixed vector: a start orthogonal to all rows of A would stay so for ever, AZ = 0."""
+    angles = torch.arange(z.shape[1], dtype=z.dtype, device=z.device)
+    size = vector_norm(z, dim=(1, 2), keepdim=True)
+    size = torch.where(size == 0, torch.ones_like(size), size)
+    return z + (1e-5 / math.sqrt(z.shape[1] * z.shape[2])) * size * torch.cos(angles)[:, None]
+
+
+def _ordered(gram: Tensor) -> Tensor:
+    """Return an orthogonal matrix whose leading columns span about the leading eigenvectors of ``gram``.
+
+    Two steps of orthogonal iteration with the fourth power, from the identity: exact in the limit, since callers bring
+    back what they got in the last step. torch's eigh would be exact at once, but waits for the device.
+    """
+    power = gram
+    for _ in range(2):
+        trace = power.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+        power = divide_or_zero(power, trace.expand_as(power))
+        power = power @ power
+    basis = torch.linalg.qr(power).Q
+    ordered: Tensor = torch.linalg.qr(power @ basis).Q
+    return ordered

@@ -46,9 +46,7 @@ from torch import Tensor
 from pliant.linalg import (
     accumulation_dtype,
     divide_or_zero,
-    leading_subspace,
     power_of_two_scale,
-    starting_basis,
     topk_mask,
     vector_norm,
 )
@@ -423,49 +421,6 @@ class Spectral(_Lift):
             return _from_matrix(((u * w.reshape(s.shape)[:, None, :]) @ vh).flatten(0, 1), x.shape, self.dim)
 
         return s.flatten(), rebuild
-
-    def vertex_rank(self) -> int | None:
-        """Return the largest rank of a vertex, None where it is full."""
-        match self.inner:
-            case KSupport(k) | KSparse(k):
-                return k
-            case Lp(p) if p == 1:
-                return 1
-        return None
-
-    def uses_warm_start(self, shape: Shape) -> bool:
-        """Tell whether :meth:`lmo_warm` serves tensors of this shape; else take the exact :meth:`lmo`."""
-        rank, (rows, columns) = self.vertex_rank(), self._block_shape(shape)
-        # Up to 16 a full SVD costs no more than the iteration, and above half the rank it is not much more.
-        return rank is not None and self.groups == 1 and min(rows, columns) > max(16, 2 * rank)
-
-    @torch.no_grad()
-    def lmo_warm(self, g: Tensor, basis: Tensor | None, iterations: int = 1) -> tuple[Tensor, Tensor]:
-        """Return a vertex and the basis to start from next time, without a singular value decomposition of g.
-
-        ``basis`` is what the last call returned (None: start anew). For any basis the vertex lies in the unit
-        ball: an inexact basis costs optimality, never feasibility.
-
-        Shapes: ``g`` as for :meth:`lmo`; ``basis`` (min(rows, columns), vertex_rank()).
-        """
-        rank = self.vertex_rank()
-        assert rank is not None, f"{self} has full-rank vertices"
-        scaled = _scaled(g)[0][0]
-        matrix = _as_matrix(scaled, self.dim)
-        wide = matrix.shape[0] < matrix.shape[1]
-        tall = matrix.T if wide else matrix  # the basis lives on the smaller side
-        if basis is None or basis.shape[1] < rank:
-            basis = leading_subspace(tall, starting_basis(tall, rank), iterations=3)
-        else:
-            basis = leading_subspace(tall, basis[:, :rank].to(tall.dtype), iterations)
-        image = tall @ basis
-        if isinstance(self.inner, KSparse):
-            u, s, vh = torch.linalg.svd(image, full_matrices=False)
-            image = (u * (s > s[0] * len(image) * torch.finfo(s.dtype).eps)) @ vh
-        else:
-            image = divide_or_zero(image, vector_norm(image).expand_as(image))
-        vertex = -image @ basis.T
-        return _from_matrix(vertex.T if wide else vertex, g.shape, self.dim).to(g.dtype), basis
 
     def _block_shape(self, shape: Shape) -> tuple[int, int]:
         if len(shape) < 2:

@@ -7,8 +7,9 @@ Per constrained tensor, with gradient g, momentum m and a ball of radius r:
     η ← clamp(lr · factor, 0, 1)
     θ ← (1 − η)·θ + η·v                  a convex combination: inside the ball if θ was
 
-The class keeps the state; :func:`sfw_update` holds the last two lines. (Pokutta, Spiegel, Zimmer 2020, Deep neural
-network training with Frank-Wolfe, arXiv 2010.07243; Zimmer, Spiegel, Pokutta 2022, arXiv 2205.11921.)
+The class keeps the state, ``oracles.py`` finds v, and :func:`sfw_update` holds the last two lines. (Pokutta, Spiegel,
+Zimmer 2020, Deep neural network training with Frank-Wolfe, arXiv 2010.07243; Zimmer, Spiegel, Pokutta 2022, arXiv
+2205.11921.)
 
 Limiting cases, each one a test: an L2 ball with "fast-gradient" is SGD with weight decay lr·‖m‖/r; ``Lp(inf)`` without
 rescaling is sign-SGD with decay; ``Spectral(Lp(inf))`` without rescaling is Muon with an exact polar factor.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -26,11 +27,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pliant.ball import NormBall
-from pliant.linalg import accumulation_dtype, divide_or_zero, l2_norm
-from pliant.norms import Spectral
+from pliant.linalg import accumulation_dtype, divide_or_zero, readable
+from pliant.norms import Norm
+from pliant.oracles import Vertex, keeps_directions, leading_vertices, unit_vertices, well_scaled
 
 Rescale = Literal["gradient", "fast-gradient", "diameter"] | None
 FAR_OUTSIDE = 2.0  # a first step that shrinks a parameter by more than this factor warns
+# The quality of kept singular directions is measured every so many steps, first at this one, by so many iterations
+# more; below ENOUGH a tensor gets an iteration more in each step, above PLENTY one less.
+MEASURE_EVERY, MEASURE_AT, MEASURE_BY = 64, 8, 4
+ENOUGH, PLENTY = 0.98, 0.998
+BATCHED = 2**15  # on a CPU, tensors up to this size are stacked; larger ones do better one by one, in the cache
 RESCALES: tuple[Rescale, ...] = ("gradient", "fast-gradient", "diameter", None)
 
 
@@ -43,8 +50,12 @@ class SFW(Optimizer):
 
     Constructing never touches weights. The first step of a constrained parameter scales it radially into its ball and
     warns if that shrinks it by more than a factor of 2. Apart from that first step, and from ``check_finite``, a step
-    asks for no value of a tensor, so it does not wait for the device; on CUDA, torch's own singular value
-    decompositions do, which small ``Spectral`` balls use.
+    does not wait for the device; on CUDA, torch's own singular value decompositions do, which ``Spectral`` balls use
+    for matrices of up to 16 rows or columns, for full rank, and for equal lengths (``KSparse``).
+
+    The state of a parameter is its ``momentum_buffer`` and, under a large ``Spectral`` ball, its ``basis`` of about 1.5
+    times k columns. On a CPU the optimizer also keeps memory for one vertex, as large as the largest
+    tensor with a ball.
 
     bf16 or fp16 *weights* freeze when η is below their resolution; keep float32 weights and use autocast.
 
@@ -60,8 +71,13 @@ class SFW(Optimizer):
         maximize: ascend instead of descend.
         check_finite: before a step changes anything, raise FloatingPointError that names the parameters with a
             NaN or infinite gradient (costs one host synchronisation).
-        power_iterations: block power iterations per step for large ``Spectral`` balls, which keep their singular basis
-            from step to step; small ones use an exact decomposition.
+        power_iterations: block power iterations per step of ``Spectral`` balls, which keep their singular directions
+            from step to step (small matrices are decomposed exactly). None: 1, and more for a tensor where a
+            measurement every 64 steps finds its vertices more than 2 % below what further iterations reach.
+        foreach: None or True: many tensors at a time, those without a ball by ``torch._foreach`` operations and small
+            ones with equal balls and shapes in one batch; False: one by one.
+        capturable: never look at a value of a tensor, so that a step can be captured in a CUDA graph: no warning in
+            the first step, and no measuring for ``power_iterations``.
     """
 
     def __init__(
@@ -75,10 +91,10 @@ class SFW(Optimizer):
         rescale: Rescale = "gradient",
         maximize: bool = False,
         check_finite: bool = False,
-        power_iterations: int = 1,
+        power_iterations: int | None = None,
+        foreach: bool | None = None,
+        capturable: bool = False,
     ) -> None:
-        if not isinstance(power_iterations, int) or power_iterations < 1:
-            raise ValueError(f"power_iterations must be an integer >= 1, got {power_iterations!r}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -88,9 +104,12 @@ class SFW(Optimizer):
             "maximize": maximize,
             "check_finite": check_finite,
             "power_iterations": power_iterations,
+            "foreach": foreach,
+            "capturable": capturable,
             "ball": None,
             "joint": False,
         }
+        self._kept_memory: dict[torch.dtype, Tensor] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -111,20 +130,23 @@ class SFW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._kept_memory = {}
         for group in self.param_groups:  # a state saved by another version, or by SGD, may lack options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state made by ``state_dict``; the singular bases keep their own precision."""
+        """Load a state made by ``state_dict``; singular directions keep their own precision."""
         super().load_state_dict(state_dict)
-        # torch casts every floating-point state to its parameter's dtype; a basis in bf16 would not be orthonormal.
+        # torch casts every floating-point state to its parameter's dtype and device.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, parameters, strict=True):
-            basis = state_dict["state"].get(index, {}).get("basis")
-            if basis is not None:
-                self.state[p]["basis"] = basis.to(p.device, copy=True)
+            state = state_dict["state"].get(index, {})
+            if "basis" in state:
+                self.state[p]["basis"] = state["basis"].to(p.device, copy=True)
+            if "quality" in state:
+                self.state[p]["quality"] = state["quality"].to("cpu", copy=True)
         for group in self.param_groups:
             _check_ball_fits(_as_ball(group["ball"]), group["params"], joint=group["joint"])
 
@@ -154,11 +176,11 @@ class SFW(Optimizer):
         self._start_new_parameters()
         for group in self.param_groups:
             ball = _as_ball(group["ball"])
-            for members in self._sets_with_gradient(group):
-                if ball is None:
-                    self._sgd_step(members, group)
-                else:
-                    self._constrained_step(members, ball, group)
+            if ball is None:
+                self._sgd_step([p for p in group["params"] if p.grad is not None], group)
+                continue
+            for sets in self._batches(group, ball.norm):
+                self._constrained_step(sets, ball, group)
         return loss
 
     @torch.no_grad()
@@ -184,33 +206,88 @@ class SFW(Optimizer):
 
     # --- the two kinds of step ---
 
-    def _sgd_step(self, members: list[Tensor], group: dict[str, Any]) -> None:
-        (p,) = members
-        gradient = _signed_gradient(p, group)
-        if group["weight_decay"]:
-            gradient = gradient.add(p, alpha=group["weight_decay"])
-        m, lr = self._accumulate(p, gradient, group), group["lr"]
-        if isinstance(lr, Tensor):
-            p.addcmul_(m, lr.to(p.device, p.dtype), value=-1)
+    def _sgd_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        for some in [parameters] if group["foreach"] is not False else [[p] for p in parameters]:
+            if not some:
+                return
+            directions = self._accumulate(some, group, weight_decay=group["weight_decay"])
+            if isinstance(lr, Tensor):
+                torch._foreach_sub_(some, [m * lr.to(m.device, m.dtype) for m in directions])
+            else:
+                torch._foreach_add_(some, directions, alpha=-lr)
+
+    def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: dict[str, Any]) -> None:
+        """Move tensors with a ball each, all of one shape, or the tensors of one joint ball."""
+        directions = [_stack(ds) for ds in zip(*(self._accumulate(members, group) for members in sets), strict=True)]
+        memory = self._memory(directions) if len(sets) == 1 and readable(directions[0]) else None
+        if keeps_directions(ball.norm, [p.shape for p in sets[0]]):
+            lengths, directions, _ = well_scaled(directions)
+            vertices = self._leading_vertices(sets, ball.norm, directions, memory, group)
         else:
-            p.add_(m, alpha=-lr)
+            lengths, vertices = unit_vertices(ball.norm, directions, memory)
+        weights = [_stack(ps) for ps in zip(*sets, strict=True)]
+        diameter = ball.diameter([p.shape for p in sets[0]])
+        lr, rescale = group["lr"], group["rescale"]
+        sfw_update(weights, lengths, vertices, memory, radius=ball.radius, diameter=diameter, lr=lr, rescale=rescale)
+        if len(sets) > 1:
+            torch._foreach_copy_([p for (p,) in sets], list(weights[0].unbind(0)))
 
-    def _constrained_step(self, members: list[Tensor], ball: NormBall, group: dict[str, Any]) -> None:
-        directions = [self._accumulate(p, _signed_gradient(p, group), group) for p in members]
-        vertices = self._vertices(members, directions, ball, group["power_iterations"])
-        sfw_update(members, directions, vertices, ball, lr=group["lr"], rescale=group["rescale"])
+    def _leading_vertices(
+        self,
+        sets: list[list[Tensor]],
+        norm: Any,
+        directions: list[Tensor],
+        memory: list[Tensor] | None,
+        group: dict[str, Any],
+    ) -> list[Vertex]:
+        """Return vertices from the singular directions of the last step, and keep those for the next one.
 
-    def _vertices(
-        self, members: list[Tensor], directions: list[Tensor], ball: NormBall, iterations: int
-    ) -> list[Tensor]:
-        p, norm = members[0], ball.norm
-        if len(members) > 1 or not isinstance(norm, Spectral) or not norm.uses_warm_start(p.shape):
-            return ball.lmo(directions)
-        vertex, basis = norm.lmo_warm(directions[0], self.state[p].get("basis"), iterations)
-        self.state[p]["basis"] = basis
-        return [ball.radius * vertex]
+        Every so many steps more iterations are made than usual, and the next time the gain of those is looked at: by
+        then it is known, so that looking does not wait for the device.
+        """
+        states = [self.state[members[0]] for members in sets]
+        iterations = group["power_iterations"] or states[0].get("iterations", 1)
+        basis = _stack([state["basis"] for state in states]) if "basis" in states[0] else None
+        measured = "steps" in states[0] and states[0]["steps"] % MEASURE_EVERY == MEASURE_AT
+        vertices, basis, value = leading_vertices(norm, directions, basis, iterations, memory)
+        if measured:
+            vertices, basis, better = leading_vertices(norm, directions, basis, MEASURE_BY, memory)
+            qualities = torch.where(better == 0, 1, value / better)
+            for state, quality in zip(states, _to_host(qualities), strict=True):
+                if "quality" in state:
+                    state["iterations"] = _adapted(state.get("iterations", 1), state["quality"].item())
+                state["quality"] = quality
+        for state, kept in zip(states, basis, strict=True):
+            state["basis"] = kept
+            if group["power_iterations"] is None and not group["capturable"]:
+                state["steps"] = state.get("steps", 0) + 1
+        return vertices
+
+    def _memory(self, like: list[Tensor]) -> list[Tensor]:
+        """Return tensors like these in memory that is kept from step to step: asking for new pages costs more."""
+        sizes = [x.numel() for x in like]
+        dtype = accumulation_dtype(like[0])
+        kept = self._kept_memory.get(dtype)
+        if kept is None or len(kept) < sum(sizes):
+            kept = self._kept_memory[dtype] = torch.empty(sum(sizes), dtype=dtype)
+        strides = [torch.empty_like(x, device="meta").stride() for x in like]
+        flats = kept[: sum(sizes)].split(sizes)
+        return [flat.as_strided(x.shape, s) for flat, x, s in zip(flats, like, strides, strict=True)]
 
     # --- state ---
+
+    def _batches(self, group: dict[str, Any], norm: Norm) -> list[list[list[Tensor]]]:
+        """Return the sets of tensors that move together, those that can be handled in one batch side by side."""
+        batches: dict[Any, list[list[Tensor]]] = {}
+        for index, members in enumerate(self._sets_with_gradient(group)):
+            p = members[0]
+            alone = group["joint"] or group["foreach"] is False or (readable(p) and p.numel() > BATCHED)
+            state = self.state.get(p, {})
+            pace = ("basis" in state, state.get("iterations"), state.get("steps"))
+            key = index if alone else (p.shape, p.stride(), p.dtype, p.device, *pace)
+            batches.setdefault(key, []).append(members)
+        return list(batches.values())
 
     def _start_new_parameters(self) -> None:
         """Scale parameters that take their first step into their balls; warn once about those far outside."""
@@ -224,7 +301,7 @@ class SFW(Optimizer):
                 if any(p not in self.state for p in members):
                     names.append(name_of[members[0]])
                     shrinkages.append(_scale_inside(members, ball))
-        if not shrinkages or shrinkages[0].is_meta:
+        if not shrinkages or shrinkages[0].is_meta or any(group["capturable"] for group in self.param_groups):
             return
         far = [
             (factor, name)
@@ -250,18 +327,30 @@ class SFW(Optimizer):
             return [parameters] if any(p.grad is not None for p in parameters) else []
         return [[p] for p in parameters if p.grad is not None]
 
-    def _accumulate(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Fold the gradient into the momentum of p and return the direction of this step."""
-        state, momentum = self.state[p], group["momentum"]
+    def _accumulate(self, parameters: list[Tensor], group: dict[str, Any], weight_decay: float = 0.0) -> list[Tensor]:
+        """Fold the gradients into the momenta of the parameters and return the directions of this step."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        sign = -1 if group["maximize"] else 1
+        if weight_decay:
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=sign * weight_decay))
+        momentum, weight = group["momentum"], sign * (1 - group["dampening"])
+        states = [self.state[p] for p in parameters]
         if not momentum:
-            state["momentum_buffer"] = None  # an entry all the same: it marks that p has been scaled inside
-            return gradient
-        buffer: Tensor | None = state.get("momentum_buffer")
-        if buffer is None:
-            buffer = state["momentum_buffer"] = gradient.clone(memory_format=torch.preserve_format)
-        else:
-            buffer.mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
-        return buffer
+            for state in states:
+                state["momentum_buffer"] = None  # an entry all the same: it marks that p has been scaled inside
+            return gradients if sign == 1 else list(torch._foreach_neg(gradients))
+        old = [i for i, state in enumerate(states) if state.get("momentum_buffer") is not None]
+        buffers, new = [states[i]["momentum_buffer"] for i in old], [gradients[i] for i in old]
+        if len(old) == 1 and weight == 1 and buffers[0].dtype == new[0].dtype:
+            torch.add(new[0], buffers[0], alpha=momentum, out=buffers[0])  # one pass over memory less
+        elif old:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, new, alpha=weight)
+        for gradient, state in zip(gradients, states, strict=True):
+            if state.get("momentum_buffer") is None:
+                first = gradient.clone(memory_format=torch.preserve_format)
+                state["momentum_buffer"] = first if sign == 1 else first.neg_()
+        return [state["momentum_buffer"] for state in states]
 
     def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         buffer: Tensor | None = self.state[p].get("momentum_buffer")
@@ -292,44 +381,73 @@ class SFW(Optimizer):
 
 def sfw_update(
     weights: list[Tensor],
-    directions: list[Tensor],
-    vertices: list[Tensor],
-    ball: NormBall,
+    lengths: Tensor,
+    vertices: list[Vertex],
+    memory: list[Tensor] | None,
     *,
+    radius: float,
+    diameter: float,
     lr: float | Tensor,
     rescale: Rescale,
 ) -> None:
-    """Move the weights of one ball towards its vertices in place: θ ← (1 − η)·θ + η·v.
+    """Move weights towards the vertices of their balls in place: θ ← (1 − η)·θ + η·v.
 
-    A zero direction leaves θ unchanged, and θ = v takes η = 1 (it is already there).
+    L balls of one kind over J tensors each; a zero direction leaves θ unchanged, and θ = v takes η = 1 (it is already
+    there).
 
     Args:
-        weights: the tensors of one ball, changed in place.
-        directions: momentum or gradient, of the same shapes.
-        vertices: ``ball.lmo(directions)``, exact or approximate.
-        ball: the ball.
+        weights: J tensors (L, *shape), changed in place.
+        lengths: L2 norm ‖m‖ of the direction of each ball, (L,).
+        vertices: of the unit balls, exact or approximate, shaped as the weights.
+        memory: J tensors shaped as the weights to write θ − v to, which may be the vertices' own; None: new ones.
+        radius: of the balls.
+        diameter: L2 diameter of the balls.
         lr: step size before rescaling.
         rescale: as in :class:`SFW`.
     """
-    length = l2_norm(directions)
+    differences = []
+    for index, (w, vertex) in enumerate(zip(weights, vertices, strict=True)):
+        start, out = w.to(vertex.carrier.dtype), None if memory is None else memory[index]
+        differences.append(torch.addcmul(start, vertex.carrier, radius * vertex.factor, out=out))
+    tiny = torch.finfo(lengths.dtype).tiny
     if rescale is None or rescale == "diameter":
-        length = divide_or_zero(length, length)  # 1, or 0 for a zero direction, or NaN for NaN
+        lengths = divide_or_zero(lengths, lengths)  # 1, or 0 for a zero direction, or NaN for NaN
     match rescale:
         case "gradient":
-            reference = l2_norm([w - v for w, v in zip(weights, vertices, strict=True)])
+            reference = well_scaled(differences)[0].clamp_min(tiny)
         case "fast-gradient":
-            reference = torch.full_like(length, ball.diameter([w.shape for w in weights]) / 2)
+            reference = torch.full_like(lengths, diameter / 2)
         case "diameter":
-            reference = torch.full_like(length, ball.diameter([w.shape for w in weights]))
+            reference = torch.full_like(lengths, diameter)
         case None:
-            reference = torch.ones_like(length)
-    travel = length * lr
-    eta = torch.where(travel == 0, travel, (travel / reference).clamp(0, 1))
-    for w, v in zip(weights, vertices, strict=True):
-        if w.dtype == accumulation_dtype(w):
-            w.lerp_(v, eta.to(w.dtype))
+            reference = torch.ones_like(lengths)
+    eta = (lengths * lr / reference).clamp(0, 1)
+    for w, d in zip(weights, differences, strict=True):
+        eta_of_each = eta.to(d.dtype).view(-1, *(1 for _ in range(d.ndim - 1)))
+        if w.dtype == d.dtype:
+            w.addcmul_(d, eta_of_each, value=-1)
         else:
-            w.copy_(w.to(eta.dtype).lerp(v.to(eta.dtype), eta))
+            w.copy_(torch.addcmul(w.to(d.dtype), d, eta_of_each, value=-1))
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return (L, *shape); a single tensor as a view, so that changing it in place changes the tensor."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def _to_host(values: Tensor) -> list[Tensor]:
+    """Return the entries as tensors on the host that are filled when the device gets there, without waiting for it."""
+    if values.device.type == "cuda":
+        host = torch.empty_like(values, device="cpu", pin_memory=True)
+        return list(host.copy_(values, non_blocking=True).unbind())
+    return list(values.cpu().unbind())
+
+
+def _adapted(iterations: int, quality: float) -> int:
+    """Return how many power iterations to take after a measured quality."""
+    if quality < ENOUGH:
+        return min(iterations + 1, MEASURE_BY)
+    return max(iterations - 1, 1) if quality > PLENTY else iterations
 
 
 def _signed_gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
@@ -373,6 +491,9 @@ def _check_options(group: dict[str, Any], ball: NormBall | None) -> None:
             f"weight_decay={decay} on a group with a ball: the ball is its regulariser; "
             "set weight_decay in the groups without a ball"
         )
+    iterations = group["power_iterations"]
+    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1):
+        raise ValueError(f"power_iterations must be None or an integer >= 1, got {iterations!r}")
     if group["rescale"] not in RESCALES:
         raise ValueError(f"rescale must be one of {RESCALES}, got {group['rescale']!r}")
 

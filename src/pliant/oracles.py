@@ -1,0 +1,243 @@
+"""The oracles as an optimizer asks them, step after step: the vertices of ``Norm.lmo`` for less time and memory.
+
+``norms.py`` says what a vertex is. Here are the shorter ways to it, each tested against ``Norm.lmo``:
+
+* :func:`unit_vertices`: exact vertices, of one ball at a time in memory that exists already, or of many small balls of
+  one kind in one batch.
+* :func:`leading_vertices`: vertices of a ``Spectral`` ball whose singular directions are kept from the last step. They
+  are approximate, and in the unit ball all the same: an inexact direction costs optimality, never feasibility.
+
+A *stack* below is a tensor (L, *shape): L tensors of one shape, each with a ball of its own. A ball over several
+tensors jointly has a list of J stacks with L = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pliant.linalg import (
+    accumulation_dtype,
+    divide_or_zero,
+    keep_largest,
+    keep_n_of_m,
+    leading_directions,
+    readable,
+    starting_directions,
+    vector_norm,
+)
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral
+
+SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
+OVERSAMPLING = 1.5  # directions in the iteration for each direction of the vertex
+SAFE = 2.0**40  # squares of numbers between 1/SAFE and SAFE, and their sums, neither overflow nor vanish in float32
+
+
+class Vertex(NamedTuple):
+    """The vertex −factor·carrier: scaled where it is used, so that scaling needs no pass over memory of its own."""
+
+    carrier: Tensor  # (L, *shape)
+    factor: Tensor  # broadcasts with the carrier
+
+
+def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the L2 norms of the members, stacks whose entries can be squared without loss, and the norms of those.
+
+    Each member is divided by a power of two near its largest entry. Where a look at the norms shows that nothing can
+    overflow or vanish, the stacks are returned as they are. Half precision becomes float32.
+
+    Args:
+        stacks: J tensors (L, *shape).
+        row_dim: the dimension of ``shape`` that counts rows, if the norms of single rows are wanted.
+
+    Returns:
+        The norm over all J stacks of each member, (L,); the stacks; and for each one its norms, (L, rows, 1, …, 1), or
+        (L, 1, …, 1) without ``row_dim``.
+    """
+    stacks = [x.to(accumulation_dtype(x)) for x in stacks]
+    norms, parts = _norms(stacks, row_dim)
+    if all(readable(x) for x in stacks) and all(1 / SAFE < value < SAFE for value in norms.tolist()):
+        return norms, stacks, parts
+    largest = torch.stack([x.flatten(1).abs().amax(dim=1) if x.ndim > 1 else x.abs() for x in stacks]).amax(dim=0)
+    scale = torch.where(largest == 0, 1, largest / (2 * torch.frexp(largest).mantissa))
+    stacks = [x / _along(scale, x) for x in stacks]
+    norms, parts = _norms(stacks, row_dim)
+    return scale * norms, stacks, parts
+
+
+def _norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Tensor]]:
+    parts = []
+    for x in stacks:
+        others = tuple(d for d in range(1, x.ndim) if row_dim is None or d != row_dim + 1)
+        parts.append(vector_norm(x, dim=others, keepdim=True) if others else x.abs())
+    if row_dim is None and len(parts) == 1:
+        return parts[0].view(-1), parts
+    return vector_norm(torch.cat([part.flatten(1) for part in parts], dim=1), dim=1), parts
+
+
+def unit_vertices(
+    norm: Norm, stacks: Sequence[Tensor], memory: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Vertex]]:
+    """Return the L2 norms of directions, (L,), and the vertices of the unit balls for them, exactly.
+
+    Args:
+        norm: of the balls.
+        stacks: directions, one stack (L, *shape), or J stacks with L = 1 for a joint ball.
+        memory: for carriers where L = 1, shaped as the stacks.
+    """
+    rows = isinstance(norm, Rows) and all(x.ndim > 2 for x in stacks)
+    lengths, stacks, parts = well_scaled(stacks, norm.dim if isinstance(norm, Rows) and rows else None)
+    if len(lengths) > 1:
+        batched: Tensor = torch.vmap(norm.lmo)(stacks[0])
+        return lengths, [Vertex(batched, -torch.ones_like(lengths[:1]))]
+    memory = [torch.empty_like(x) for x in stacks] if memory is None else memory
+    norm.length([x.shape[1:] for x in stacks])
+    match norm:
+        case Lp(p) | Spectral(Lp(p)) if p == 2:
+            return lengths, _on_the_sphere(stacks, parts)
+        case Spectral(KSupport(k)) if k == norm.length([x.shape[1:] for x in stacks]):  # the Frobenius norm, too
+            return lengths, _on_the_sphere(stacks, parts)
+        case Lp(p) if p == math.inf:
+            signs = [torch.sign(x, out=out) for x, out in zip(stacks, memory, strict=True)]
+            return lengths, [Vertex(sign, torch.ones_like(lengths)) for sign in signs]
+        case KSparse(k):
+            keep_largest(stacks, k, memory)
+            return lengths, [Vertex(out.sign_(), torch.ones_like(lengths)) for out in memory]
+        case KSupport(k):
+            keep_largest(stacks, k, memory)
+            return lengths, _on_the_sphere(memory)
+        case Rows(inner) if rows:
+            a = torch.cat([part.flatten() for part in parts])
+            # Rows whose squares vanish count as zero, as in Rows.lmo.
+            a = torch.where(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0, a)
+            factors = divide_or_zero(inner._align(a), a).split([part.numel() for part in parts])
+            return lengths, [Vertex(x, f.view_as(part)) for x, f, part in zip(stacks, factors, parts, strict=True)]
+        case Blocks(KSupport(n), size, dim):
+            for x, out in zip(stacks, memory, strict=True):
+                keep_n_of_m(x, n, size, dim + 1, out)
+            return lengths, _on_the_sphere(memory)
+    return lengths, [Vertex(v[None], -torch.ones_like(lengths)) for v in norm.lmo([x[0] for x in stacks])]
+
+
+def _on_the_sphere(stacks: Sequence[Tensor], parts: list[Tensor] | None = None) -> list[Vertex]:
+    length = vector_norm(torch.cat([part.view(1) for part in parts or _norms(list(stacks), None)[1]]))
+    factor = divide_or_zero(torch.ones_like(length), length)
+    return [Vertex(x, factor) for x in stacks]
+
+
+# --- spectral balls ---------------------------------------------------------------------------------------------------
+
+
+def keeps_directions(norm: Norm, shapes: Sequence[Shape]) -> bool:
+    """Tell whether :func:`leading_vertices` serves a ball over these shapes; else :func:`unit_vertices` does.
+
+    It is for ``Spectral`` balls with vertices of low rank, if some matrix is large enough to be worth it.
+    """
+    if not isinstance(norm, Spectral) or _rank(norm) is None:
+        return False
+    large = any(min(norm._block_shape(shape)) > SMALL for shape in shapes)
+    return large and _rank(norm) != norm.length(shapes)
+
+
+def leading_vertices(
+    norm: Spectral,
+    stacks: Sequence[Tensor],
+    basis: Tensor | None,
+    iterations: int,
+    memory: Sequence[Tensor] | None = None,
+) -> tuple[list[Vertex], Tensor, Tensor]:
+    """Return vertices of the unit balls for well-scaled directions, without a singular value decomposition of them.
+
+    Args:
+        norm: with vertices of low rank, see :func:`keeps_directions`.
+        stacks: one stack (L, *shape), or J stacks with L = 1 for a joint ball.
+        basis: what the last call returned; None: start anew, with a few more iterations.
+        iterations: of block power iteration.
+        memory: for carriers where L = 1, shaped as the stacks.
+
+    Returns:
+        The vertices; the basis for the next call, (L, all columns, directions); and −⟨direction, vertex⟩ per member
+        (L,), which is at most the dual norm and tells how good the vertex is.
+    """
+    rank = _rank(norm)
+    assert rank is not None, f"{norm} has vertices of full rank"
+    memory = [torch.empty_like(x) for x in stacks] if memory is None else memory
+    blocks = [block for x in stacks for block in _matrices(x, norm)]
+    # The left directions, which QR makes orthonormal, are those of the smaller side.
+    upright = [a.shape[1] > a.shape[2] for a in blocks]
+    blocks = [a.mT if up else a for a, up in zip(blocks, upright, strict=True)]
+    size = _block_size(rank, sum(a.shape[1] for a in blocks))
+    columns = [a.shape[2] for a in blocks]
+    if basis is None or basis.shape[1:] != (sum(columns), size):
+        start, iterations = starting_directions(blocks, size), iterations + 2
+    else:
+        start = list(basis.to(blocks[0].dtype).split(columns, dim=1))
+    left, right, start = leading_directions(blocks, start, rank, iterations)
+    if isinstance(norm.inner, KSparse):
+        left, right, value = _equal_lengths(left, right)
+    else:
+        # Any basis will do: left·rightᵀ/‖right‖ has rank k and Frobenius norm 1.
+        value = _norms(right, None)[0]
+        right = [divide_or_zero(z, _along(value, z).expand_as(z)) for z in right]
+    factors = [(z, u) if up else (u, z) for u, z, up in zip(left, right, upright, strict=True)]
+    for index, out in enumerate(memory):
+        _write_products(factors[index * norm.groups : (index + 1) * norm.groups], norm, out)
+    vertices = [Vertex(out, torch.ones_like(value[:1])) for out in memory]
+    return vertices, start[0] if len(start) == 1 else torch.cat(start, dim=1), value
+
+
+def _equal_lengths(left: list[Tensor], right: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Turn left·rightᵀ into its polar factor: the vertex of the k-sparse norm gives each direction the same weight."""
+    u, s, vh = torch.linalg.svd(torch.cat(right, dim=1), full_matrices=False)
+    real = s > s[:, :1] * u.shape[1] * torch.finfo(s.dtype).eps
+    turned = (u * real[:, None, :]).split([z.shape[1] for z in right], dim=1)
+    return [x @ vh.mT for x in left], list(turned), s.sum(dim=1)
+
+
+def _block_size(rank: int, n: int) -> int:
+    # A multiple of 16 costs matrix products no more than the number below it.
+    return min(n, 16 * math.ceil(OVERSAMPLING * rank / 16))
+
+
+def _rank(norm: Spectral) -> int | None:
+    """Return the largest rank of a vertex, None where it is full."""
+    match norm.inner:
+        case KSupport(k) | KSparse(k):
+            return k
+        case Lp(p) if p == 1:
+            return 1
+    return None
+
+
+def _matrices(stack: Tensor, norm: Spectral) -> list[Tensor]:
+    """Return the stack as matrices (L, rows, columns), one for each group of rows."""
+    return list(_rows_first(stack, norm).flatten(2).chunk(norm.groups, dim=1))
+
+
+def _write_products(factors: list[tuple[Tensor, Tensor]], norm: Spectral, out: Tensor) -> None:
+    """Write first·secondᵀ of each group to its rows of ``out``."""
+    rows_first = _rows_first(out, norm)
+    matrix = rows_first.flatten(2)
+    for (first, second), place in zip(factors, matrix.chunk(norm.groups, dim=1), strict=True):
+        torch.matmul(first, second.mT, out=place)
+    if rows_first.ndim > 3 and rows_first.stride(1) != max(rows_first.stride()[1:]):
+        rows_first.copy_(matrix.view(rows_first.shape))  # columns with rows between them: flatten made a copy
+
+
+def _rows_first(stack: Tensor, norm: Spectral) -> Tensor:
+    """Return the view (L, rows, …) with the other dimensions in the order of memory.
+
+    Any order of the columns has the same singular values and left directions; this one needs no copy.
+    """
+    strides = stack.stride()
+    others = sorted((d for d in range(1, stack.ndim) if d != norm.dim + 1), key=lambda d: (-strides[d], d))
+    return stack.permute(0, norm.dim + 1, *others)
+
+
+def _along(values: Tensor, stack: Tensor) -> Tensor:
+    """Return (L,) as (L, 1, …, 1), to be multiplied with a stack."""
+    return values.view(-1, *(1 for _ in range(stack.ndim - 1)))
