@@ -254,3 +254,11 @@ def test_ten_steps_reach_what_is_promised(rho: float, share: float, shape: tuple
 )
 def test_who_keeps_directions(norm: Norm, shape: tuple[int, ...], kept: bool) -> None:
     assert keeps_directions(norm, [shape]) == kept
+
+
+def test_a_joint_ball_may_mix_dtypes() -> None:
+    parts = [gaussian((4, 3), seed=1), gaussian((5, 3), seed=2, dtype=torch.float32)]
+    for norm in (Rows(KSupport(2)), KSparse(4), Spectral(Lp(1)), Lp(2)):
+        expected = norm.lmo([g.double() for g in parts])
+        for (carrier, factor), vertex in zip(unit_vertices(norm, [g[None] for g in parts])[1], expected, strict=True):
+            torch.testing.assert_close((-factor * carrier)[0], vertex, rtol=1e-5, atol=1e-6)

@@ -75,8 +75,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
-    """Return a / b, and 0 where b is 0."""
-    return torch.where(b == 0, torch.zeros_like(b), a / torch.where(b == 0, torch.ones_like(b), b))
+    """Return a / b for b >= 0, and 0 where both are 0."""
+    return a / b.clamp_min(torch.finfo(b.dtype).tiny)
 
 
 def readable(x: Tensor) -> bool:

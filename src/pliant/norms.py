@@ -83,6 +83,7 @@ class Norm(ABC):
         aligned = self._align(torch.cat(magnitudes))
         parts = aligned.split([len(a) for a in magnitudes])
         given = [g] if isinstance(g, Tensor) else list(g)
+        parts = [part.to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
         vertices = [-rebuild(part).to(x.dtype) for rebuild, part, x in zip(rebuilds, parts, given, strict=True)]
         return vertices[0] if isinstance(g, Tensor) else vertices
 
@@ -228,12 +229,14 @@ class Lp(VectorNorm):
             return (topk_mask(a, 1) & (a > 0)).to(a.dtype)
         if self.p == math.inf:
             return (a > 0).to(a.dtype)
+        if self.p == 2:
+            return divide_or_zero(a, vector_norm(a, dim=-1, keepdim=True))
         q = self._conjugate()
         largest = a.amax(dim=-1, keepdim=True)
-        shape = divide_or_zero(a, largest.expand_as(a))
+        shape = divide_or_zero(a, largest)
         # Dividing last makes the norm 1 whatever the power did to the rounding (q is huge for p near 1).
         powers = shape ** (q - 1)
-        return divide_or_zero(powers, _p_norm(powers, self.p)[..., None].expand_as(a))
+        return divide_or_zero(powers, _p_norm(powers, self.p)[..., None])
 
     def _diameter(self, n: int) -> float:
         return 2 * math.pow(n, max(0.0, 0.5 - 1 / self.p))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[T
     """Return the L2 norms of the members, stacks whose entries can be squared without loss, and the norms of those.
 
     Each member is divided by a power of two near its largest entry. Where a look at the norms shows that nothing can
-    overflow or vanish, the stacks are returned as they are. Half precision becomes float32.
+    overflow or vanish, the stacks are returned as they are. Half precision becomes float32, mixed ones the widest.
 
     Args:
         stacks: J tensors (L, *shape).
@@ -58,7 +59,8 @@ def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[T
         The norm over all J stacks of each member, (L,); the stacks; and for each one its norms, (L, rows, 1, …, 1), or
         (L, 1, …, 1) without ``row_dim``.
     """
-    stacks = [x.to(accumulation_dtype(x)) for x in stacks]
+    dtype = reduce(torch.promote_types, [accumulation_dtype(x) for x in stacks])
+    stacks = [x.to(dtype) for x in stacks]
     norms, parts = _norms(stacks, row_dim)
     if all(readable(x) for x in stacks) and all(1 / SAFE < value < SAFE for value in norms.tolist()):
         return norms, stacks, parts
@@ -182,7 +184,7 @@ def leading_vertices(
     else:
         # Any basis will do: left·rightᵀ/‖right‖ has rank k and Frobenius norm 1.
         value = _norms(right, None)[0]
-        right = [divide_or_zero(z, _along(value, z).expand_as(z)) for z in right]
+        right = [divide_or_zero(z, _along(value, z)) for z in right]
     factors = [(z, u) if up else (u, z) for u, z, up in zip(left, right, upright, strict=True)]
     for index, out in enumerate(memory):
         _write_products(factors[index * norm.groups : (index + 1) * norm.groups], norm, out)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any, Literal, overload
 
 import torch
@@ -110,6 +111,7 @@ class SFW(Optimizer):
             "joint": False,
         }
         self._kept_memory: dict[torch.dtype, Tensor] = {}
+        self._kept_views: dict[Any, list[Tensor]] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,7 +132,7 @@ class SFW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._kept_memory = {}
+        self._kept_memory, self._kept_views = {}, {}
         for group in self.param_groups:  # a state saved by another version, or by SGD, may lack options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -266,14 +268,19 @@ class SFW(Optimizer):
 
     def _memory(self, like: list[Tensor]) -> list[Tensor]:
         """Return tensors like these in memory that is kept from step to step: asking for new pages costs more."""
-        sizes = [x.numel() for x in like]
-        dtype = accumulation_dtype(like[0])
-        kept = self._kept_memory.get(dtype)
-        if kept is None or len(kept) < sum(sizes):
-            kept = self._kept_memory[dtype] = torch.empty(sum(sizes), dtype=dtype)
-        strides = [torch.empty_like(x, device="meta").stride() for x in like]
-        flats = kept[: sum(sizes)].split(sizes)
-        return [flat.as_strided(x.shape, s) for flat, x, s in zip(flats, like, strides, strict=True)]
+        dtype = reduce(torch.promote_types, [accumulation_dtype(x) for x in like])
+        key = (dtype, *((x.shape, x.stride()) for x in like))
+        if key not in self._kept_views:
+            sizes = [x.numel() for x in like]
+            kept = self._kept_memory.get(dtype)
+            if kept is None or len(kept) < sum(sizes):
+                kept = self._kept_memory[dtype] = torch.empty(sum(sizes), dtype=dtype)
+                self._kept_views = {k: views for k, views in self._kept_views.items() if k[0] != dtype}
+            flats = kept[: sum(sizes)].split(sizes)
+            strides = [torch.empty_like(x, device="meta").stride() for x in like]
+            views = [flat.as_strided(x.shape, s) for flat, x, s in zip(flats, like, strides, strict=True)]
+            self._kept_views[key] = views
+        return self._kept_views[key]
 
     # --- state ---
 
@@ -296,10 +303,9 @@ class SFW(Optimizer):
             ball = _as_ball(group["ball"])
             if ball is None:
                 continue
-            name_of = dict(zip(group["params"], _names(group), strict=True))
             for members in self._sets_with_gradient(group):
                 if any(p not in self.state for p in members):
-                    names.append(name_of[members[0]])
+                    names.append(_name(members[0], group))
                     shrinkages.append(_scale_inside(members, ball))
         if not shrinkages or shrinkages[0].is_meta or any(group["capturable"] for group in self.param_groups):
             return
@@ -360,20 +366,21 @@ class SFW(Optimizer):
 
     def _check_gradients(self) -> None:
         """Refuse a gradient that no step can be taken with, before anything has changed."""
-        checked: list[tuple[str, Tensor]] = []
+        checked: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
         for group in self.param_groups:
-            for name, p in zip(_names(group), group["params"], strict=True):
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if p.grad.layout != torch.strided or p.grad.is_complex():
-                    raise ValueError(f"SFW needs dense, real gradients, got {p.grad.layout} {p.grad.dtype} in {name}")
+                    kind = f"{p.grad.layout} {p.grad.dtype}"
+                    raise ValueError(f"SFW needs dense, real gradients, got {kind} in {_name(p, group)}")
                 if group["check_finite"]:
-                    checked.append((name, p.grad))
+                    checked.append((p.grad, p, group))
         if not checked:
             return
         # One reduction per tensor, one transfer for all.
-        finite = torch.stack([torch.isfinite(gradient).all() for _, gradient in checked]).tolist()
-        bad = [name for (name, _), ok in zip(checked, finite, strict=True) if not ok]
+        finite = torch.stack([torch.isfinite(gradient).all() for gradient, _, _ in checked]).tolist()
+        bad = [_name(p, group) for (_, p, group), ok in zip(checked, finite, strict=True) if not ok]
         if bad:
             shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise FloatingPointError(f"NaN or infinite gradient in {shown}; the step was refused, nothing has changed")
@@ -469,9 +476,11 @@ def _as_ball(ball: NormBall | dict[str, Any] | None) -> NormBall | None:
     return NormBall.from_spec(ball) if isinstance(ball, dict) else ball
 
 
-def _names(group: dict[str, Any]) -> list[str]:
-    shapes = [f"an unnamed parameter of shape {tuple(p.shape)}" for p in group["params"]]
-    return list(group.get("param_names", shapes))
+def _name(parameter: Tensor, group: dict[str, Any]) -> str:
+    for name, p in zip(group.get("param_names", []), group["params"], strict=False):
+        if p is parameter:
+            return str(name)
+    return f"an unnamed parameter of shape {tuple(parameter.shape)}"
 
 
 def _check_options(group: dict[str, Any], ball: NormBall | None) -> None:
