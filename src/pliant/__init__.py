@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pliant.errors import Refused as Refused
     from pliant.models import build_model as build_model
     from pliant.norms import Blocks as Blocks
+    from pliant.norms import Channels as Channels
     from pliant.norms import KSparse as KSparse
     from pliant.norms import KSupport as KSupport
     from pliant.norms import Lp as Lp
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from pliant.reporting import report as report
     from pliant.runs import load as load
     from pliant.sfw import SFW as SFW
+    from pliant.structure import coupled_channels as coupled_channels
     from pliant.sweeping import sweep as sweep
     from pliant.training import train as train
 
@@ -70,11 +72,12 @@ _HOMES = {
     "demonstration": ["demo"],
     "errors": ["BadInput", "DamagedFile", "Diverged", "PliantError", "Refused"],
     "models": ["build_model"],
-    "norms": ["Blocks", "KSparse", "KSupport", "Lp", "Norm", "Rows", "Spectral"],
+    "norms": ["Blocks", "Channels", "KSparse", "KSupport", "Lp", "Norm", "Rows", "Spectral"],
     "records": ["Record", "append_record", "read_records"],
     "reporting": ["report"],
     "runs": ["load"],
     "sfw": ["SFW"],
+    "structure": ["coupled_channels"],
     "sweeping": ["sweep"],
     "training": ["train"],
 }

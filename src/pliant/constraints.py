@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pliant.ball import NormBall
 from pliant.errors import BadInput
 from pliant.linalg import l2_norm
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 from pliant.sfw import SFW
 
 Vertices = Literal["support", "sparse"]
@@ -55,11 +55,14 @@ class Preset:
         radius: w, the radius in units of the expected L2 norm at initialisation: the ball gets the L2 diameter
             2·w·E‖θ_init‖₂, whatever its norm.
         structured: only for weights of at least two dimensions that are not an embedding or a normalisation.
+        coupled: from a number of channels to the vector norm of their lengths, where the preset can constrain channels
+            that several tensors share.
     """
 
     norm: Callable[[torch.Size, Layout], Norm]
     radius: float
     structured: bool = True
+    coupled: Callable[[int], VectorNorm] | None = None
 
     def __post_init__(self) -> None:
         if not (self.radius > 0 and math.isfinite(self.radius)):
@@ -82,7 +85,7 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
         n = Rows(Lp(2), layout.dim).length(shape)
         return Rows(_vector_norm(k, n, vertices), layout.dim)
 
-    return Preset(norm, radius)
+    return Preset(norm, radius, coupled=lambda channels: _vector_norm(k, channels, vertices))
 
 
 def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
@@ -167,6 +170,7 @@ def constrain(
     default: Preset | None = _UNMATCHED,
     *,
     pretrained: bool = False,
+    coupled: Sequence[CoupledChannels] = (),
 ) -> list[dict[str, Any]]:
     """Return parameter groups for :class:`~pliant.SFW` that cover every trainable parameter of ``model``.
 
@@ -183,6 +187,10 @@ def constrain(
         rules: first match wins.
         default: the preset, or None for no ball, of all other parameters; without it each one must match a rule.
         pretrained: the weights are trained ones; take the radius from their own norm.
+        coupled: channels that leave the network together, ``pliant.coupled_channels(model, example_inputs).groups``.
+            Where :func:`filters` is decided for the first weight of one, its ball holds the channels of the whole
+            group: all filters that are tied to it with their biases and normalisations (not the layers that read
+            them), jointly.
 
     Raises:
         BadInput: a parameter that no rule matches, a k above what a layer has, or a pattern that does not fit a
@@ -195,7 +203,19 @@ def constrain(
             raise BadInput(f"a rule is a pair of a pattern or predicate and a preset or None, got {rule!r}")
     groups: dict[str, dict[str, Any]] = {}
     unmatched, misfit, used = [], [], set()
-    for parameter, names in _trainable(model).items():
+    trainable = _trainable(model)
+    joint = {}
+    for channels in coupled:
+        members = _members(channels, {name: p for p, names in trainable.items() for name in names})
+        decision = _choose(model, rules, [members[0][0]], members[0][1]) if members else None
+        preset = rules[decision[0]][1] if decision else None
+        if decision and preset and preset.coupled:
+            used.add(decision[0])
+            joint[channels.name] = _coupled_group(model, preset, channels, members, pretrained)
+    taken = {p for group in joint.values() for p in group["params"]}
+    for parameter, names in trainable.items():
+        if parameter in taken:
+            continue
         choice = _choose(model, rules, names, parameter)
         name, preset = names[0], default
         if choice is not None:
@@ -225,11 +245,60 @@ def constrain(
     for index, (selector, _) in enumerate(rules):
         if index not in used:
             warnings.warn(f"rule {index + 1} ({selector!r}) decides for no parameter of this model", stacklevel=2)
-    if not groups:
+    if not groups and not joint:
         raise BadInput("this model has no trainable parameter")
-    for group in groups.values():
+    result = [*joint.values(), *groups.values()]
+    for group in result:
         group["ball"] = None if group["ball"] is None else group["ball"].to_spec()
-    return list(groups.values())
+    return result
+
+
+def _members(channels: CoupledChannels, parameters: dict[str, Tensor]) -> list[tuple[str, Tensor, int, Tensor]]:
+    """Return (name, parameter, dimension, positions) of all trainable tensors that make the channels."""
+    return [
+        (name, parameters[name], dim, slot.indices)
+        for slot in channels.producers
+        for name, dim in slot.tensors
+        if name in parameters
+    ]
+
+
+def _coupled_group(
+    model: nn.Module,
+    preset: Preset,
+    channels: CoupledChannels,
+    members: list[tuple[str, Tensor, int, Tensor]],
+    pretrained: bool,
+) -> dict[str, Any]:
+    assert preset.coupled is not None
+    try:
+        inner = preset.coupled(channels.channels)
+    except BadInput as error:
+        raise BadInput(f"the channels of {channels.name}: {error}") from None
+    dims = {dim for _, p, dim, _ in members if p.ndim > 1} or {0}
+    parts = {_parts(name, positions) for name, _, _, positions in members}
+    if len(dims) > 1 or len(parts) > 1:
+        raise BadInput(
+            f"the tensors that share the channels of {channels.name} lay them out differently: leave this group out of "
+            "coupled, so that its layers get balls of their own"
+        )
+    norm = Channels(inner, channels.channels, dims.pop(), parts.pop())
+    lengths = [initial_norm(_owner(model, name), name, p, pretrained) for name, p, _, _ in members]
+    diameter = 2 * preset.radius * math.hypot(*lengths)
+    parameters = [p for _, p, _, _ in members]
+    ball = NormBall(norm, diameter / norm.diameter([p.shape for p in parameters]))
+    names = [name for name, _, _, _ in members]
+    return {"params": parameters, "param_names": names, "ball": ball, "weight_decay": 0.0, "joint": True}
+
+
+def _parts(name: str, positions: Tensor) -> int:
+    """Return in how many equal parts of the rows each channel has an equal run; BadInput where it is not so."""
+    count, width = positions.shape
+    for parts in range(1, width + 1):
+        runs = torch.arange(count * width).reshape(parts, count, -1) if width % parts == 0 else None
+        if runs is not None and torch.equal(runs.transpose(0, 1).flatten(1), positions):
+            return parts
+    raise BadInput(f"the channels of {name} are not runs of rows: leave this group out of coupled")
 
 
 def _choose(model: nn.Module, rules: Sequence[Rule], names: list[str], parameter: Tensor) -> tuple[int, str] | None:
@@ -260,6 +329,22 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 def _is_matrix(owner: nn.Module, parameter: Tensor) -> bool:
     vectors = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
     return parameter.ndim >= 2 and not isinstance(owner, vectors)
+
+
+class CoupledChannels(Protocol):
+    """What :func:`constrain` reads of a group of coupled channels; see :class:`pliant.structure.ChannelGroup`."""
+
+    @property
+    def name(self) -> str:
+        """The layer that names the group."""
+
+    @property
+    def channels(self) -> int:
+        """How many channels there are."""
+
+    @property
+    def producers(self) -> Sequence[Any]:
+        """The places, with ``tensors`` (name, dimension) and ``indices`` (channels, width), that make the channels."""
 
 
 def layout_of(owner: nn.Module) -> Layout:
@@ -433,6 +518,6 @@ def with_k(norm: Norm, k: int) -> Norm:
     """Return the same norm with another k; the norm must have one."""
     if isinstance(norm, KSparse | KSupport):
         return replace(norm, k=k)
-    if isinstance(norm, Rows | Spectral | Blocks) and isinstance(norm.inner, KSparse | KSupport):
+    if isinstance(norm, Rows | Channels | Spectral | Blocks) and isinstance(norm.inner, KSparse | KSupport):
         return replace(norm, inner=replace(norm.inner, k=k))
     raise BadInput(f"{norm} has no k")

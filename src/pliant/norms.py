@@ -1,4 +1,4 @@
-"""Norms whose unit balls have sparse extreme points: three vector norms, three lifts.
+"""Norms whose unit balls have sparse extreme points: three vector norms, four lifts.
 
 A norm here answers four questions, all that Frank-Wolfe asks: its value ``norm(x)``, the dual norm
 ``norm.dual(g)``, a minimiser of ⟨g, ·⟩ over the unit ball ``norm.lmo(g)`` (linear minimisation oracle), and
@@ -9,8 +9,9 @@ The pieces combine:
 * **Vector norms** look at the magnitudes of the entries: ``Lp(p)``, ``KSparse(k)``, ``KSupport(k)``. Their
   vertices have, for example, k entries.
 * **Lifts** apply a vector norm to other magnitudes of the same tensor: ``Rows(inner)`` to the L2 norms of the
-  rows, ``Spectral(inner)`` to the singular values, ``Blocks(inner, size)`` to each block of consecutive entries.
-  Their vertices have k filters, k singular directions, k entries in every block.
+  rows, ``Channels(inner, count)`` to those of runs of rows that leave a network together, ``Spectral(inner)`` to the
+  singular values, ``Blocks(inner, size)`` to each block of consecutive entries. Their vertices have k filters,
+  k channels, k singular directions, k entries in every block.
 
 So ``Rows(KSupport(8))`` is the ball for "few filters", ``Spectral(KSupport(8))`` the one for "low rank", and
 ``Blocks(KSupport(2), 4)`` the one for 2:4 patterns.
@@ -25,7 +26,7 @@ along the last dimension. ``_align(a)`` is the point w >= 0 of the unit ball tha
 tensor of n entries is n×1.
 
 **One or several tensors.** Every method takes a tensor or a sequence of tensors; a sequence is read jointly,
-as one block-diagonal object with one k for all.
+as one block-diagonal object with one k for all; under ``Channels``, as one tensor whose channels all share.
 
 **Precision.** Half-precision input is computed in float32; norms of it are returned in float32, vertices in the
 input's dtype. Values are divided by a power of two near the largest entry first, so nothing overflows or
@@ -80,8 +81,7 @@ class Norm(ABC):
         tensors, _ = _scaled(g)
         self.length([x.shape for x in tensors])
         magnitudes, rebuilds = zip(*(self._split(x) for x in tensors), strict=True)
-        aligned = self._align(torch.cat(magnitudes))
-        parts = aligned.split([len(a) for a in magnitudes])
+        parts = self._spread(self._align(self._combine(magnitudes)), magnitudes)
         given = [g] if isinstance(g, Tensor) else list(g)
         parts = [part.to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
         vertices = [-rebuild(part).to(x.dtype) for rebuild, part, x in zip(rebuilds, parts, given, strict=True)]
@@ -94,8 +94,8 @@ class Norm(ABC):
     def length(self, shape: Shape | Sequence[Shape]) -> int:
         """Return how many magnitudes the vector norm sees: what a fraction of k is a fraction of.
 
-        Entries for a vector norm, filters for ``Rows``, singular values for ``Spectral``, the block size for
-        ``Blocks``. Raises ValueError where this norm is not defined for the shape.
+        Entries for a vector norm, filters for ``Rows``, channels for ``Channels``, singular values for
+        ``Spectral``, the block size for ``Blocks``. Raises ValueError where this norm is not defined for the shape.
         """
         n = self._joint_length([self._length(s) for s in _shapes(shape)])
         self._check_length(n)
@@ -136,7 +136,7 @@ class Norm(ABC):
     @staticmethod
     def from_spec(spec: dict[str, Any]) -> Norm:
         """Return the norm that :meth:`to_spec` described; raises ValueError for anything else."""
-        finals: list[type[Norm]] = [Lp, KSparse, KSupport, Rows, Spectral, Blocks]
+        finals: list[type[Norm]] = [Lp, KSparse, KSupport, Rows, Channels, Spectral, Blocks]
         known = {final.__name__: final for final in finals}
         arguments = dict(spec)
         name = arguments.pop("norm", None)
@@ -153,7 +153,15 @@ class Norm(ABC):
 
     def _join(self, tensors: list[Tensor]) -> Tensor:
         self.length([x.shape for x in tensors])
-        return torch.cat([self._magnitudes(x) for x in tensors])
+        return self._combine([self._magnitudes(x) for x in tensors])
+
+    def _combine(self, magnitudes: Sequence[Tensor]) -> Tensor:
+        """Return the magnitudes of several tensors as those of the joint object."""
+        return torch.cat(list(magnitudes))
+
+    def _spread(self, w: Tensor, magnitudes: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the share of each tensor in new magnitudes of the joint object."""
+        return list(w.split([len(a) for a in magnitudes]))
 
     def _joint_length(self, lengths: list[int]) -> int:
         return sum(lengths)
@@ -377,10 +385,63 @@ class Rows(_Lift):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         matrix = _as_matrix(x, self.dim)
-        a = vector_norm(matrix, dim=1)
-        # The squares of smaller rows underflow, and dividing by their norms would leave the ball: they count as 0.
-        a = torch.where(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0, a)
+        a = _without_vanished(vector_norm(matrix, dim=1))
         return a, lambda w: _from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
+
+
+@dataclass(frozen=True)
+class Channels(_Lift):
+    """``inner`` of the L2 norms of channels, each made of rows of one or several tensors.
+
+    What leaves a network together shares a channel: a filter with its bias, its BatchNorm scale and shift and the
+    filters that a residual connection ties to it; all rows of an attention head; a neuron's row in each of its layers.
+    In every tensor the rows are ``count`` equal runs, one a channel; in packed tensors (query, key and value in one
+    weight) they are so in each of ``parts`` equal parts. Tensors of a joint ball share their channels: a vertex of
+    ``Channels(KSupport(k), count)`` is non-zero in k channels, in all tensors the same.
+
+    ``Channels(inner, rows)`` of a single tensor is ``Rows(inner)``.
+    """
+
+    count: int
+    dim: int = 0
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("count", self.count), ("parts", self.parts)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Channels needs an integer {name} >= 1, got {value!r}")
+        self.inner._check_length(self.count)
+
+    def _length(self, shape: Shape) -> int:
+        rows, _ = _matrix_shape(shape, self.dim)
+        if rows % (self.count * self.parts):
+            raise ValueError(f"{self}: {rows} rows do not split into {self.parts} x {self.count} equal runs")
+        return self.count
+
+    def _joint_length(self, lengths: list[int]) -> int:
+        return self.count
+
+    def _combine(self, magnitudes: Sequence[Tensor]) -> Tensor:
+        return magnitudes[0] if len(magnitudes) == 1 else vector_norm(torch.stack(list(magnitudes)), dim=0)
+
+    def _spread(self, w: Tensor, magnitudes: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [divide_or_zero(w * a, self._combine(magnitudes)) for a in magnitudes]
+
+    def _magnitudes(self, x: Tensor) -> Tensor:
+        return vector_norm(self._runs(x), dim=(0, 2))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        runs = self._runs(x)
+        a = _without_vanished(vector_norm(runs, dim=(0, 2)))
+
+        def rebuild(w: Tensor) -> Tensor:
+            return _from_matrix((divide_or_zero(w, a)[:, None] * runs).flatten(0, 1), x.shape, self.dim)
+
+        return a, rebuild
+
+    def _runs(self, x: Tensor) -> Tensor:
+        return _as_matrix(x, self.dim).reshape(self.parts, self.count, -1)
 
 
 @dataclass(frozen=True)
@@ -508,6 +569,11 @@ def _scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
     tensors = [t.to(accumulation_dtype(t)) for t in tensors]
     scale = power_of_two_scale([t.detach() for t in tensors])
     return [t / scale for t in tensors], scale
+
+
+def _without_vanished(a: Tensor) -> Tensor:
+    """Return row norms with 0 for the smallest: their squares underflow, and to divide by them would leave the ball."""
+    return torch.where(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0, a)
 
 
 def _p_norm(a: Tensor, p: float) -> Tensor:

@@ -31,7 +31,7 @@ from pliant.linalg import (
     starting_directions,
     vector_norm,
 )
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral, _without_vanished
 
 SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
 OVERSAMPLING = 1.5  # directions in the iteration for each direction of the vertex
@@ -113,9 +113,7 @@ def unit_vertices(
             keep_largest(stacks, k, memory)
             return lengths, _on_the_sphere(memory)
         case Rows(inner) if rows:
-            a = torch.cat([part.flatten() for part in parts])
-            # Rows whose squares vanish count as zero, as in Rows.lmo.
-            a = torch.where(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0, a)
+            a = _without_vanished(torch.cat([part.flatten() for part in parts]))
             factors = divide_or_zero(inner._align(a), a).split([part.numel() for part in parts])
             return lengths, [Vertex(x, f.view_as(part)) for x, f, part in zip(stacks, factors, parts, strict=True)]
         case Blocks(KSupport(n), size, dim):
