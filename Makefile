@@ -31,6 +31,14 @@ demo: setup ## train three networks on small images, compress them, write demo/r
 test: setup ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+.PHONY: bench
+bench: setup ## measure what a step costs, against SGD and Muon; minutes, on an idle machine
+	$(BIN)/python benchmarks/step.py --out benchmarks/results
+
+.PHONY: pictures
+pictures: setup ## draw the pictures of the documentation
+	$(BIN)/python docs/pictures/balls.py
+
 .PHONY: check
 check: setup ## lint, format check, types
 	$(BIN)/ruff check .

@@ -132,12 +132,12 @@ def _on_the_sphere(stacks: Sequence[Tensor], parts: list[Tensor] | None = None) 
 # --- spectral balls ---------------------------------------------------------------------------------------------------
 
 
-def keeps_directions(norm: Norm, shapes: Sequence[Shape]) -> bool:
+def keeps_directions(norm: Spectral, shapes: Sequence[Shape]) -> bool:
     """Tell whether :func:`leading_vertices` serves a ball over these shapes; else :func:`unit_vertices` does.
 
-    It is for ``Spectral`` balls with vertices of low rank, if some matrix is large enough to be worth it.
+    It is for balls with vertices of low rank, if some matrix is large enough to be worth it.
     """
-    if not isinstance(norm, Spectral) or _rank(norm) is None:
+    if _rank(norm) is None:
         return False
     large = any(min(norm._block_shape(shape)) > SMALL for shape in shapes)
     return large and _rank(norm) != norm.length(shapes)

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from pliant.ball import NormBall
 from pliant.linalg import accumulation_dtype, divide_or_zero, readable
-from pliant.norms import Norm
+from pliant.norms import Spectral
 from pliant.oracles import Vertex, keeps_directions, leading_vertices, unit_vertices, well_scaled
 
 Rescale = Literal["gradient", "fast-gradient", "diameter"] | None
@@ -38,7 +38,9 @@ FAR_OUTSIDE = 2.0  # a first step that shrinks a parameter by more than this fac
 # more; below ENOUGH a tensor gets an iteration more in each step, above PLENTY one less.
 MEASURE_EVERY, MEASURE_AT, MEASURE_BY = 64, 8, 4
 ENOUGH, PLENTY = 0.98, 0.998
-BATCHED = 2**15  # on a CPU, tensors up to this size are stacked; larger ones do better one by one, in the cache
+# Tensors up to this size are stacked. Larger ones fill a device by themselves, and would take its memory; on a CPU they
+# do better one by one, in the cache.
+BATCHED, BATCHED_ON_CPU = 2**20, 2**15
 RESCALES: tuple[Rescale, ...] = ("gradient", "fast-gradient", "diameter", None)
 
 
@@ -181,7 +183,7 @@ class SFW(Optimizer):
             if ball is None:
                 self._sgd_step([p for p in group["params"] if p.grad is not None], group)
                 continue
-            for sets in self._batches(group, ball.norm):
+            for sets in self._batches(group):
                 self._constrained_step(sets, ball, group)
         return loss
 
@@ -223,7 +225,7 @@ class SFW(Optimizer):
         """Move tensors with a ball each, all of one shape, or the tensors of one joint ball."""
         directions = [_stack(ds) for ds in zip(*(self._accumulate(members, group) for members in sets), strict=True)]
         memory = self._memory(directions) if len(sets) == 1 and readable(directions[0]) else None
-        if keeps_directions(ball.norm, [p.shape for p in sets[0]]):
+        if isinstance(ball.norm, Spectral) and keeps_directions(ball.norm, [p.shape for p in sets[0]]):
             lengths, directions, _ = well_scaled(directions)
             vertices = self._leading_vertices(sets, ball.norm, directions, memory, group)
         else:
@@ -238,7 +240,7 @@ class SFW(Optimizer):
     def _leading_vertices(
         self,
         sets: list[list[Tensor]],
-        norm: Any,
+        norm: Spectral,
         directions: list[Tensor],
         memory: list[Tensor] | None,
         group: dict[str, Any],
@@ -284,12 +286,13 @@ class SFW(Optimizer):
 
     # --- state ---
 
-    def _batches(self, group: dict[str, Any], norm: Norm) -> list[list[list[Tensor]]]:
+    def _batches(self, group: dict[str, Any]) -> list[list[list[Tensor]]]:
         """Return the sets of tensors that move together, those that can be handled in one batch side by side."""
         batches: dict[Any, list[list[Tensor]]] = {}
         for index, members in enumerate(self._sets_with_gradient(group)):
             p = members[0]
-            alone = group["joint"] or group["foreach"] is False or (readable(p) and p.numel() > BATCHED)
+            most = BATCHED_ON_CPU if p.device.type == "cpu" else BATCHED
+            alone = group["joint"] or group["foreach"] is False or p.numel() > most
             state = self.state.get(p, {})
             pace = ("basis" in state, state.get("iterations"), state.get("steps"))
             key = index if alone else (p.shape, p.stride(), p.dtype, p.device, *pace)
