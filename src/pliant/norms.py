@@ -97,7 +97,11 @@ class Norm(ABC):
         Entries for a vector norm, filters for ``Rows``, channels for ``Channels``, singular values for
         ``Spectral``, the block size for ``Blocks``. Raises ValueError where this norm is not defined for the shape.
         """
-        n = self._joint_length([self._length(s) for s in _shapes(shape)])
+        shapes = _shapes(shape)
+        for s in shapes:
+            if math.prod(s) == 0:
+                raise ValueError(f"a norm needs non-empty tensors, got shape {tuple(s)}")
+        n = self._joint_length([self._length(s) for s in shapes])
         self._check_length(n)
         return n
 

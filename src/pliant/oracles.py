@@ -78,7 +78,7 @@ def _norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Tens
         parts.append(vector_norm(x, dim=others, keepdim=True) if others else x.abs())
     if row_dim is None and len(parts) == 1:
         return parts[0].view(-1), parts
-    return vector_norm(torch.cat([part.flatten(1) for part in parts], dim=1), dim=1), parts
+    return vector_norm(torch.cat([part.view(len(part), -1) for part in parts], dim=1), dim=1), parts
 
 
 def unit_vertices(
@@ -125,7 +125,7 @@ def unit_vertices(
 
 def _on_the_sphere(stacks: Sequence[Tensor], parts: list[Tensor] | None = None) -> list[Vertex]:
     length = vector_norm(torch.cat([part.view(1) for part in parts or _norms(list(stacks), None)[1]]))
-    factor = divide_or_zero(torch.ones_like(length), length)
+    factor = torch.where(length == 0, 0, 1 / length)
     return [Vertex(x, factor) for x in stacks]
 
 
