@@ -1,16 +1,70 @@
 """The norms that every property is checked on: all vector norms under all lifts, on shapes that each can hold."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+
+Shape = tuple[int, ...]
+Lift = Callable[[VectorNorm], Norm]
 
 VECTOR_NORMS = [Lp(1), Lp(1.5), Lp(2), Lp(3), Lp(math.inf), KSparse(1), KSparse(3), KSupport(1), KSupport(3)]
 
-INSTANCES: list[tuple[Norm, tuple[int, ...]]] = []
-for inner in VECTOR_NORMS:
-    INSTANCES += [(inner, (7,)), (inner, (1, 5)), (inner, (5, 1)), (inner, (4, 3, 2, 2))]
-    INSTANCES += [(Rows(inner), (5,)), (Rows(inner), (6, 1)), (Rows(inner), (4, 3, 2, 2)), (Rows(inner, dim=1), (2, 4))]
-    INSTANCES += [(Spectral(inner), (4, 6)), (Spectral(inner), (5, 3, 2, 2)), (Spectral(inner, dim=1), (3, 4, 2, 2))]
-    INSTANCES += [(Spectral(inner, groups=2), (8, 3, 2, 1))]
-    INSTANCES += [(Blocks(inner, 4), (3, 8)), (Blocks(inner, 4), (2, 4, 3, 1)), (Blocks(inner, 4, dim=0), (8, 3))]
-INSTANCES += [(Rows(Lp(2)), (1, 4)), (Spectral(KSupport(1)), (1, 6)), (Spectral(KSparse(1)), (6, 1))]
+
+def entries(inner: VectorNorm) -> Norm:
+    """No lift: the vector norm itself."""
+    return inner
+
+
+blocks_of_4 = partial(Blocks, size=4)
+
+# (lift, shape, number of magnitudes that the vector norm sees: what k can be at most)
+LIFTED_SHAPES: list[tuple[Lift, Shape, int]] = [
+    (entries, (7,), 7),
+    (entries, (1, 5), 5),
+    (entries, (5, 1), 5),
+    (entries, (4, 3, 2, 2), 48),
+    (Rows, (5,), 5),
+    (Rows, (1, 4), 1),
+    (Rows, (6, 1), 6),
+    (Rows, (4, 3, 2, 2), 4),
+    (partial(Rows, dim=1), (2, 4), 4),
+    (partial(Rows, dim=1), (3, 5, 2, 1), 5),
+    (Spectral, (1, 6), 1),
+    (Spectral, (6, 1), 1),
+    (Spectral, (4, 6), 4),
+    (Spectral, (5, 3, 2, 2), 5),
+    (partial(Spectral, dim=1), (3, 4, 2, 2), 4),
+    (partial(Spectral, groups=2), (8, 3, 2, 1), 8),
+    (blocks_of_4, (1, 8), 4),
+    (blocks_of_4, (3, 8), 4),
+    (blocks_of_4, (2, 4, 3, 1), 4),
+    (partial(blocks_of_4, dim=0), (8, 1), 4),
+    (partial(blocks_of_4, dim=0), (8, 3), 4),
+]
+
+INSTANCES: list[tuple[Norm, Shape]] = [
+    (lift(inner), shape)
+    for lift, shape, magnitudes in LIFTED_SHAPES
+    for inner in VECTOR_NORMS
+    if getattr(inner, "k", 1) <= magnitudes
+]
+
+
+def gaussian(shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal entries: no ties, no zeros, full rank; the same numbers in every dtype, up to rounding."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# Twelve small integers repeat through a tensor: full of ties and zeros, and its matrices have low rank.
+few_integers = st.lists(st.integers(-2, 2), min_size=12, max_size=12)
+
+
+def tiled(values: list[int], shape: Shape) -> Tensor:
+    repeats = -(-math.prod(shape) // len(values))
+    return torch.tensor(values, dtype=torch.float64).repeat(repeats)[: math.prod(shape)].reshape(shape)
