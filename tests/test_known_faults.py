@@ -29,7 +29,7 @@ from .instances import gaussian
 #   a low ratio adds parameters                                         test_rank: test_shipped_networks_shrink_to_...
 #   filters are masked and called removed                               test_filters: test_small_network_equals_...
 #   a zeroed filter counts as removed though BatchNorm shifts it        test_filters: the same, with the masked twin
-#   the device is waited for, once for each tensor                      test_sfw: test_step_and_gap_do_not_synchronise
+#   the device is waited for, once for each tensor                      test_sfw: test_step_needs_no_value_of_a_tensor
 
 
 # --- norms and oracles ------------------------------------------------------------------------------------------------
