@@ -20,7 +20,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["norms.md", "constraints.md"])
+@pytest.mark.parametrize("name", ["norms.md", "constraints.md", "baselines.md"])
 def test_examples_show_what_they_give(name: str) -> None:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     # Blanking the prose keeps the line numbers of the page in a failure's message.

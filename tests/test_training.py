@@ -35,7 +35,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name == "sgd" or name.startswith("sfw")])
 def test_every_method_learns_and_leaves_a_run_folder(method: str, tmp_path: Path) -> None:
     run = quick(tmp_path / "run", method=method, epochs=12, batch_size=64, width=1.0)
     assert {path.name for path in run.iterdir()} == {

@@ -6,6 +6,7 @@ checkpoint saves. The order of the images depends on (seed, epoch) alone, so a r
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import json
@@ -25,13 +26,14 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from pliant.constraints import KSchedule, check_k
+from pliant.baselines import merged
+from pliant.constraints import check_k
 from pliant.data import ImageData, Loader, load_data
 from pliant.display import Display
 from pliant.errors import BadInput, DamagedFile, Diverged, unknown
 from pliant.files import write_bytes, write_text
 from pliant.measuring import eval_mode, evaluate, resolve_precision
-from pliant.methods import RESCALES, make_optimizer, parse_pattern, with_defaults
+from pliant.methods import METHODS, RESCALES, VERTICES, make_k_schedule, make_optimizer, parse_pattern, with_defaults
 from pliant.models import build_model
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, versions, write_config, write_shape
 from pliant.sfw import SFW
@@ -54,9 +56,16 @@ def train(
     method: str = "sgd",
     k: int | float | None = None,
     radius: float | None = None,
-    rescale: str = "gradient",
-    pattern: str = "2:4",
+    vertices: str | None = None,
+    rescale: str | None = None,
+    pattern: str | None = None,
     k_start: int | float | None = None,
+    strength: float | None = None,
+    every: int | None = None,
+    energy: float | None = None,
+    factors: int | None = None,
+    condition: float | None = None,
+    other_lr: float | None = None,
     epochs: int = 30,
     batch_size: int = 128,
     accumulate: int = 1,
@@ -81,21 +90,32 @@ def train(
         image_size: resize all images to this many pixels a side.
         model: mlp, lenet5, resnet8, resnet20, resnet56, resnet18, vgg16, wrn28_10, vit_tiny or package.module:callable.
         width: factor on all channel counts.
-        method: sgd, sfw-filters, sfw-rank, sfw-weights or sfw-nm.
-        k: filters, singular directions or weights per layer that one step may use: 3 is a count, 0.1 a share. Without
-            it, k, radius and lr are the method's own, and config.yaml tells them.
-        radius: size of the balls, relative to the weights at initialisation.
+        method: sgd, sfw-filters, sfw-rank, sfw-weights, sfw-nm, or one to compare with (docs/baselines.md): k-sparse,
+            ssl, glt, pat-filters, pat-rank, cram-filters, cram-rank, cram-weights, nuc, cat, trp, lorita, condlr,
+            spectral-decay, q3r, muon, numuon, scion. The settings from k to other_lr belong to some methods only;
+            those not given, and lr, are the method's own, and config.yaml tells them.
+        k: filters, singular directions or weights per layer that one step may use (condlr: rank of the weights; q3r:
+            rank to go to): 3 is a count, 0.1 a share.
+        radius: size of the balls, relative to the weights at initialisation (scion: as published).
+        vertices: the kind of SFW's balls: support or sparse.
         rescale: what SFW multiplies lr by: gradient, fast-gradient, diameter or none.
         pattern: N:M for sfw-nm.
-        k_start: anneal k from here to k over the first half of the training; without it k is constant.
+        k_start: anneal k from here to k over the first half of the training; without it (numuon: if it is k) k is
+            constant.
+        strength: factor of what the method adds to SGD: of its penalty, threshold, decay or perturbation.
+        every: steps between two decompositions (trp, q3r).
+        energy: share of the squared singular values that trp may leave out.
+        factors: how many matrices lorita multiplies for a weight.
+        condition: largest ratio of the singular values of a weight (condlr).
+        other_lr: learning rate of what trains without a ball or direction (sfw, muon, numuon, scion); without it, lr.
         epochs: passes over the training images.
         batch_size: images per step.
         accumulate: compute each batch in this many parts, to save memory.
         lr: largest learning rate.
         schedule: of the learning rate after the warm-up: cosine, linear, step or constant.
         warmup: share of the training during which lr rises linearly.
-        momentum: of SGD and SFW.
-        weight_decay: of all weights under SGD, of those without a ball under SFW.
+        momentum: of SGD, SFW and all others.
+        weight_decay: of all weights; not of those with a ball, nor of those with a direction (muon, numuon, scion).
         augment: random crops, and flips where the data set allows them.
         precision: fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware has it.
         channels_last: memory format of the network and the images.
@@ -133,11 +153,14 @@ class Session:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        settings = with_defaults(settings)
         check_settings(settings)
+        settings = with_defaults(settings)
+        self.method = METHODS[settings["method"]]
         accelerator_precision = resolve_precision(settings["precision"], _device())
         if accelerator_precision == "fp16" and _device().type == "cpu":
             raise BadInput("--precision fp16 needs a GPU, this is a CPU: take bf16 or fp32")
+        if accelerator_precision == "fp16" and self.method.passes > 1:
+            raise BadInput(f"--method {settings['method']} cannot scale its loss for fp16: take bf16 or fp32")
         # Accelerate keeps its state in the process and refuses another precision for a second training.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -167,14 +190,9 @@ class Session:
             seed=settings["seed"],
         )
         self.steps = len(self.loader) * settings["epochs"]
-        chosen = ("lr", "momentum", "weight_decay", "k", "radius", "rescale", "pattern")
-        self.optimizer: Optimizer = make_optimizer(
-            self.model, settings["method"], **{name: settings[name] for name in chosen}
-        )
+        self.optimizer: Optimizer = make_optimizer(self.model, settings)
         self.scheduler = LambdaLR(self.optimizer, learning_rate(settings, self.steps))
-        self.k_schedule = None
-        if settings["k_start"] is not None and isinstance(self.optimizer, SFW):
-            self.k_schedule = KSchedule(self.optimizer, settings["k_start"], steps=max(1, self.steps // 2))
+        self.k_schedule = make_k_schedule(self.optimizer, settings, max(1, self.steps // 2))
         self.epoch = 0
 
     def run(self, folder: Path) -> None:
@@ -202,7 +220,7 @@ class Session:
                 self.save(folder / CHECKPOINT)
                 display.epoch(entry, settings["epochs"])
             if self.accelerator.is_main_process:
-                save_weights(self.model, folder / WEIGHTS)
+                save_weights(merged(self.model), folder / WEIGHTS)
 
     def _train_epoch(
         self, network: nn.Module, optimizer: Any, epoch: int, folder: Path, display: Display
@@ -213,17 +231,15 @@ class Session:
         total_loss, total_correct, count = 0.0, 0, 0
         for images, labels in self.loader:
             optimizer.zero_grad()  # here, not after the step: the gap of an epoch may need the last gradient
-            loss, correct = 0.0, 0
-            parts = min(self.settings["accumulate"], max(1, len(labels) // 2))  # BatchNorm needs two images
-            for part, target in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-                part_loss, part_correct = self._backward(network, part, target, share=len(target) / len(labels))
-                loss += part_loss
-                correct += part_correct
+            loss, correct = self._gradients(network, images, labels)
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss became {loss}", folder)
             try:
-                optimizer.step()
-            except FloatingPointError as error:
+                if self.method.passes == 1:
+                    optimizer.step()
+                else:
+                    optimizer.step(functools.partial(self._second_pass, network, optimizer, images, labels))
+            except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 raise self._diverged(str(error), folder) from None
             self.scheduler.step()
             if self.k_schedule is not None:
@@ -233,6 +249,25 @@ class Session:
             count += len(labels)
             display.step(total_loss / count, total_correct / count)
         return total_loss / count, total_correct / count
+
+    def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """Add the gradients of a batch to those at hand; return its mean loss and the number of correct answers."""
+        loss, correct = 0.0, 0
+        parts = min(self.settings["accumulate"], max(1, len(labels) // 2))  # BatchNorm needs two images
+        for part, target in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
+            part_loss, part_correct = self._backward(network, part, target, share=len(target) / len(labels))
+            loss += part_loss
+            correct += part_correct
+        return loss, correct
+
+    def _second_pass(self, network: nn.Module, optimizer: Any, images: Tensor, labels: Tensor) -> float:
+        """Compute the gradients anew at other weights; BatchNorm's statistics stay those of the true ones."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        optimizer.zero_grad()
+        loss, _ = self._gradients(network, images, labels)
+        for buffer, old in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(old)
+        return loss
 
     def _backward(self, network: nn.Module, images: Tensor, labels: Tensor, share: float) -> tuple[float, int]:
         device = self.accelerator.device
@@ -336,27 +371,28 @@ class Log:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise BadInput for a setting that is unknown or out of range."""
-    if settings["rescale"] not in RESCALES:
-        raise unknown("rescale", settings["rescale"], RESCALES)
-    if settings["schedule"] not in SCHEDULES:
-        raise unknown("schedule", settings["schedule"], SCHEDULES)
-    parse_pattern(settings["pattern"])
+    for name, known in (("rescale", RESCALES), ("vertices", VERTICES), ("schedule", SCHEDULES)):
+        if settings[name] is not None and settings[name] not in known:
+            raise unknown(name, settings[name], known)
+    if settings["pattern"] is not None:
+        parse_pattern(settings["pattern"])
     for name in ("k", "k_start"):
         if settings[name] is not None:
             check_k(settings[name])
-    for name in ("epochs", "batch_size", "accumulate"):
-        if settings[name] < 1:
-            raise BadInput(f"--{name} must be at least 1, got {settings[name]}")
+    for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("every", 1), ("factors", 2)):
+        if settings[name] is not None and settings[name] < least:
+            raise BadInput(f"--{name} must be at least {least}, got {settings[name]}")
     if not 0 <= settings["seed"] < 2**63:
         raise BadInput(f"--seed must be an integer from 0 to 2^63 - 1, got {settings['seed']}")
-    for name in ("lr", "radius", "width"):
+    for name in ("lr", "other_lr", "radius", "width"):
         if settings[name] is not None and not (settings[name] > 0 and math.isfinite(settings[name])):
             raise BadInput(f"--{name} must be positive and finite, got {settings[name]}")
-    for name in ("momentum", "warmup"):
-        if not 0 <= settings[name] < 1:
+    for name in ("momentum", "warmup", "energy"):
+        if settings[name] is not None and not 0 <= settings[name] < 1:
             raise BadInput(f"--{name} must lie in [0, 1), got {settings[name]}")
-    if not (settings["weight_decay"] >= 0 and math.isfinite(settings["weight_decay"])):
-        raise BadInput(f"--weight_decay must be >= 0 and finite, got {settings['weight_decay']}")
+    for name, smallest in (("weight_decay", 0), ("strength", 0), ("condition", 1)):
+        if settings[name] is not None and not (settings[name] >= smallest and math.isfinite(settings[name])):
+            raise BadInput(f"--{name} must be >= {smallest} and finite, got {settings[name]}")
 
 
 def _check_kinds(settings: dict[str, Any]) -> None:
