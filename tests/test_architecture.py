@@ -39,16 +39,24 @@ ALLOWED = {
     "oracles": {"norms", "linalg"},
     "sfw": {"oracles", "ball", "norms", "linalg"},
     "constraints": {"sfw", "oracles", "ball", "norms", "linalg", "errors"},
-    "layers": {"errors"},
-    "structure": {"errors", "layers"},
-    "compression": {"structure", "layers", "errors"},
+    "layers": {"attention", "errors"},
+    # Neither norms, ball nor sfw: a mistake there must not help or harm both sides of a comparison.
+    "baselines": {"linalg", "errors"},
+    "attention": set(),
+    "groups": {"layers"},
+    "coupling": {"attention", "groups", "layers"},
+    "heads": {"attention", "groups", "layers"},
+    "structure": {"coupling", "heads", "groups", "layers", "attention"},
+    "compression": {"structure", "heads", "layers", "errors"},
     "records": {"errors", "files"},
     "curves": {"records"},
     "reporting": {"curves", "records", "errors", "files"},
     "models": {"errors"},
     "readers": {"errors"},
     "data": {"readers", "errors"},
-    "measuring": {"errors"},
+    "tracing": {"layers", "files", "errors"},
+    "measuring": {"tracing", "layers", "errors"},
+    "budgets": {"compression", "measuring", "layers", "errors"},
 }
 
 

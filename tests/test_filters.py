@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from pliant.compression import FilterPruning, compress, masked_twin
 from pliant.errors import BadInput, Refused
 from pliant.models import MODELS, build_model
+
+from .test_structure import NASTY, LSTMNet
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -226,6 +229,64 @@ def test_ties_keep_the_lower_index(allocation: str) -> None:
     with torch.no_grad():
         model[0].weight.zero_()
     assert kept(model, FilterPruning(0.5, allocation), torch.randn(2, 2))["0"] == (0, 1, 2)
+
+
+# --- networks made to be nasty ------------------------------------------------------------------------------
+
+
+def tied_embeddings() -> nn.Module:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.a, self.b = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+            self.head = nn.Linear(6, 9, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.b(self.a(self.embed(x)).relu()))
+
+    return Tied()
+
+
+MADE_NASTY = {name: (build, IMAGES) for name, (build, _) in NASTY.items()} | {
+    "lstm": (LSTMNet, torch.randn(2, 3, 4)),
+    "frozen": (lambda: NASTY["channel shuffle"][0]().requires_grad_(False), IMAGES),
+    "tied embeddings": (tied_embeddings, torch.tensor([[1, 2, 3], [4, 5, 8]])),
+}
+
+
+@pytest.mark.parametrize("name", MADE_NASTY)
+def test_nasty_networks_are_pruned_where_it_is_safe_and_never_broken(name: str) -> None:
+    build, x = MADE_NASTY[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    plan = FilterPruning(0.4).plan(model, x)
+    small = FilterPruning().apply(model, plan)
+    torch.testing.assert_close(output(small, x), output(masked_twin(model, plan), x), rtol=1e-5, atol=1e-5)
+    assert (output(small, x) - output(model, x)).abs().max() > 1e-6
+    assert size(small) == plan.params_after < plan.params_before
+    trainable = [p for p in small.parameters() if p.requires_grad]
+    if trainable:
+        small.train()(x).square().sum().backward()
+        torch.optim.SGD(trainable, lr=1e-3).step()
+    assert output(small.eval(), x[:1]).shape == output(model, x[:1]).shape
+
+
+def test_the_residual_stream_of_a_resnet_loses_filters() -> None:
+    model = build_model("resnet18", num_classes=5, image_shape=(3, 8, 8), width=0.125).eval()
+    plan = FilterPruning(0.5, "uniform").plan(model, IMAGES)
+    small = FilterPruning().apply(model, plan)
+    torch.testing.assert_close(output(small, IMAGES), output(masked_twin(model, plan), IMAGES), rtol=1e-5, atol=1e-5)
+    assert [name for name, _ in plan.refused] == ["fc"]
+    stream = {layer.name: layer.outputs for layer in plan.layers if layer.name.endswith(("conv2", "downsample.0"))}
+    assert all(kept is not None for kept in stream.values())
+    blocks = [m for m in small.modules() if type(m).__name__ == "BasicBlock"]
+    widths = [block.conv2.out_channels for block in blocks]
+    dense = [block.conv2.out_channels for block in model.modules() if type(block).__name__ == "BasicBlock"]
+    assert all(width < full for width, full in zip(widths, dense, strict=True))
+    assert widths[0::2] == widths[1::2]  # both blocks of a stage add to the same stream
+    for before, after in pairwise(blocks):
+        assert after.conv1.in_channels == before.conv2.out_channels
 
 
 # --- refusals and bad options -------------------------------------------------------------------------------

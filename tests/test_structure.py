@@ -228,11 +228,67 @@ def test_linear_before_an_lstm_is_refused() -> None:
     assert [group.name for group in structure.groups] == ["hidden"]
 
 
-def test_attention_is_refused_and_the_neurons_of_its_block_are_not() -> None:
+def test_groups_say_of_what_kind_they_are() -> None:
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     structure = coupled_channels(block, torch.randn(2, 3, 8))
-    assert [group.name for group in structure.groups] == ["linear1"]
+    assert [(g.name, g.kind) for g in structure.groups] == [("linear1", "neurons"), ("self_attn", "heads")]
     assert set(dict(structure.refused)) == {"self_attn.out_proj", "linear2"}
+    assert {group.kind for group in coupled_channels(separable(), IMAGES).groups} == {"channels"}
+
+
+def swiglu() -> Net:
+    def forward(n: Net, x: Tensor) -> Tensor:
+        return n.fc(n.down(F.silu(n.gate(x)) * n.up(x)))
+
+    layers = {"gate": nn.Linear(4, 6), "up": nn.Linear(4, 6, bias=False), "down": nn.Linear(6, 4)}
+    return Net(forward, **layers, fc=nn.Linear(4, 3))
+
+
+def test_neurons_of_a_gated_mlp_leave_gate_and_up_together() -> None:
+    groups = coupled_channels(swiglu(), torch.randn(2, 4)).groups
+    assert [[slot.module for slot in group.producers] for group in groups] == [["gate", "up"], ["down"]]
+    assert all(group.kind == "neurons" for group in groups)
+
+
+def test_parts_of_one_layer_that_are_mixed_with_each_other_are_refused() -> None:
+    def forward(n: Net, x: Tensor) -> Tensor:
+        a, b = n.a(x).chunk(2, -1)
+        return n.fc(n.b(a * b.sigmoid() + b))
+
+    model = Net(forward, a=nn.Linear(4, 12), b=nn.Linear(6, 6), fc=nn.Linear(6, 3))
+    structure = coupled_channels(model, torch.randn(2, 4))
+    assert "a" in dict(structure.refused)
+    assert [group.name for group in structure.groups] == ["b"]
+
+
+class Named(nn.Module):
+    """Takes its inputs by keyword and returns nested outputs, one of whole numbers."""
+
+    def __init__(self, classes: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.classes = nn.Linear(4, 8), nn.Linear(8, 3), classes
+
+    def forward(self, *, x: Tensor, scale: Tensor, deep: bool = False) -> dict[str, object]:
+        hidden = self.a(x * scale).relu()
+        logits = self.b(hidden)
+        outputs: dict[str, object] = {"logits": logits, "more": [(hidden.argmax(-1) if self.classes else x,)]}
+        return {**outputs, "hidden": hidden} if deep else outputs
+
+
+def test_inputs_by_keyword_and_every_tensor_of_nested_outputs_count() -> None:
+    inputs = {"x": torch.randn(3, 4), "scale": torch.tensor(2.0)}
+    assert [group.name for group in coupled_channels(Named(), inputs).groups] == ["a"]
+    assert (
+        dict(coupled_channels(Named(), {**inputs, "deep": True}).refused)["a"]
+        == "its channels are outputs of the model"
+    )
+    assert "whole numbers" in dict(coupled_channels(Named(classes=True), inputs).refused)["a"]
+
+
+@pytest.mark.parametrize("example", [{}, {"x": None}, {1: torch.randn(2, 4)}])
+def test_keyword_inputs_that_are_none_are_bad_input(example: dict[object, object]) -> None:
+    with pytest.raises(BadInput, match="argument names"):
+        coupled_channels(Named(), example)  # type: ignore[arg-type]
 
 
 def densenet() -> Net:

@@ -1,13 +1,14 @@
 """What is known of single layers: where their channels lie, and whether their weight is theirs to change.
 
 Convention: a layer's ``"outputs"`` axis holds its filters or neurons, its ``"inputs"`` axis the columns that read
-the layer before. Also here: how a user's model is run on an example, since that is how layers are seen at work.
+the layer before; the ``"outputs"`` of an attention module are its heads. Also here: how a user's model is run on
+an example, since that is how layers are seen at work.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -18,9 +19,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from pliant.attention import is_conv1d, projections, thin
 from pliant.errors import BadInput
 
 AxisName = Literal["outputs", "inputs"]
+Example = Tensor | Sequence[Tensor] | Mapping[str, Any]  # for model(x), model(*xs) or model(**xs)
+Inputs = tuple[Tensor, ...] | dict[str, Any]
 Item = TypeVar("Item")
 
 # What is known of a layer holds for these classes and for subclasses that keep their forward.
@@ -36,40 +40,58 @@ _KNOWN: tuple[type[nn.Module], ...] = (
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a layer: the (tensor, dim) pairs that hold its entries, the attributes that count them."""
+    """One axis of a layer.
 
+    ``tensors``: the (tensor, dim) pairs that hold its entries. ``length``: their number. ``attributes``: (name,
+    amount per entry) of the layer's numbers that count them.
+    """
+
+    length: int
     tensors: tuple[tuple[str, int], ...]
-    attributes: tuple[str, ...]
+    attributes: tuple[tuple[str, int], ...]
 
 
 def axes(module: nn.Module) -> dict[AxisName, Axis]:
     """Return the axes along which channels can be taken out of ``module``; empty for layers not known.
 
     A BatchNorm, a PReLU and a depthwise convolution hand each channel on: they have the outputs axis only.
-    Convolutions with other groups have none, because a channel is tied to its place in its group.
+    Convolutions with other groups have none, because a channel is tied to its place in its group. An attention
+    module counts its heads, which lie in its projections; ``nn.MultiheadAttention`` holds their rows itself.
     """
     outputs: AxisName = "outputs"
     inputs: AxisName = "inputs"
     if isinstance(module, nn.Linear):
-        out = Axis((("weight", 0), ("bias", 0)), ("out_features",))
-        return {outputs: out, inputs: Axis((("weight", 1),), ("in_features",))}
+        out = _axis(module, ("out_features",), ("weight", 0), ("bias", 0))
+        return {outputs: out, inputs: _axis(module, ("in_features",), ("weight", 1))}
+    if is_conv1d(module):
+        return {
+            outputs: _axis(module, ("nf",), ("weight", 1), ("bias", 0)),
+            inputs: _axis(module, ("nx",), ("weight", 0)),
+        }
     if isinstance(module, _ConvNd) and module.groups == 1:
         filters, columns = (1, 0) if isinstance(module, _ConvTransposeNd) else (0, 1)
-        out = Axis((("weight", filters), ("bias", 0)), ("out_channels",))
-        return {outputs: out, inputs: Axis((("weight", columns),), ("in_channels",))}
+        out = _axis(module, ("out_channels",), ("weight", filters), ("bias", 0))
+        return {outputs: out, inputs: _axis(module, ("in_channels",), ("weight", columns))}
     if isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels:
-        return {outputs: Axis((("weight", 0), ("bias", 0)), ("in_channels", "out_channels", "groups"))}
+        return {outputs: _axis(module, ("in_channels", "out_channels", "groups"), ("weight", 0), ("bias", 0))}
     if isinstance(module, _NormBase):
         tensors = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
-        return {outputs: Axis(tensors, ("num_features",))}
+        return {outputs: _axis(module, ("num_features",), *tensors)}
     if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-        return {outputs: Axis((("weight", 0),), ("num_parameters",))}
-    return {}
+        return {outputs: _axis(module, ("num_parameters",), ("weight", 0))}
+    found = projections(module)
+    if isinstance(module, nn.MultiheadAttention) and found is not None:  # rows of the packed weight, not heads
+        return {outputs: Axis(len(module.in_proj_weight), (("in_proj_weight", 0), ("in_proj_bias", 0)), ())}
+    return {} if found is None else {outputs: Axis(found.heads, (), found.attributes)}
+
+
+def _axis(module: nn.Module, attributes: tuple[str, ...], *tensors: tuple[str, int]) -> Axis:
+    return Axis(int(getattr(module, attributes[0])), tensors, tuple((name, 1) for name in attributes))
 
 
 def axis_length(module: nn.Module, axis: AxisName) -> int:
     """Return the number of positions on one axis."""
-    return int(getattr(module, axes(module)[axis].attributes[0]))
+    return axes(module)[axis].length
 
 
 def complement(module: nn.Module, axis: AxisName, positions: Tensor) -> Tensor:
@@ -85,6 +107,13 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what :func:`named_layers` does, and the layers that only the removal of channels knows how to handle."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, _ConvNd, nn.MultiheadAttention)) or is_conv1d(module):
+            yield name, module
+
+
 def obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:
     """Return why the weight of ``module`` is not simply its own, or None.
 
@@ -93,6 +122,8 @@ def obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "is parametrised: its weight is computed, fold the parametrisation in first"
     base = next((known for known in _KNOWN if isinstance(module, known)), None)
+    if is_conv1d(module):
+        base = type(module)
     if base is None:
         return f"is of type {type(module).__name__}, whose channels are not known"
     if "forward" in vars(module) or any(
@@ -116,6 +147,11 @@ def tied_parameters(model: nn.Module) -> frozenset[int]:
     return frozenset(i for ids in owners.values() if len(ids) > 1 for i in ids)
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
     """Reduce ``module`` in place to the positions ``keep`` (int64, ascending) of one axis."""
     which = axes(module)[axis]
@@ -126,8 +162,10 @@ def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
         new = old.detach().index_select(dim, keep.to(old.device))
         is_parameter = isinstance(old, nn.Parameter)
         setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
-    for attribute in which.attributes:
-        setattr(module, attribute, len(keep))
+    for attribute, each in which.attributes:
+        setattr(module, attribute, each * len(keep))
+    if isinstance(module, nn.MultiheadAttention):
+        thin(module)
 
 
 def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:
@@ -142,22 +180,40 @@ def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:
 # --- running the model ------------------------------------------------------------------------------------
 
 
-def as_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the example as a tuple of tensors, or raise BadInput."""
+def as_inputs(example_inputs: Example) -> Inputs:
+    """Return the example as a tuple of tensors or a dict of keyword arguments, or raise BadInput."""
+    if isinstance(example_inputs, Mapping):
+        named = dict(example_inputs)
+        if all(isinstance(name, str) for name in named) and tensors_of(named):
+            return named
+        raise BadInput("example_inputs as a mapping must go from argument names to values, at least one a tensor")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise BadInput(f"example_inputs must be a tensor or a tuple of tensors, not {type(inputs).__name__}")
+        raise BadInput(
+            f"example_inputs must be a tensor, a tuple of tensors or a dict of arguments, not {type(inputs).__name__}"
+        )
     return tuple(inputs)
 
 
-def count_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[nn.Module]:
+def tensors_of(data: Any) -> list[Tensor]:
+    """Return all tensors in nested tuples, lists, dicts and the output classes of transformers."""
+    return [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
+    """Return nested data with each tensor changed."""
+    changed: Item = pytree.tree_map_only(Tensor, change, data)
+    return changed
+
+
+def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
     """Run ``model`` in the mode that it is in and count the calls of each module. Raises BadInput."""
     calls: Counter[nn.Module] = Counter()
     handles = [m.register_forward_hook(lambda m, args, out: calls.update([m])) for m in model.modules()]
     try:
         run(model, inputs)
     except Exception as error:  # whatever a user's forward may raise
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(inputs))
         raise BadInput(f"the model cannot be called on the example of shape {shapes}: {line(error)}") from error
     finally:
         for handle in handles:
@@ -165,11 +221,23 @@ def count_calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[nn.Modu
     return calls
 
 
-def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Call ``model`` and list its tensors, without the cache of keys and values of generating networks.
+
+    The cache holds what attention has computed so far: it has the shape of the heads, and nobody reads it but the
+    same attention.
+    """
+    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    if isinstance(output, Mapping):
+        output = {name: value for name, value in output.items() if name != "past_key_values"}
+    return tensors_of(output)
+
+
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Call ``model`` without gradients, leave the random number generators as they were, list its tensors."""
-    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *inputs] if x.is_cuda})
+    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
     with torch.no_grad(), torch.random.fork_rng(devices):
-        return [leaf for leaf in pytree.tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+        return call(model, inputs)
 
 
 def line(error: BaseException) -> str:

@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pliant.compression.allocation import nearest
-from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
-from pliant.compression.plan import LayerPlan, Plan, count_parameters, weight_shape
+from pliant.compression.base import (
+    ALLOCATIONS,
+    COSTS,
+    Analysis,
+    Compressor,
+    check_choice,
+    check_ratio,
+    parameter_shapes,
+)
+from pliant.compression.costs import applications
+from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.errors import BadInput
-from pliant.layers import AxisName, axes, axis_length, complement, keep_channels, zero_channels
-from pliant.structure import ChannelGroup, Slot, coupled_channels
+from pliant.layers import (
+    AxisName,
+    Example,
+    as_inputs,
+    axes,
+    axis_length,
+    complement,
+    count_parameters,
+    keep_channels,
+    weighted_layers,
+    zero_channels,
+)
+from pliant.structure import ChannelGroup, Slot, Structure, coupled_channels
 
 IMPORTANCES = ("l2", "l1", "bn")
 MODES = ("remove", "mask")
@@ -26,9 +47,10 @@ AXES: tuple[AxisName, ...] = ("outputs", "inputs")
 
 @dataclass(frozen=True, eq=False)
 class Channels(Analysis):
-    """The verified groups of coupled channels of a model."""
+    """The verified groups of coupled channels of a model; ``applied``: how often each weight (by name) is applied."""
 
     groups: tuple[ChannelGroup, ...]
+    applied: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -45,10 +67,14 @@ class FilterPruning(Compressor[Channels]):
 
     ``allocation``: ``"uniform"`` takes the same share of channels from every group (to within one channel), those
     whose filters in all producers together have the smallest norm. ``"global"`` ranks the channels of all groups
-    by energy per parameter that the removal of one frees; the energy is the share that the filter has in the
+    by energy per cost that the removal of one frees; the energy is the share that the filter has in the
     squared norms of its layer, summed over the producers. (Relative to the layer, not to the group: a residual
     stream of ten layers would otherwise count as one, and be cut to a single channel.) Among equals the channel
-    of lower index stays.
+    of lower index stays. ``"energy"`` removes from every group the weakest channels that together hold the same
+    share of the energy.
+
+    ``cost``: what the ratio counts and the allocation economises, ``"params"``, or ``"macs"``, the
+    multiply-accumulates in which the compressible entries take part.
 
     ``mode``: ``"remove"`` gives the small network; ``"mask"`` keeps the shapes and zeroes what would be removed,
     which is the same function.
@@ -61,43 +87,68 @@ class FilterPruning(Compressor[Channels]):
     allocation: str = "global"
     importance: str = "l2"
     mode: str = "remove"
+    cost: str = "params"
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         check_choice("allocation", self.allocation, ALLOCATIONS)
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("mode", self.mode, MODES)
+        check_choice("cost", self.cost, COSTS)
 
-    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channels:
+    def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Channels:
         """Find and verify the coupled channels; the weights do not matter."""
         structure = coupled_channels(model, example_inputs)
-        return Channels(parameter_shapes(model), structure.refused, structure.groups)
+        groups, refused = self._choose(model, structure)
+        probe = copy.deepcopy(model).eval()
+        layers = dict(weighted_layers(probe))
+        weights: dict[str, int] = {}
+        for name, times in applications(probe, layers, as_inputs(example_inputs)).items():
+            attention = isinstance(layers[name], nn.MultiheadAttention)  # reads the weight of its own output layer
+            for tensor in ("in_proj_weight", "out_proj.weight") if attention else ("weight",):
+                weights.setdefault(f"{name}.{tensor}" if name else tensor, times.whole)
+        return Channels(parameter_shapes(model), refused, groups, weights)
+
+    def _choose(
+        self, model: nn.Module, structure: Structure
+    ) -> tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]:
+        """Return the groups that this compressor removes from, and (layer, reason) for each other layer."""
+        groups = tuple(group for group in structure.groups if group.kind != "heads")
+        removable = {slot.module for group in groups for slot in group.producers}
+        reasons = dict(structure.refused)
+        heads = "makes attention heads, which HeadPruning removes"
+        names = (name for name, _ in weighted_layers(model) if name not in removable)
+        return groups, tuple((name, reasons.get(name, heads)) for name in names)
 
     def _plan(self, model: nn.Module, analysis: Channels) -> Plan:
         groups = analysis.groups
         size = _Size(model, groups)
+        costs = size if self.cost == "params" else _Size(model, groups, analysis.applied)
         score = _importance if self.allocation == "uniform" else _energy
         scores = [score(model, group, self.importance) for group in groups]
         orders = [_weakest_first(s) for s in scores]
-        steps = _uniform(groups) if self.allocation == "uniform" else _global(size, scores, orders)
+        if self.allocation == "uniform":
+            steps = _uniform(groups)
+        else:
+            steps = _global(costs, scores, orders) if self.allocation == "global" else _by_energy(scores, orders)
 
         def kept(n: int) -> int:
-            return size.after(Counter(steps[:n]))
+            return costs.after(Counter(steps[:n]))
 
-        dense = size.after({})
-        compressible = sum(size.compressible.values())
+        dense = costs.after({})
+        compressible = sum(costs.compressible.values())
         n = nearest(kept, len(steps), dense - self.ratio * compressible)
         counts = Counter(steps[:n])
         gone = _positions(groups, [order[: counts[g]] for g, order in enumerate(orders)])
-        removed = dense - kept(n)
+        fewer = size.after({}) - size.after(counts)
         return self._make_plan(
             model,
             analysis,
             ratio=self.ratio,
-            removed=removed,
-            compressible=size.compressible,
+            removed=dense - kept(n),
+            compressible=costs.compressible,
             layers=_layers(model, groups, gone, real=self.mode == "remove"),
-            params_after=count_parameters(model) - (removed if self.mode == "remove" else 0),
+            params_after=count_parameters(model) - (fewer if self.mode == "remove" else 0),
         )
 
     def _apply(self, model: nn.Module, plan: Plan, analysis: Channels | None) -> nn.Module:
@@ -144,7 +195,7 @@ def _norms(model: nn.Module, group: ChannelGroup, importance: str) -> list[Tenso
     norms = []
     for slot in group.producers:
         module = model.get_submodule(slot.module)
-        if isinstance(module, (_NormBase, nn.PReLU)):
+        if not slot.tensors or isinstance(module, (_NormBase, nn.PReLU)):
             continue
         weight, dim = axes(module)["outputs"].tensors[0]
         filters = getattr(module, weight).detach().movedim(dim, 0).flatten(1).double().cpu()
@@ -182,39 +233,54 @@ def _uniform(groups: Sequence[ChannelGroup]) -> list[int]:
 
 
 def _global(size: _Size, scores: Sequence[Tensor], orders: Sequence[Tensor]) -> list[int]:
-    """Order the removals, each named by its group, by relative energy per parameter freed."""
+    """Order the removals, each named by its group, by relative energy per cost freed."""
     events = []
     for g, (energies, order) in enumerate(zip(scores, orders, strict=True)):
-        freed = size.after({}) - size.after({g: 1})
+        freed = max(1, size.after({}) - size.after({g: 1}))  # 0 where the cost of no layer is known
         events += [(energy / freed, g) for energy in energies[order[:-1]].tolist()]
     return [g for _, g in sorted(events)]
 
 
-class _Size:
-    """Counts the parameters in all tensors that the groups touch, for any number of removed channels."""
+def _by_energy(scores: Sequence[Tensor], orders: Sequence[Tensor]) -> list[int]:
+    """Order the removals, each named by its group, by the share of the group's energy that is gone after them."""
+    events = []
+    for g, (energies, order) in enumerate(zip(scores, orders, strict=True)):
+        total = energies.sum().clamp(min=torch.finfo(energies.dtype).tiny)  # a group of zeros loses nothing
+        events += [(lost, g) for lost in (energies[order[:-1]].cumsum(0) / total).tolist()]
+    return [g for _, g in sorted(events)]
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+
+class _Size:
+    """Counts the parameters in all tensors that the groups touch, for any number of removed channels.
+
+    With ``applied``, how often each weight is applied, it counts multiply-accumulates instead.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], applied: Mapping[str, int] | None = None
+    ) -> None:
+        self.applied = applied
         parameters = dict(model.named_parameters())
         # tensor → dim → group → number of positions per channel
         self.touched: dict[str, dict[int, dict[int, int]]] = {}
         for g, group in enumerate(groups):
             for slot in (*group.producers, *group.consumers):
                 for name, dim in slot.tensors:
-                    if name in parameters:
+                    if name in parameters and (applied is None or applied.get(name)):
                         self.touched.setdefault(name, {}).setdefault(dim, {})[g] = slot.indices.shape[1]
         self.shapes = {name: tuple(parameters[name].shape) for name in self.touched}
         everything = {g: group.channels for g, group in enumerate(groups)}
-        self.compressible = {name: prod(self.shapes[name]) - self._entries(name, everything) for name in self.touched}
+        self.compressible = {name: self._entries(name, {}) - self._entries(name, everything) for name in self.touched}
 
     def after(self, removed: Mapping[int, int]) -> int:
-        """Return the number of entries left when group g has lost ``removed[g]`` channels."""
+        """Return what is left when group g has lost ``removed[g]`` channels."""
         return sum(self._entries(name, removed) for name in self.touched)
 
     def _entries(self, name: str, removed: Mapping[int, int]) -> int:
         shape = list(self.shapes[name])
         for dim, widths in self.touched[name].items():
             shape[dim] -= sum(removed.get(g, 0) * width for g, width in widths.items())
-        return prod(shape)
+        return prod(shape) * (1 if self.applied is None else self.applied[name])
 
 
 # --- between channels and layers --------------------------------------------------------------------------
@@ -245,6 +311,7 @@ def _layers(
             continue
         keeps: dict[AxisName, tuple[int, ...] | None] = {}
         shapes = {t: list(p.shape) for t, p in module._parameters.items() if p is not None}
+        dense = sum(prod(shape) for shape in shapes.values())  # without children: an attention module has its layers
         for axis in AXES:
             lost = gone.get((name, axis), torch.empty(0, dtype=torch.int64))
             keeps[axis] = tuple(complement(module, axis, lost).tolist()) if len(lost) else None
@@ -253,7 +320,6 @@ def _layers(
                     shapes[tensor][dim] -= len(lost)
         total = axis_length(module, "outputs")
         outputs = keeps["outputs"]
-        dense = count_parameters(module)
         layers.append(
             LayerPlan(
                 name=name,

@@ -1,0 +1,258 @@
+"""Attention heads: how an attention module counts them, and an attention that can do with fewer.
+
+An attention module is known by its projections: linear layers for queries, keys and values, apart or packed in
+one, or the packed weight of ``nn.MultiheadAttention``. Nothing else is assumed of its forward; whether it still
+computes the right thing without some of its heads is for the caller to try.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ROLES = {
+    "query": ("q", "query", "queries", "wq"),
+    "key": ("k", "key", "keys", "wk"),
+    "value": ("v", "value", "values", "wv"),
+    "packed": ("qkv", "wqkv", "query_key_value", "c_attn", "in"),
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+Layer = tuple[str, int]  # the name of a child and its number of outputs
+_FILLERS = {"proj", "projection", "lin", "linear", "to", "fc", "layer", "w", "dense"}  # to_q, q_proj, linear_q, ...
+_SIZES = {"dim", "size", "width", "channels", "features", "d"}
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The projections of an attention module and the number of heads in them.
+
+    ``query``, ``key``, ``value``: names of child layers, the same three times where one layer is packed, all ""
+    where the module holds the packed weight itself. ``heads``: number of heads of keys and values; each is read
+    by ``readers`` heads of queries (1 but for grouped-query attention) and can leave only together with them.
+    ``size``: number of channels of a head of queries. ``attributes``: (name, amount per head) of the module's
+    numbers that have to follow the number of heads.
+    """
+
+    query: str
+    key: str
+    value: str
+    heads: int
+    readers: int
+    size: int
+    attributes: tuple[tuple[str, int], ...]
+
+    @property
+    def packed(self) -> bool:
+        """True if queries, keys and values are rows of one weight."""
+        return self.query == self.value
+
+
+def projections(module: nn.Module) -> Projections | None:
+    """Return the projections of an attention module, or None if it is not known as one."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _multihead(module)
+    children: dict[str, Layer] = {}
+    for name, child in module.named_children():
+        words = [word for word in name.lower().split("_") if word not in _FILLERS]
+        width = linear_width(child)
+        role = _ROLE_OF.get(name.lower()) or _ROLE_OF.get("_".join(words))
+        if width is not None and role is not None:
+            children.setdefault(role, (name, width))
+    if {"query", "key", "value"} <= set(children):
+        return _separate(module, children["query"], children["key"], children["value"])
+    if "packed" in children:
+        return _packed(module, *children["packed"])
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether ``module`` is the ``Conv1D`` of transformers: a linear layer with weight (in, out)."""
+    library = sys.modules.get("transformers.pytorch_utils")  # not loaded: then there is no such layer either
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def linear_width(module: nn.Module) -> int | None:
+    """Return the number of outputs of a linear layer, None for every other module."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    weight = module._parameters["weight"] if is_conv1d(module) else None
+    return None if weight is None else weight.shape[1]
+
+
+# --- how many heads ---------------------------------------------------------------------------------------
+
+
+def _multihead(module: nn.MultiheadAttention) -> Projections | None:
+    weight = module._parameters.get("in_proj_weight")
+    if weight is None or module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+        return None
+    heads = len(weight) // (3 * module.head_dim)
+    return Projections("", "", "", heads, 1, module.head_dim, ())
+
+
+def _separate(module: nn.Module, query: Layer, key: Layer, value: Layer) -> Projections | None:
+    (_, queries), (_, keys), (_, values) = query, key, value
+    size = _size(module) or _over(queries, _count(module))
+    if size is None or queries % size or keys % size:
+        return None
+    return _projections(module, (query[0], key[0], value[0]), queries // size, keys // size, size, values)
+
+
+def _packed(module: nn.Module, name: str, width: int) -> Projections | None:
+    size, count, groups = _size(module), _count(module), _count(module, of_keys=True)
+    if count is None:
+        count = _over(width, 3 * size) if size else None
+    if count is None:
+        return None
+    size = size or _over(width, count + 2 * (groups or count))
+    if size is None or width % size or (width // size - count) % 2:
+        return None
+    kv = (width // size - count) // 2
+    return _projections(module, (name, name, name), count, kv, size, kv * size)
+
+
+def _projections(
+    module: nn.Module, names: tuple[str, str, str], queries: int, heads: int, size: int, values: int
+) -> Projections | None:
+    """Return the projections with ``queries`` and ``heads`` (of keys) heads, unless the numbers do not fit."""
+    if not heads or queries % heads or values % heads or _count(module) not in (None, queries):
+        return None
+    found = []
+    for name, value, words in _numbers(module):
+        of_keys = _of_keys(words)
+        counts = _counts_heads(words) and value == (heads if of_keys else queries)
+        if counts or (_is_width(words) and value == (heads if of_keys else queries) * size):
+            found.append((name, value // heads))
+    return Projections(*names, heads, queries // heads, size, tuple(found))
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int, set[str]]]:
+    """Yield name, value and the words of the name of each whole positive number that the module keeps."""
+    for name, value in vars(module).items():
+        if type(value) is int and value > 0:
+            yield name, value, set(name.lower().split("_"))
+
+
+def _count(module: nn.Module, *, of_keys: bool = False) -> int | None:
+    counts = (n for _, n, words in _numbers(module) if _counts_heads(words) and _of_keys(words) == of_keys)
+    return next(counts, None)
+
+
+def _size(module: nn.Module) -> int | None:
+    return next(
+        (n for _, n, words in _numbers(module) if _of_head(words) and words & _SIZES and "all" not in words), None
+    )
+
+
+def _of_head(words: set[str]) -> bool:
+    return bool(words & {"head", "heads", "nhead", "nheads"})
+
+
+def _of_keys(words: set[str]) -> bool:
+    return "kv" in words or {"key", "value"} <= words
+
+
+def _counts_heads(words: set[str]) -> bool:
+    return _of_head(words) and not words & (_SIZES | {"group", "groups"})
+
+
+def _is_width(words: set[str]) -> bool:
+    return bool(words & _SIZES) and (not _of_head(words) or "all" in words)
+
+
+def _over(a: int, b: int | None) -> int | None:
+    return a // b if b and a % b == 0 else None
+
+
+# --- nn.MultiheadAttention with fewer heads ---------------------------------------------------------------
+
+
+class ThinAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` whose heads together are narrower than its inputs.
+
+    PyTorch's own forward takes the number of channels of all heads to be the ``embed_dim`` of the inputs. Here
+    they are ``num_heads · head_dim``, with in_proj_weight (3·num_heads·head_dim, embed_dim) and out_proj from
+    num_heads·head_dim to embed_dim channels. Calls, results and the names in the state_dict are the same, but
+    that weights are the mean over the heads that are left.
+
+    Made by :func:`thin`, never constructed.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (output, attention weights or None), as ``nn.MultiheadAttention`` does."""
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint about attn_mask, which has to be given as well")
+        if query.is_nested:
+            return self._nested(query), None
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        mask = self._mask(q, attn_mask, key_padding_mask)
+        dropout = self.dropout if self.training else 0.0
+        shares = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            shares = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            heads = shares @ v
+            shares = shares.mean(1) if average_attn_weights else shares
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        # Not called, as in the dense module: nn.TransformerEncoder reads its weight, so nobody may replace the layer.
+        output = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            return output.squeeze(0), None if shares is None else shares.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), shares
+
+    def _mask(self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+        """Return the sum of both masks, −inf where a boolean one is True, to be added to the scores."""
+        parts = []
+        if attn_mask is not None:
+            parts.append(attn_mask.unflatten(0, (len(q), self.num_heads)) if attn_mask.dim() == 3 else attn_mask)
+        if key_padding_mask is not None:
+            parts.append(key_padding_mask[:, None, None, :])
+        total: Tensor | None = None
+        for part in parts:
+            if part.dtype == torch.bool:
+                part = torch.zeros_like(part, dtype=q.dtype).masked_fill_(part, float("-inf"))
+            total = part if total is None else total + part
+        return total
+
+    def _nested(self, x: Tensor) -> Tensor:
+        """Attend within a nested batch, which ``nn.TransformerEncoder`` makes of padded sequences."""
+        lengths = [len(sequence) for sequence in x.unbind()]
+        padded = x.to_padded_tensor(0.0)
+        places = torch.arange(padded.shape[1], device=padded.device)
+        outside = places >= torch.tensor(lengths, device=padded.device).unsqueeze(1)
+        output, _ = self.forward(padded, padded, padded, outside, need_weights=False)
+        return torch.nested.as_nested_tensor([y[:n] for y, n in zip(output, lengths, strict=True)])
+
+
+def thin(module: nn.MultiheadAttention) -> None:
+    """Let ``module`` work with the heads that its in_proj_weight has, in place."""
+    module.__class__ = ThinAttention
+    module.num_heads = len(module.in_proj_weight) // (3 * module.head_dim)
+    module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its fused kernel

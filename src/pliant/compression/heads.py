@@ -1,0 +1,49 @@
+"""Heads: whole attention heads taken out of a network, with their queries, keys, values and output columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pliant.compression.base import check_choice
+from pliant.compression.filters import FilterPruning
+from pliant.heads import projection_layers
+from pliant.structure import ChannelGroup, Structure
+
+IMPORTANCES = ("l2", "l1")
+
+
+@dataclass(frozen=True)
+class HeadPruning(FilterPruning):
+    """Remove the least important attention heads; options and ratio as in :class:`FilterPruning`.
+
+    A head is the rows of the query, key and value projections that make it, and the columns of the output
+    projection that read it. In grouped-query attention a head of keys and values leaves together with all the
+    heads of queries that read it. At least one head of every attention module stays. ``importance`` of a head:
+    the ``"l2"`` or ``"l1"`` norm of its rows.
+
+    Known are ``nn.MultiheadAttention``, which becomes a :class:`~pliant.attention.ThinAttention`, and every
+    module with linear projections for queries, keys and values, packed or apart, as they are usually named; the
+    numbers that it keeps of its heads follow. Modules of other kinds, or whose forward cannot do with fewer
+    heads, are named in ``plan.refused``.
+
+    Raises BadInput for a ratio out of range or an unknown option. Source: Michel et al. 2019, "Are sixteen heads
+    really better than one?".
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("importance", self.importance, IMPORTANCES)
+
+    def _choose(
+        self, model: nn.Module, structure: Structure
+    ) -> tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]:
+        groups = tuple(group for group in structure.groups if group.kind == "heads")
+        removable = {slot.module for group in groups for slot in group.producers}
+        reasons = dict(structure.refused)
+        names = [name for name in projection_layers(model) if name not in removable]
+        refused = tuple((name, reasons.get(name, "has no heads that can leave")) for name in names)
+        if not groups and not refused:
+            refused = ((type(model).__name__, "has no attention module whose projections are known"),)
+        return groups, refused
