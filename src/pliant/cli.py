@@ -1,4 +1,4 @@
-"""The command line: pliant train | sweep | report | compress | demo.
+"""The command line: pliant train | sweep | report | compress | export | demo.
 
 Every verb is a Python function; its flags are the function's parameters, and the same settings can come from a YAML
 file with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
@@ -40,6 +40,7 @@ VERBS = {
     "sweep": Verb("sweeping", "sweep", "compress trained networks at many ratios and measure", "runs", True, True),
     "report": Verb("reporting", "report", "turn records into a table and an HTML page", "records", True),
     "compress": Verb("compressing", "compress_run", "compress a trained network to one size", "run"),
+    "export": Verb("exporting", "export_run", "write a network for other programs", "folder", prints_path=True),
     "demo": Verb("demonstration", "demo", "all of this on small images, in about a minute"),
 }
 

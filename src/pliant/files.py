@@ -33,6 +33,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def making_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` to fill; on success it takes the name ``path``: whole, or not at all.
+
+    Missing parents are made. A folder of that name is an OSError, unless it is empty or ``replace`` is True: then the
+    former one is removed once the new one has its name. On an error the temporary folder is removed, the former one
+    stays and the error goes on.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as room:
+        fresh, former = Path(room, "new"), Path(room, "former")
+        fresh.mkdir()  # with the permissions of any folder that this user makes; the room around it is private
+        yield fresh
+        for file in fresh.rglob("*"):
+            _sync(file)
+        if replace and path.exists():
+            path.rename(former)
+        try:
+            fresh.rename(path)
+        except OSError:
+            if former.exists():
+                former.rename(path)
+            raise
+        _sync(path.parent)
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file in one step.
 

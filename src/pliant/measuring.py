@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
 import statistics
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -18,8 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant.errors import BadInput
+from pliant.errors import BadInput, unknown
+from pliant.layers import count_parameters
+from pliant.tracing import Portable, onnx_session, reason
 
+BACKENDS = ("eager", "compile", "onnx")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,7 +71,7 @@ def evaluate(
 
 def parameters(model: nn.Module) -> int:
     """Return the number of parameters, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
+    return count_parameters(model)
 
 
 def nonzero(model: nn.Module) -> int:
@@ -116,30 +125,155 @@ def latencies(
         seconds: least time per measurement.
         rounds: measurements per model.
     """
-    timers = [
-        Timer("model(x)", globals={"model": m, "x": example_input}, num_threads=torch.get_num_threads()) for m in models
-    ]
-    times: list[list[float]] = [[] for _ in models]
+    threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for model in models:
             stack.enter_context(eval_mode(model))
-        for _ in range(rounds):
-            for timer, series in zip(timers, times, strict=True):
-                series.append(timer.blocked_autorange(min_run_time=seconds).median)
+        calls = [lambda model=model: model(example_input) for model in models]
+        times = _take_turns(calls, seconds=seconds, rounds=rounds, threads=threads)
     return [statistics.median(series) for series in times]
 
 
+@dataclass(frozen=True)
+class Latency:
+    """How long one forward pass of a model takes in one backend: ``seconds`` holds one median per round.
+
+    All rows of one call of :func:`backend_latencies` with the same ``threads`` were measured in turns, so entry i of
+    one may be compared with entry i of another. ``skipped`` is the reason where nothing was measured, and empty
+    otherwise.
+    """
+
+    model: str
+    backend: str
+    threads: int
+    batch: int
+    seconds: tuple[float, ...] = ()
+    skipped: str = ""
+
+    def quartiles(self) -> tuple[float, float, float]:
+        """Return lower quartile, median and upper quartile of the seconds."""
+        return _quartiles(self.seconds)
+
+    def speedup(self, of: Latency) -> tuple[float, float, float]:
+        """Return the quartiles of (seconds of ``of`` / own seconds), round by round."""
+        return _quartiles([theirs / own for theirs, own in zip(of.seconds, self.seconds, strict=True)])
+
+
+def backend_latencies(
+    models: Mapping[str, nn.Module],
+    example_input: Tensor,
+    *,
+    backends: Sequence[str] = BACKENDS,
+    threads: Sequence[int] = (1, 2),
+    seconds: float = 0.05,
+    rounds: int = 10,
+) -> list[Latency]:
+    """Return how long a forward pass takes: each model in each backend with each number of threads, on the CPU.
+
+    Models and backends take turns, round after round, so that the ratios hold while a shared machine drifts. A
+    backend that this machine does not have, or that cannot take a model, gives rows with the reason. With "compile",
+    what torch.compile has made in this process is forgotten, and made again when it is next used.
+
+    Args:
+        models: by name; they are copied.
+        example_input: one batch.
+        backends: "eager" (plain torch), "compile" (torch.compile) and "onnx" (ONNX Runtime).
+        threads: numbers of threads of one operation.
+        seconds: least time per measurement.
+        rounds: measurements per model, at least 2.
+    """
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise unknown("backend", backend, BACKENDS)
+    if rounds < 2:
+        raise BadInput(f"rounds must be at least 2 to show a spread, got {rounds}")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        portables = {name: Portable(model, example_input) for name, model in models.items()}
+        files = {name: Path(folder, f"{index}.onnx") for index, name in enumerate(models)}
+        for count in threads:
+            if "compile" in backends:
+                torch.compiler.reset()  # Dynamo keeps few versions of one forward; then it runs eagerly, in silence
+            calls: dict[tuple[str, str], Callable[[], object]] = {}
+            skipped: dict[tuple[str, str], str] = {}
+            with _threads(count):
+                for name, backend in itertools.product(models, backends):
+                    try:
+                        calls[name, backend] = _ready(portables[name], backend, files[name], count)
+                    except Exception as error:  # compilers and runtimes raise what they like
+                        skipped[name, backend] = reason(error)
+                times = _take_turns(list(calls.values()), seconds=seconds, rounds=rounds, threads=count)
+            measured = dict(zip(calls, times, strict=True))
+            rows += [
+                Latency(*key, count, len(example_input), tuple(measured.get(key, ())), skipped.get(key, ""))
+                for key in itertools.product(models, backends)
+            ]
+    return rows
+
+
+def _ready(portable: Portable, backend: str, file: Path, threads: int) -> Callable[[], object]:
+    """Return a call of the model on its example in a backend, compiled and warm."""
+    arguments = portable.arguments(portable.given_batch)
+    model: Any = portable.model
+    if backend == "onnx":
+        if not file.exists():
+            portable.write_onnx(file)
+        session, feed = onnx_session(file, threads), portable.feed(arguments)
+        session.run(None, feed)
+        return functools.partial(session.run, None, feed)
+    # The compiler warns of what torch itself should not use any more.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        if backend == "compile":
+            model = torch.compile(model, dynamic=False)
+        model(*arguments)
+    return functools.partial(model, *arguments)
+
+
+def _take_turns(
+    calls: Sequence[Callable[[], object]], *, seconds: float, rounds: int, threads: int
+) -> list[list[float]]:
+    """Return the seconds that each call takes in each of the rounds, medians over at least ``seconds``."""
+    timers = [Timer("call()", globals={"call": call}, num_threads=threads) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for timer, series in zip(timers, times, strict=True):
+            series.append(timer.blocked_autorange(min_run_time=seconds).median)
+    return times
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict as safetensors takes it: contiguous, and each tied tensor once, under its first name."""
+    """Return the state dict as safetensors takes it: contiguous, and each tied tensor once, under its first name.
+
+    What looks at the memory of another tensor in another shape is a tensor of its own.
+    """
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    memories: set[int] = set()
     for name, tensor in model.state_dict().items():
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and identity in seen:
             continue
         seen.add(identity)
-        tensors[name] = tensor.detach().cpu().contiguous()
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        tensors[name] = plain.clone() if memory in memories else plain
+        memories.add(memory)
     return tensors
 
 

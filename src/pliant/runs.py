@@ -10,6 +10,7 @@ runs/NAME/config.yaml        the settings; `pliant train --config` takes it
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -26,7 +27,7 @@ import yaml
 from torch import nn
 
 import pliant
-from pliant.compression import Plan, replay
+from pliant.compression import Plan, skeleton
 from pliant.data import ImageData, load_data
 from pliant.errors import DamagedFile
 from pliant.files import write_bytes, write_text
@@ -96,18 +97,12 @@ class Run:
 
     def build(self) -> nn.Module:
         """Return the network, newly initialised; the global random state is left as it is."""
-        try:
-            shape = json.loads((self.path / SHAPE).read_text(encoding="utf-8"))
-            num_classes, (channels, height, width) = int(shape["num_classes"]), map(int, shape["image_shape"])
-        except FileNotFoundError:
-            raise DamagedFile(f"{self.path / SHAPE} is missing: restore it, or train anew") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise DamagedFile(f"{self.path / SHAPE} is damaged: {error}") from None
+        num_classes, image_shape = read_shape(self.path)
         with torch.random.fork_rng(devices=[]):
             return build_model(
                 self.config["model"],
                 num_classes=num_classes,
-                image_shape=(channels, height, width),
+                image_shape=image_shape,
                 width=self.config.get("width", 1.0),
             )
 
@@ -132,11 +127,30 @@ def load(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     run = Run.open(path)
-    if not (path / PLAN).exists():
-        return run.load()
-    model = replay(run.build(), read_plan(path / PLAN))
-    load_weights(model, path / WEIGHTS)
-    return model.eval()
+    return rebuild(run.build(), path) if (path / PLAN).exists() else run.load()
+
+
+def rebuild(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Return the network that ``pliant.export`` or ``pliant compress`` wrote, in eval mode on the CPU.
+
+    Nothing is unpickled: a copy of ``model`` is compressed as the folder's plan.json says, if there is one, and takes
+    the weights of its model.safetensors.
+
+    Args:
+        model: freshly built by the constructor that the exported network came from.
+        folder: the folder.
+
+    Raises:
+        DamagedFile: a file is missing or damaged, or the weights belong to another model.
+        BadInput: the plan is for another model.
+    """
+    folder = Path(folder)
+    plan = read_plan(folder / PLAN) if (folder / PLAN).exists() else None
+    if not (folder / WEIGHTS).is_file():
+        raise DamagedFile(f"{folder} has no {WEIGHTS}: give a folder that pliant export or pliant compress wrote")
+    small = copy.deepcopy(model) if plan is None else skeleton(model, plan)
+    load_weights(small, folder / WEIGHTS)
+    return small.cpu().eval()
 
 
 def read_plan(path: Path) -> Plan:
@@ -170,6 +184,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
         shown = ", ".join(sorted(differing)[:3])
         raise DamagedFile(f"{path} belongs to another model: {len(differing)} tensors differ, such as {shown}")
     model.load_state_dict(tensors, strict=False)  # tied tensors are stored once; the names were compared above
+
+
+def read_shape(folder: Path) -> tuple[int, tuple[int, int, int]]:
+    """Return what :func:`write_shape` wrote: the number of classes and (channels, height, width) of an image."""
+    try:
+        shape = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
+        num_classes, (channels, height, width) = int(shape["num_classes"]), map(int, shape["image_shape"])
+    except FileNotFoundError:
+        raise DamagedFile(f"{folder / SHAPE} is missing: restore it, or train anew") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedFile(f"{folder / SHAPE} is damaged: {error}") from None
+    return num_classes, (channels, height, width)
 
 
 def write_shape(folder: Path, num_classes: int, image_shape: tuple[int, int, int]) -> None:
