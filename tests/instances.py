@@ -68,3 +68,11 @@ few_integers = st.lists(st.integers(-2, 2), min_size=12, max_size=12)
 def tiled(values: list[int], shape: Shape) -> Tensor:
     repeats = -(-math.prod(shape) // len(values))
     return torch.tensor(values, dtype=torch.float64).repeat(repeats)[: math.prod(shape)].reshape(shape)
+
+
+# The same values in other orders in memory; the identity where a tensor has no such order.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "transposed": lambda x: x if x.ndim < 2 else x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels last": lambda x: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x,
+}

@@ -174,3 +174,31 @@ def test_too_many_channels_are_named() -> None:
     model, images = residual_network()
     with pytest.raises(BadInput, match=r"the channels of \S+: k=9"):
         constrain(model, [("*.weight", filters(9))], None, coupled=coupled_channels(model, images).groups)
+
+
+def test_heads_and_gated_neurons_of_a_language_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    structure = coupled_channels(model, {"input_ids": torch.randint(64, (2, 7))})
+    groups = constrain(model, [("*proj.weight", filters(0.5))], default=None, coupled=structure.groups)
+    balls = {
+        tuple(name.split(".")[-2] for name in group["param_names"]): NormBall.from_spec(group["ball"]).norm
+        for group in groups
+        if group.get("joint")
+    }
+    assert balls == {
+        ("gate_proj", "up_proj"): Channels(KSupport(24), 48),
+        ("q_proj", "k_proj", "v_proj"): Channels(KSupport(1), 2),  # a key head with the two query heads that read it
+    }
+
+
+def test_heads_of_a_packed_projection() -> None:
+    model = build_model("vit_tiny", num_classes=10, image_shape=(3, 32, 32))
+    heads = [g for g in coupled_channels(model, torch.randn(2, 3, 32, 32)).groups if g.kind == "heads"]
+    groups = constrain(model, [("head.*", None), ("*weight", filters(1))], default=None, coupled=heads)
+    joint = [group for group in groups if group.get("joint")]
+    assert len(joint) == 6
+    assert joint[0]["param_names"] == ["blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"]
+    assert NormBall.from_spec(joint[0]["ball"]).norm == Channels(KSupport(1), 3, parts=3)

@@ -110,7 +110,7 @@ def test_primal_error_keeps_jaggis_bound_and_the_gap_stays_above_it_at_every_ste
         opt.step()
 
 
-ONE_OF_EACH_LIFT = [NormBall(KSupport(5), 1.0), BALLS[9], BALLS[13], BALLS[15]]
+ONE_OF_EACH_LIFT = [ball for ball in BALLS if isinstance(getattr(ball.norm, "inner", ball.norm), KSupport)]
 
 
 @pytest.mark.parametrize("ball", ONE_OF_EACH_LIFT, ids=str)
@@ -174,10 +174,11 @@ def test_a_thousand_large_steps_in_bfloat16_stay_in_the_ball(ball: NormBall) -> 
     assert wander(ball, torch.bfloat16, [1.0, 0.1], 1000) <= 4
 
 
-@pytest.mark.xfail(
-    reason="small steps round to no shrinkage, but the vertex is added: norms up to 2.6 times the radius"
-)
-@pytest.mark.parametrize("ball", [BALLS[0], BALLS[5], BALLS[6], BALLS[8]], ids=str)
+LEFT_IN_BFLOAT16 = (Lp(1), KSparse(5), KSupport(5), Rows(KSparse(2)))
+
+
+@pytest.mark.xfail(reason="the shrinkage by a small step rounds away, the vertex does not: norms up to 2.6 radii")
+@pytest.mark.parametrize("ball", [ball for ball in BALLS if ball.norm in LEFT_IN_BFLOAT16], ids=str)
 def test_small_steps_in_bfloat16_stay_in_the_ball(ball: NormBall) -> None:
     assert wander(ball, torch.bfloat16, [0.003], 600) <= 4
 

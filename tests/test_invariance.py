@@ -13,7 +13,7 @@ from torch import Tensor
 from pliant.linalg import topk_mask
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
-from .instances import INSTANCES, Shape, few_integers, gaussian, tiled
+from .instances import INSTANCES, LAYOUTS, Shape, few_integers, gaussian, tiled
 
 every_instance = pytest.mark.parametrize(("norm", "shape"), INSTANCES, ids=str)
 NOT_SPECTRAL = [i for i in INSTANCES if not isinstance(i[0], Spectral)]
@@ -92,20 +92,10 @@ def test_vertices_of_opposite_gradients_are_opposite(norm: Norm, shape: Shape) -
 # --- memory layout ----------------------------------------------------------------------------------------------------
 
 
-def layouts(x: Tensor) -> dict[str, Tensor]:
-    """Return the same values in other memory layouts."""
-    made = {"strided": torch.stack([x, x], dim=-1)[..., 0]}
-    if x.ndim > 1:
-        made["transposed"] = x.transpose(0, 1).contiguous().transpose(0, 1)
-    if x.ndim == 4:
-        made["channels last"] = x.to(memory_format=torch.channels_last)
-    return made
-
-
 @every_instance
 def test_memory_layout_does_not_matter(norm: Norm, shape: Shape) -> None:
     g = gaussian(shape)
-    for other in layouts(g).values():
+    for other in (change(g) for change in LAYOUTS.values()):
         # Sums may come in another order.
         torch.testing.assert_close(norm(other), norm(g), rtol=1e-14, atol=0)
         torch.testing.assert_close(norm.dual(other), norm.dual(g), rtol=1e-14, atol=0)

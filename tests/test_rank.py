@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.compression import LowRank, compress
-from pliant.compression.allocation import Options, allocate, greedy_steps, nearest, uniform_steps
+from pliant.compression.allocation import Options, allocate, energy_steps, greedy_steps, nearest, uniform_steps
 from pliant.compression.factored import factored, matrices
-from pliant.compression.rank import _decompose, _truncate
+from pliant.compression.rank import _cuts, _decompose, _truncate
 from pliant.errors import BadInput, Refused
+from pliant.measuring import macs
 from pliant.models import MODELS, build_model
 
 
@@ -45,7 +47,7 @@ def test_factored_convolution_is_the_dense_one_with_a_truncated_weight(shape: An
     x = torch.randn(2, shape[0], 11, 10)
     full = min(matrices(layer).shape[1:])
     for rank in {1, full // 2, full}:
-        thin = _truncate(layer, _decompose("", layer), rank)
+        thin = _truncate(layer, _decompose(layer), rank)
         u, s, vh = torch.linalg.svd(matrices(layer).double(), full_matrices=False)
         s[:, rank:] = 0
         dense = nn.Conv2d(*shape, **options)
@@ -54,7 +56,41 @@ def test_factored_convolution_is_the_dense_one_with_a_truncated_weight(shape: An
             if layer.bias is not None:
                 dense.bias.copy_(layer.bias)
         torch.testing.assert_close(output(thin, x), output(dense, x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(output(_truncate(layer, _decompose("", layer), full), x), output(layer, x))
+    torch.testing.assert_close(output(_truncate(layer, _decompose(layer), full), x), output(layer, x))
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("shape", [(8, 12, (3, 2)), (4, 40, (2, 5)), (16, 6, 3)])
+def test_spatial_factors_are_one_convolution_per_direction(shape: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(*shape, **options).double()
+    height, width = layer.kernel_size
+    x = torch.randn(2, shape[0], 11, 10, dtype=torch.float64)
+    full = min(matrices(layer, "spatial").shape[1:])
+    errors = []
+    for rank in (1, full // 2, full):
+        thin: Any = _truncate(layer, _decompose(layer, "spatial"), rank)
+        assert (thin.reduce.kernel_size, thin.expand.kernel_size) == ((height, 1), (1, width))
+        # W[o, i, a, b] = Σ_r expand[o, r, b] · reduce[r, i, a], in every group
+        product = torch.einsum(
+            "gorb,gria->goiab",
+            *(
+                factor.weight.squeeze(dim).unflatten(0, (layer.groups, -1))
+                for factor, dim in ((thin.expand, 2), (thin.reduce, 3))
+            ),
+        ).flatten(0, 1)
+        dense = nn.Conv2d(*shape, **options).double()
+        with torch.no_grad():
+            dense.weight.copy_(product)
+            if layer.bias is not None:
+                dense.bias.copy_(layer.bias)
+        torch.testing.assert_close(output(thin, x), output(dense, x))
+        errors.append(float((product - layer.weight).detach().square().sum()))
+    # The best approximation of the rank, by Eckart and Young, of the matrix (filter, kernel column) × (input, row).
+    split = layer.weight.detach().unflatten(0, (layer.groups, -1))
+    singular = torch.linalg.svdvals(torch.einsum("goiab->gobia", split).flatten(1, 2).flatten(2, 3))
+    expected = [float(singular[:, rank:].square().sum()) for rank in (1, full // 2, full)]
+    assert errors == pytest.approx(expected, rel=1e-9, abs=1e-20)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +104,7 @@ def test_factored_convolution_is_the_dense_one_with_a_truncated_weight(shape: An
     ids=["linear", "linear without bias", "1-d", "3-d"],
 )
 def test_full_rank_reproduces_the_output(layer: Any, x: Tensor) -> None:
-    thin = _truncate(layer, _decompose("", layer), min(matrices(layer).shape[1:]))
+    thin = _truncate(layer, _decompose(layer), min(matrices(layer).shape[1:]))
     torch.testing.assert_close(output(thin, x), output(layer, x), rtol=1e-5, atol=1e-5)
 
 
@@ -97,8 +133,8 @@ def test_shipped_networks_shrink_to_the_ratio_and_never_grow(name: str) -> None:
         assert size(small) == plan.params_after <= plan.params_before == size(model)
         assert all(layer.params <= layer.params_dense for layer in plan.layers)
         if ratio < 0.9:
-            step = max(s.groups * (s.rows + s.columns) for s in analysis.layers.values())
-            total = sum(s.dense for s in analysis.layers.values())
+            step = max(s.cost(1, "params") for (s,) in analysis.layers.values())
+            total = sum(s.dense("params") for (s,) in analysis.layers.values())
             assert abs(plan.ratio_removed - ratio) <= step / total
         assert torch.isfinite(output(small, x)).all()
         if ratio == 0:
@@ -116,6 +152,82 @@ def test_multiplications_shrink_with_the_parameters_under_stride() -> None:
         flops.append(counter.get_total_flops())
     assert flops[1] / flops[0] == pytest.approx(size(small) / size(model))
     assert size(small) < size(model)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "best"])
+@pytest.mark.parametrize("cost", ["params", "macs"])
+def test_no_scheme_adds_parameters_or_multiplications_to_any_layer(scheme: str, cost: str) -> None:
+    torch.manual_seed(0)
+    for layer in (nn.Conv2d(6, 40, 3, stride=2), nn.Conv2d(40, 6, (2, 5), stride=(1, 4)), nn.Conv2d(9, 9, 3, stride=3)):
+        x = torch.randn(1, layer.in_channels, 13, 13)
+        low = LowRank(0.0, scheme=scheme, cost=cost)
+        analysis = low.analyse(layer, x)
+        for ratio in [r / 20 for r in range(20)] if analysis.layers else []:
+            plan = low.at(ratio).plan(layer, x, analysis=analysis)
+            small = low.apply(layer, plan, analysis=analysis)
+            changed = plan.params_after < plan.params_before
+            assert (macs(small, x) < macs(layer, x)) == changed
+            assert size(small) == plan.params_after
+            assert output(small, x).shape == output(layer, x).shape
+
+
+def test_best_scheme_loses_no_more_than_either_at_any_size() -> None:
+    torch.manual_seed(0)
+    mixed = nn.Conv2d(16, 16, 3, bias=False)
+    with torch.no_grad():  # of rank 2 in the spatial sense, of full rank in the other
+        mixed.weight.copy_(torch.einsum("orb,ria->oiab", torch.randn(16, 2, 3), torch.randn(2, 16, 3)))
+    model = nn.Sequential(mixed, nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1))
+    x = torch.randn(1, 16, 9, 9)
+    spectra = {scheme: LowRank(scheme=scheme).analyse(model, x).layers for scheme in ("channel", "spatial", "best")}
+    for name, cost in itertools.product("012", ("params", "macs")):
+        curves = {scheme: _cuts(layers[name], cost) for scheme, layers in spectra.items()}
+        best = curves.pop("best")
+        assert [cut.cost for cut in best] == sorted({cut.cost for cut in best}, reverse=True)
+        assert [cut.loss for cut in best] == sorted(cut.loss for cut in best)
+        for other in itertools.chain(*curves.values()):
+            assert any(cut.cost <= other.cost and cut.loss <= other.loss for cut in best)
+    plan = LowRank(0.5, scheme="best").plan(model, x)
+    assert plan.layers[0].scheme == "spatial"
+    assert plan.layers[2].scheme != "spatial"  # a 1×1 kernel has one direction
+    small = compress(model, LowRank(0.5, scheme="best"), x)
+    torch.testing.assert_close(output(small[0], x), output(mixed, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_ratio_of_multiplications_is_met_in_multiplications() -> None:
+    torch.manual_seed(0)
+    model = build_model("resnet20", num_classes=5, image_shape=(3, 16, 16), width=0.5).eval()
+    x = torch.randn(2, 3, 16, 16)
+    low = LowRank(cost="macs")
+    analysis = low.analyse(model, x)
+    factorable = sum(s.dense("macs") for (s,) in analysis.layers.values()) // len(x)
+    for ratio in (0.2, 0.5, 0.8):
+        by_macs, by_params = (
+            LowRank(ratio, cost=cost).plan(model, x, analysis=analysis) for cost in ("macs", "params")
+        )
+        small = low.apply(model, by_macs, analysis=analysis)
+        assert 1 - by_macs.ratio_removed == pytest.approx(1 - (macs(model, x) - macs(small, x)) / factorable)
+        assert by_macs.ratio_removed == pytest.approx(ratio, abs=0.005)
+        assert "multiply-accumulates" in str(by_macs)
+        # Early layers are applied to many positions: they lose more where multiplications count.
+        early = [
+            next(x for x in plan.layers if "layer1" in x.name or "stage1" in x.name or x is plan.layers[1])
+            for plan in (by_macs, by_params)
+        ]
+        assert early[0].params <= early[1].params
+
+
+def test_ten_ratios_cost_one_decomposition_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = build_model("resnet8", num_classes=5, image_shape=(3, 8, 8), width=0.5).eval()
+    x = torch.randn(2, 3, 8, 8)
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: calls.append(a.shape) or eigh(a))
+    analysis = LowRank().analyse(model, x, [torch.randn(8, 3, 8, 8)])
+    for ratio in range(10):
+        low = LowRank(ratio / 10)
+        low.apply(model, low.plan(model, x, analysis=analysis), analysis=analysis)
+    assert len(calls) == len(analysis.layers) > 5
 
 
 # --- which ranks --------------------------------------------------------------------------------------------
@@ -143,6 +255,22 @@ def test_global_keeps_directions_by_relative_energy_and_uniform_does_not() -> No
     # 128 weights; rank r costs 16 r. Down to 96: the flat layer stays dense, the steep one keeps its two.
     assert ranks(model, LowRank(0.25, "global"), x) == {"0": 2, "1": 8}
     assert ranks(model, LowRank(0.25, "uniform"), x) == {"0": 3, "1": 3}
+
+
+def test_energy_keeps_the_same_share_of_every_layer() -> None:
+    torch.manual_seed(0)
+    spectra = [[4.0, 3, 2, 1, 1, 1, 1, 1], [9.0, 1, 1, 1, 1, 1, 1, 1], [1.0] * 8]
+    model = nn.Sequential(*(with_spectrum(s) for s in spectra))
+    x = torch.randn(2, 8)
+    # Shares of Σσ² lost at rank 3, 2, 1: 5/34, 9/34, 18/34; 5/88, 6/88, 7/88; 5/8, 6/8, 7/8 (rank 4 saves nothing).
+    for ratio, expected in (
+        (0.25, [8, 1, 8]),
+        (1 / 3, [3, 1, 8]),
+        (5 / 12, [2, 1, 8]),
+        (0.5, [1, 1, 8]),
+        (7 / 12, [1, 1, 3]),
+    ):
+        assert list(ranks(model, LowRank(ratio, "energy"), x).values()) == expected
 
 
 def test_zero_layer_is_cut_first_and_costs_nothing() -> None:
@@ -186,7 +314,29 @@ def test_greedy_is_optimal_at_every_budget_it_meets_by_whole_steps() -> None:
     assert chosen == [len(curve.costs) - 1 for curve in CURVES]
 
 
-@pytest.mark.parametrize("order", [greedy_steps, uniform_steps])
+@pytest.mark.parametrize("seed", range(20))
+def test_greedy_loses_at_most_one_step_against_a_search_through_all(seed: int) -> None:
+    drawn = random.Random(seed)
+    curves = []
+    for _ in range(4):
+        count = drawn.randint(2, 6)
+        costs = sorted(drawn.sample(range(1, 200), count), reverse=True)
+        losses = [0.0, *sorted(drawn.random() for _ in range(count - 1))]
+        curves.append(Options(tuple(costs), tuple(losses)))
+
+    def total(chosen: Any) -> tuple[int, float]:
+        pairs = [(curve.costs[i], curve.losses[i]) for curve, i in zip(curves, chosen, strict=True)]
+        return sum(c for c, _ in pairs), sum(loss for _, loss in pairs)
+
+    every = [total(c) for c in itertools.product(*(range(len(curve.costs)) for curve in curves))]
+    steps = greedy_steps(curves)
+    largest = max(max(curve.losses) for curve in curves)
+    for target in range(sum(c.costs[-1] for c in curves), sum(c.costs[0] for c in curves), 7):
+        cost, loss = total(allocate(curves, steps, target))
+        assert loss <= min(other for c, other in every if c <= cost) + largest
+
+
+@pytest.mark.parametrize("order", [greedy_steps, uniform_steps, energy_steps])
 def test_allocation_takes_what_is_nearest_on_its_way(order: Any) -> None:
     steps = order(CURVES)
     reachable = sorted({cost_and_loss(allocate(CURVES, steps, t))[0] for t in range(45)})

@@ -138,3 +138,17 @@ def test_impossible_pattern(pattern: Any) -> None:
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(BadInput):
         Magnitude(**options)
+
+
+def test_energy_zeroes_what_holds_the_same_share_in_every_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 4, bias=False), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[-1.0, 2, 3, 4]]))  # shares lost: 1/30, 5/30, 14/30, 1
+        model[1].weight.copy_(torch.tensor([[10.0], [10], [10], [10]]))  # 1/4, 2/4, 3/4, 1
+        model[2].weight.zero_()  # nothing
+    x = torch.randn(2, 4)
+    for zeroed, expected in {8: [4, 4, 0], 9: [3, 4, 0], 10: [2, 4, 0], 11: [2, 3, 0], 12: [1, 3, 0]}.items():
+        plan = Magnitude(zeroed / 16, "energy").plan(model, x)
+        assert [layer.kept for layer in plan.layers] == expected
+    small = compress(model, Magnitude(10 / 16, "energy"), x)
+    assert small[0].weight.tolist() == [[0, 0, 3, 4]]

@@ -13,7 +13,11 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from pliant.ball import NormBall as NormBall
+    from pliant.budgets import compress_to as compress_to
+    from pliant.compression import Chain as Chain
     from pliant.compression import FilterPruning as FilterPruning
+    from pliant.compression import HeadPruning as HeadPruning
+    from pliant.compression import Int8 as Int8
     from pliant.compression import LowRank as LowRank
     from pliant.compression import Magnitude as Magnitude
     from pliant.compression import Plan as Plan
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from pliant.errors import Diverged as Diverged
     from pliant.errors import PliantError as PliantError
     from pliant.errors import Refused as Refused
+    from pliant.exporting import export as export
     from pliant.models import build_model as build_model
     from pliant.norms import Blocks as Blocks
     from pliant.norms import Channels as Channels
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
     from pliant.records import read_records as read_records
     from pliant.reporting import report as report
     from pliant.runs import load as load
+    from pliant.runs import rebuild as rebuild
     from pliant.sfw import SFW as SFW
     from pliant.structure import coupled_channels as coupled_channels
     from pliant.sweeping import sweep as sweep
@@ -57,8 +63,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ball": ["NormBall"],
+    "budgets": ["compress_to"],
     "compression": [
+        "Chain",
         "FilterPruning",
+        "HeadPruning",
+        "Int8",
         "LowRank",
         "Magnitude",
         "Plan",
@@ -71,11 +81,12 @@ _HOMES = {
     "data": ["Loader", "load_data"],
     "demonstration": ["demo"],
     "errors": ["BadInput", "DamagedFile", "Diverged", "PliantError", "Refused"],
+    "exporting": ["export"],
     "models": ["build_model"],
     "norms": ["Blocks", "Channels", "KSparse", "KSupport", "Lp", "Norm", "Rows", "Spectral"],
     "records": ["Record", "append_record", "read_records"],
     "reporting": ["report"],
-    "runs": ["load"],
+    "runs": ["load", "rebuild"],
     "sfw": ["SFW"],
     "structure": ["coupled_channels"],
     "sweeping": ["sweep"],

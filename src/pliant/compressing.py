@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from pliant.budgets import one_budget
+from pliant.compression import SemiStructured
 from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
-from pliant.files import write_text
+from pliant.files import making_folder, write_text
+from pliant.methods import parse_pattern
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config
 from pliant.sweeping import describe
 from pliant.trials import Trial, check_names
@@ -20,57 +23,80 @@ from pliant.trials import Trial, check_names
 def compress_run(
     run: str | Path,
     compressor: str = "filters",
-    ratio: float = 0.5,
+    ratio: float | None = None,
+    keep_params: float | None = None,
+    keep_macs: float | None = None,
+    max_bytes: int | None = None,
+    max_latency_ms: float | None = None,
+    max_drop: float | None = None,
     allocation: str = "global",
     pattern: str = "2:4",
     calibration: int = 2048,
     precision: str = "auto",
+    whiten: bool = True,
     out: str | None = None,
 ) -> Path:
     """Compress a trained network to one size, without retraining, and write it to a folder.
+
+    The size is a ratio or one budget: the largest network that meets it, for max_drop the smallest one.
 
     The folder holds model.safetensors, plan.json (what was kept), record.json (what it achieves), config.yaml and
     shape.json.
 
     Args:
         run: run folder, as pliant train makes it.
-        compressor: filters, rank, weights or nm.
-        ratio: share of the compressible parameters to remove.
-        allocation: the same share in every layer (uniform), or where it costs least (global).
+        compressor: filters, heads, rank, weights or nm, or a chain such as filters+rank or rank+int8.
+        ratio: share of the compressible parameters to remove; 0.5 if there is no budget either.
+        keep_params: instead of a ratio, share of all parameters that may stay.
+        keep_macs: instead of a ratio, share of the multiply-accumulates that may stay.
+        max_bytes: instead of a ratio, size of model.safetensors.
+        max_latency_ms: instead of a ratio, milliseconds per image, measured here and now.
+        max_drop: instead of a ratio, how much accuracy on the validation images may be lost, such as 0.01.
+        allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
+            keeps the same share of its energy (energy).
         pattern: N:M for nm, instead of the ratio.
-        calibration: training images for the BatchNorm re-estimation.
+        calibration: training images for whitening and the BatchNorm re-estimation.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
+        whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run.
 
     Raises:
-        BadInput: an unknown name, a value out of range, or the folder exists.
+        BadInput: an unknown name, a value out of range, two sizes, or the folder exists.
         DamagedFile: the run folder or its data cannot be read.
-        Refused: nothing can be removed from this network.
+        Refused: nothing can be removed from this network, or the budget is out of reach.
     """
     check_names(compressor, allocation)
+    limits = {
+        "keep_params": keep_params,
+        "keep_macs": keep_macs,
+        "max_bytes": max_bytes,
+        "max_latency_ms": max_latency_ms,
+        "max_drop": max_drop,
+    }
+    budget = None if all(limit is None for limit in limits.values()) else one_budget(**limits)
+    if budget is not None and (ratio is not None or compressor == "nm"):
+        raise BadInput(f"{'a pattern' if compressor == 'nm' else '--ratio'} and --{budget.kind} exclude each other")
+    ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
+    if compressor == "nm":
+        SemiStructured(*parse_pattern(pattern))  # for its BadInput, before anything is measured
+    size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if compressor == "nm" else ""}
     source = Run.open(run)
-    size = pattern.replace(":", "of") if compressor == "nm" else f"{ratio:g}"
-    folder = Path(out) if out else source.path.resolve().with_name(f"{source.name}-{compressor}-{size}")
+    label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
+    folder = Path(out) if out else source.path.resolve().with_name(f"{source.name}-{compressor}-{label}")
     if folder.exists():
         raise BadInput(f"{folder} exists: choose another --out, or remove it")
     if (source.path / PLAN).exists():
         raise BadInput(f"{run} is compressed already: give the run folder it was made from")
-    trial = Trial(source, compressor, allocation=allocation, calibration=calibration, precision=precision)
-    network, plan, record = trial.measure(ratio, pattern if compressor == "nm" else "")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Everything is written beside, then the whole folder takes its name: it is complete or absent.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        save_weights(network, temporary / WEIGHTS)
-        write_text(temporary / PLAN, json.dumps(plan.to_dict(), indent=1) + "\n")
-        write_config(temporary / CONFIG, source.config)
-        shutil.copyfile(source.path / SHAPE, temporary / SHAPE)
-        write_text(temporary / "record.json", json.dumps(record.to_dict(), indent=1) + "\n")
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
+    trial = Trial(source, compressor, whiten=whiten, **options)
+    with making_folder(folder) as fresh:  # first, for a place that cannot be written to is soon noticed
+        network, plan, record = trial.measure(**size) if budget is None else trial.fit(budget)
+        save_weights(network, fresh / WEIGHTS)
+        write_text(fresh / PLAN, json.dumps(plan.to_dict(), indent=1) + "\n")
+        write_config(fresh / CONFIG, source.config)
+        shutil.copyfile(source.path / SHAPE, fresh / SHAPE)
+        write_text(fresh / "record.json", json.dumps(record.to_dict(), indent=1) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     console.print(str(plan), markup=False)
     console.print(describe(record), markup=False)

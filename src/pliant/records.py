@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ from pliant.errors import BadInput, DamagedFile
 
 if sys.platform != "win32":
     import fcntl
+
+
+Key = tuple[str | float, ...]
 
 
 class LayerCount(TypedDict):
@@ -61,8 +65,8 @@ class Record:
     seed: int
     """Seed of the training run."""
     compressor: str
-    """Family of the compressor (``filters``, ``rank``, ``weights``, ``nm``), then any variant after a dash:
-    ``rank-whitened``."""
+    """Family of the compressor (``filters``, ``heads``, ``rank``, ``weights``, ``nm``, or a chain of them such as
+    ``filters+rank``), then any variant after a dash: ``rank-whitened``."""
     ratio: float
     """Share of the compressible parameters that was asked to be removed; 0 is the dense network."""
     top1: float
@@ -154,10 +158,17 @@ class Record:
         if clash := sorted(set(self.extra) & _FIELDS):
             raise BadInput(f"extra must not hold fields of a Record, got {', '.join(clash)}")
 
-    def key(self) -> tuple[str, str, str, str, str | float]:
+    def key(self) -> Key:
         """Return what identifies a measurement: a sweep skips a record whose key is already in its file."""
-        # Rounded, so that 0.1 + 0.2 and 0.3 are the same ratio.
-        return self.run, self.weights, self.compressor, self.allocation, self.pattern or round(self.ratio, 6)
+        return record_key(
+            run=self.run,
+            weights=self.weights,
+            compressor=self.compressor,
+            allocation=self.allocation,
+            ratio=self.ratio,
+            pattern=self.pattern,
+            config=self.config,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data for JSON; the ``extra`` fields stand beside the others."""
@@ -178,6 +189,16 @@ class Record:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only __post_init__ calls this
+
+
+def record_key(
+    *, run: str, weights: str, compressor: str, allocation: str, ratio: float, pattern: str, config: Mapping[str, Any]
+) -> Key:
+    """Return the :meth:`Record.key` of a record with these fields."""
+    # Rounded, so that 0.1 + 0.2 and 0.3 are the same ratio.
+    size = pattern or round(ratio, 6)
+    measured = tuple(json.dumps(config.get(name)) for name in ("calibration", "evaluation_precision"))
+    return run, weights, compressor, allocation, size, *measured
 
 
 _FIELDS = frozenset(item.name for item in dataclasses.fields(Record) if item.name != "extra")
@@ -219,6 +240,16 @@ def append_record(path: str | Path, record: Record) -> None:
         except OSError:
             file.truncate(length)
             raise
+
+
+def check_appendable(path: str | Path) -> None:
+    """Make the folder of ``path`` if needed and raise OSError if :func:`append_record` could not write to the file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.open("ab").close()
+    else:
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from pliant.compression import SemiStructured
 from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
 from pliant.methods import parse_pattern
-from pliant.records import Record, append_record, read_records
+from pliant.records import Record, append_record, check_appendable, read_records
 from pliant.runs import Run
 from pliant.trials import Trial, check_names
 
@@ -23,20 +25,23 @@ def sweep(
     pattern: str = "2:4",
     calibration: int = 2048,
     precision: str = "auto",
+    whiten: bool = True,
     out: str = "records.jsonl",
 ) -> Path:
     """Compress trained networks at many ratios, measure each, and append the records to a file.
 
-    Records that the file has already are skipped, so a stopped sweep goes on where it was.
+    Records that the file has already, measured with the same settings, are skipped: a stopped sweep goes on.
 
     Args:
         runs: run folders, as pliant train makes them.
-        compressor: filters, rank, weights or nm.
+        compressor: filters, heads, rank, weights or nm, or a chain such as filters+rank or rank+int8.
         ratios: shares of the compressible parameters to remove, such as 0,0.5,0.9; 0 is the dense network.
-        allocation: the same share in every layer (uniform), or where it costs least (global).
+        allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
+            keeps the same share of its energy (energy).
         pattern: for nm, instead of ratios: one or more N:M, such as 2:4 or 2:4,1:4.
-        calibration: training images for the BatchNorm re-estimation.
+        calibration: training images for whitening and the BatchNorm re-estimation.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
+        whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         out: file of records to append to.
 
     Raises:
@@ -51,8 +56,10 @@ def sweep(
     path = Path(out)
     existing = {record.key() for record in read_records(path)} if path.exists() else set()
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-    for run in opened:
-        trial = Trial(run, compressor, allocation=allocation, calibration=calibration, precision=precision)
+    options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
+    trials = [Trial(run, compressor, whiten=whiten, **options) for run in opened]
+    check_appendable(path)
+    for run, trial in zip(opened, trials, strict=True):
         missing = [point for point in points if trial.key(*point) not in existing]
         if len(missing) < len(points):
             console.print(f"{run.name}  {compressor}: {len(points) - len(missing)} records exist already, skipped")
@@ -95,5 +102,5 @@ def describe(record: Record) -> str:
 def _patterns(patterns: str) -> list[tuple[float, str]]:
     """Return (ratio, pattern) pairs to measure: the dense network, then each pattern."""
     for pattern in patterns.split(","):
-        parse_pattern(pattern)
+        SemiStructured(*parse_pattern(pattern))  # for its BadInput, before anything is measured
     return [(0.0, ""), *((0.0, pattern) for pattern in dict.fromkeys(patterns.split(",")))]

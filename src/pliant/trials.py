@@ -1,4 +1,4 @@
-"""One trained network under one compressor: what is left at a ratio, and what it cost.
+"""One trained network under one compressor: what is left at a ratio or within a budget, and what it cost.
 
 Sweeping and compressing a run both ask a :class:`Trial`. The analysis of the network (dependency graph, singular value
 decompositions) is made once and serves every ratio.
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant import measuring
+from pliant import budgets, measuring
 from pliant.compression import (
+    Chain,
     Compressor,
     FilterPruning,
-    LayerPlan,
+    HeadPruning,
+    Int8,
     LowRank,
     Magnitude,
     Plan,
@@ -29,11 +31,19 @@ from pliant.compression.base import ALLOCATIONS, check_choice
 from pliant.data import Loader
 from pliant.errors import BadInput
 from pliant.methods import parse_pattern
-from pliant.records import LayerCount, Record
+from pliant.records import Key, LayerCount, Record, record_key
 from pliant.runs import Run, versions
 
-UNITS = {"filters": "channels", "rank": "rank", "weights": "weights", "nm": "weights"}
-COMPRESSORS = tuple(UNITS)
+COMPRESSORS = ("filters", "heads", "rank", "weights", "nm")
+LINKS = ("filters", "heads", "rank", "weights", "int8")
+"""What may stand in a chain such as filters+rank+int8."""
+UNITS = {
+    "FilterPruning": "channels",
+    "HeadPruning": "heads",
+    "LowRank": "rank",
+    "Magnitude": "weights",
+    "SemiStructured": "weights",
+}
 LATENCY_BATCH = 1
 
 
@@ -42,20 +52,30 @@ class Trial:
 
     Args:
         run: a trained network.
-        compressor: one of :data:`COMPRESSORS`.
-        allocation: "uniform" or "global"; without meaning for nm.
-        calibration: number of training images for the BatchNorm re-estimation, a fixed choice, not augmented.
+        compressor: one of :data:`COMPRESSORS`, or a chain of :data:`LINKS` joined by "+".
+        allocation: "uniform", "global" or "energy"; without meaning for nm.
+        calibration: number of training images for whitening and the BatchNorm re-estimation, a fixed choice, not
+            augmented.
         precision: of the accuracy's forward passes, as in training; "auto" is the run's own.
+        whiten: whether rank looks at the calibration images.
     """
 
     def __init__(
-        self, run: Run, compressor: str, *, allocation: str = "global", calibration: int = 2048, precision: str = "auto"
+        self,
+        run: Run,
+        compressor: str,
+        *,
+        allocation: str = "global",
+        calibration: int = 2048,
+        precision: str = "auto",
+        whiten: bool = True,
     ) -> None:
         check_names(compressor, allocation)
         if calibration < 2:
             raise BadInput(f"--calibration must be at least 2 images, got {calibration}")
         self.run = run
         self.compressor = compressor
+        self.whiten = whiten and "rank" in compressor.split("+")
         self.allocation = "" if compressor == "nm" else allocation
         self.calibration = calibration
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,9 +83,22 @@ class Trial:
         self.precision = measuring.resolve_precision(wanted, self.device)
         self._analyses: dict[type, Any] = {}
 
-    def key(self, ratio: float, pattern: str = "") -> tuple[str, str, str, str, str | float]:
+    @property
+    def name(self) -> str:
+        """The compressor as records name it: with its variant."""
+        return f"{self.compressor}-whitened" if self.whiten else self.compressor
+
+    def key(self, ratio: float, pattern: str = "") -> Key:
         """Return the :meth:`Record.key` that the record of this ratio or pattern has, without measuring."""
-        return self.run.name, self.run.weights_hash, self.compressor, self.allocation, pattern or round(ratio, 6)
+        return record_key(
+            run=self.run.name,
+            weights=self.run.weights_hash,
+            compressor=self.name,
+            allocation=self.allocation,
+            ratio=ratio,
+            pattern=pattern,
+            config=self._settings,
+        )
 
     def measure(self, ratio: float, pattern: str = "") -> tuple[nn.Module, Plan, Record]:
         """Compress to a ratio (nm: a pattern, or ratio 0 for none) and measure.
@@ -73,15 +106,35 @@ class Trial:
         Returns the compressed network with re-estimated BatchNorm statistics, in eval mode, the plan and the record.
         """
         compressor = self._compressor(ratio, pattern)
+        plan = compressor.plan(self.dense, self._images(2), analysis=self._analysis(compressor))
+        return self._measured(compressor, plan, plan.ratio_removed if pattern else ratio, pattern)
+
+    def fit(self, budget: budgets.Budget) -> tuple[nn.Module, Plan, Record]:
+        """Compress to a budget and measure; returns what :meth:`measure` does. Costs are those of one image."""
+        compressor = self._compressor(0.5)
+
+        def accuracy(network: nn.Module) -> float:
+            return self._accuracy(network if network is self.dense else self._settled(network), "val")
+
+        one = self._images(LATENCY_BATCH)
+        plan = budgets.fit(self.dense, compressor, one, budget, self._analysis(compressor), accuracy)
+        return self._measured(compressor, plan, plan.ratio, "", budget=str(budget))
+
+    def _analysis(self, compressor: Compressor[Any]) -> Any:
         kind = type(compressor)
         if kind not in self._analyses:
-            self._analyses[kind] = compressor.analyse(self.dense, self._images(2))
-        plan = compressor.plan(self.dense, self._images(2), analysis=self._analyses[kind])
-        raw = compressor.apply(self.dense, plan, analysis=self._analyses[kind])
-        count = min(self.calibration, len(self.run.data.train))
-        batch = math.ceil(count / math.ceil(count / 256))  # batches as equal as can be: each has the same weight
-        images = Loader(self.run.data, "train", batch, limit=count)
-        small = reestimate_batchnorm(raw, ((x.to(self.device), y) for x, y in images))
+            images = self._calibration_images if self.whiten else None
+            self._analyses[kind] = compressor.analyse(self.dense, self._images(2), images)
+        return self._analyses[kind]
+
+    def _settled(self, network: nn.Module) -> nn.Module:
+        return reestimate_batchnorm(network, self._calibration_images)
+
+    def _measured(
+        self, compressor: Compressor[Any], plan: Plan, ratio: float, pattern: str, **settings: str
+    ) -> tuple[nn.Module, Plan, Record]:
+        raw = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
+        small = self._settled(raw)
         one = self._images(LATENCY_BATCH)
         latency, latency_dense = measuring.latencies([small, self.dense], one)
         record = Record(
@@ -90,10 +143,10 @@ class Trial:
             model=self.run.config["model"],
             data=self.run.config["data"],
             seed=self.run.config["seed"],
-            compressor=self.compressor,
+            compressor=self.name,
             allocation=self.allocation,
             pattern=pattern,
-            ratio=plan.ratio_removed if pattern else ratio,
+            ratio=ratio,
             ratio_removed=plan.ratio_removed,
             top1=self._accuracy(small, "test"),
             top1_raw=self._accuracy(raw, "test"),
@@ -111,10 +164,10 @@ class Trial:
             latency_s=latency,
             latency_dense_s=latency_dense,
             latency_batch=LATENCY_BATCH,
-            layers=[self._layer_count(layer) for layer in plan.layers if len(layer.shape) > 1],
+            layers=_layer_counts(plan),
             refused=[list(pair) for pair in plan.refused],
             weights=self.run.weights_hash,
-            config=self.run.config | {"calibration": self.calibration, "evaluation_precision": self.precision},
+            config=self.run.config | self._settings | settings,
             versions=versions(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
@@ -133,28 +186,33 @@ class Trial:
             "bytes": measuring.file_bytes(self.dense),
         }
 
-    def _compressor(self, ratio: float, pattern: str) -> Compressor[Any]:
-        match self.compressor:
-            case "filters":
-                return FilterPruning(ratio=ratio, allocation=self.allocation)
-            case "rank":
-                return LowRank(ratio=ratio, allocation=self.allocation)
-            case "weights":
-                return Magnitude(ratio=ratio, allocation=self.allocation)
-        if not pattern:
-            return Magnitude(ratio=0.0)  # the dense network of a sweep over patterns
-        n, m = parse_pattern(pattern)
-        return SemiStructured(n=n, m=m)
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"calibration": self.calibration, "evaluation_precision": self.precision}
 
-    def _layer_count(self, layer: LayerPlan) -> LayerCount:
-        return LayerCount(
-            name=layer.name,
-            kind=UNITS[self.compressor],
-            kept=layer.kept,
-            total=layer.total,
-            params=layer.params,
-            params_dense=layer.params_dense,
-        )
+    @cached_property
+    def _calibration_images(self) -> Loader:
+        count = min(self.calibration, len(self.run.data.train))
+        batch = math.ceil(count / math.ceil(count / 256))  # batches as equal as can be: each has the same weight
+        return Loader(self.run.data, "train", batch, limit=count)
+
+    def _compressor(self, ratio: float, pattern: str = "") -> Compressor[Any]:
+        if pattern:
+            n, m = parse_pattern(pattern)
+            return SemiStructured(n=n, m=m)
+        if self.compressor == "nm":
+            return Magnitude(ratio=0.0)  # the dense network of a sweep over patterns
+        links = [self._link(name) for name in self.compressor.split("+")]
+        return (links[0] if len(links) == 1 else Chain(*links)).at(ratio)
+
+    def _link(self, name: str) -> Compressor[Any]:
+        if name == "int8":
+            return Int8()
+        if name == "rank":
+            return LowRank(allocation=self.allocation, whiten=self.whiten)
+        kinds: dict[str, Any] = {"filters": FilterPruning, "heads": HeadPruning, "weights": Magnitude}
+        compressor: Compressor[Any] = kinds[name](allocation=self.allocation)
+        return compressor
 
     def _accuracy(self, model: nn.Module, split: str) -> float:
         return measuring.evaluate(model, Loader(self.run.data, split, 512), self.device, self.precision)
@@ -164,6 +222,33 @@ class Trial:
 
 
 def check_names(compressor: str, allocation: str) -> None:
-    """Raise BadInput for an unknown compressor or allocation."""
-    check_choice("compressor", compressor, COMPRESSORS)
+    """Raise BadInput for an unknown compressor or allocation, or a chain that cannot be."""
+    links = compressor.split("+")
+    if len(links) == 1:
+        check_choice("compressor", compressor, COMPRESSORS)
+    for link in links if len(links) > 1 else ():
+        check_choice("link of a chain", link, LINKS)
+    if "int8" in links and links.index("int8") < len(links) - 1:
+        raise BadInput(
+            f"int8 is the last link of a chain, for nothing compresses eight-bit weights; got {compressor!r}"
+        )
     check_choice("allocation", allocation, ALLOCATIONS)
+
+
+def _layer_counts(plan: Plan) -> list[LayerCount]:
+    """Return what every layer kept; in a chain, of what the last link that cut it found, in its unit."""
+    counts: dict[str, LayerCount] = {}
+    for step in plan.links or (plan,):
+        for layer in step.layers:
+            if len(layer.shape) < 2 or step.compressor not in UNITS:
+                continue
+            before = counts.get(layer.name)
+            counts[layer.name] = LayerCount(
+                name=layer.name,
+                kind=UNITS[step.compressor],
+                kept=layer.kept,
+                total=layer.total,
+                params=layer.params,
+                params_dense=layer.params_dense if before is None else before["params_dense"],
+            )
+    return list(counts.values())

@@ -4,31 +4,39 @@ A compressor makes a :class:`Plan` (plain data, no side effect) and applies it t
 
     small = compress(model, LowRank(ratio=0.7), example_inputs)
 
-``filters`` removes coupled channels, ``rank`` factorises layers, ``weights`` zeroes single entries;
-``allocation`` shares a budget out among the layers; ``factored`` builds the thin layers; ``batchnorm`` measures
-the statistics of the result.
+``filters`` removes coupled channels, ``heads`` attention heads, ``rank`` factorises layers, ``weights`` zeroes
+single entries; ``allocation`` shares a budget out among the layers; ``factored`` builds the thin layers;
+``batchnorm`` measures the statistics of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pliant.compression.base import Analysis, Compressor, compressor_of
 from pliant.compression.batchnorm import reestimate_batchnorm
+from pliant.compression.chain import Chain
 from pliant.compression.filters import FilterPruning, masked_twin
+from pliant.compression.heads import HeadPruning
 from pliant.compression.plan import LayerPlan, Plan
+from pliant.compression.quantised import Int8
 from pliant.compression.rank import LowRank
 from pliant.compression.weights import Magnitude, SemiStructured
 from pliant.errors import unknown
+from pliant.layers import Example
 
 __all__ = [
     "COMPRESSORS",
     "Analysis",
+    "Chain",
     "Compressor",
     "FilterPruning",
+    "HeadPruning",
+    "Int8",
     "LayerPlan",
     "LowRank",
     "Magnitude",
@@ -38,20 +46,27 @@ __all__ = [
     "masked_twin",
     "reestimate_batchnorm",
     "replay",
+    "skeleton",
 ]
 
 COMPRESSORS: dict[str, type[Compressor[Any]]] = {
-    kind.__name__: kind for kind in (FilterPruning, LowRank, Magnitude, SemiStructured)
+    kind.__name__: kind for kind in (FilterPruning, HeadPruning, Int8, LowRank, Magnitude, SemiStructured)
 }
 
 
-def compress(model: nn.Module, compressor: Compressor[Any], example_inputs: Tensor | Sequence[Tensor]) -> nn.Module:
+def compress(
+    model: nn.Module,
+    compressor: Compressor[Any],
+    example_inputs: Example,
+    calibration: Iterable[Any] | None = None,
+) -> nn.Module:
     """Return a compressed copy of ``model``.
 
-    ``example_inputs``: a tensor or tuple of tensors that ``model(*example_inputs)`` takes; a batch of two is
-    enough. Raises Refused if nothing can be removed, BadInput if the example does not fit.
+    ``example_inputs``: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes; a batch
+    of two is enough. ``calibration``: batches of training data, (images, labels) or images alone, for compressors
+    that look at data. Raises Refused if nothing can be removed, BadInput if the example or the data does not fit.
     """
-    analysis = compressor.analyse(model, example_inputs)
+    analysis = compressor.analyse(model, example_inputs, calibration)
     plan = compressor.plan(model, example_inputs, analysis=analysis)
     return compressor.apply(model, plan, analysis=analysis)
 
@@ -60,8 +75,26 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` compressed by the compressor that the plan names.
 
     ``model`` may be freshly built, of the architecture that the plan was made for; no example is needed.
+    Raises BadInput if the plan's compressor is unknown, the model is another one, or the plan's factors depend on
+    calibration data.
+    """
+    if plan.links:
+        return reduce(replay, plan.links, model)
+    return _compressor_of(plan).apply(model, plan)
+
+
+def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a network of the architecture that :func:`replay` gives, to load stored weights into.
+
+    Quick, and possible for every plan, since the weights that it holds are of no account.
     Raises BadInput if the plan's compressor is unknown or the model is another one.
     """
+    if plan.links:
+        return reduce(skeleton, plan.links, model)
+    return _compressor_of(plan).skeleton(model, plan)
+
+
+def _compressor_of(plan: Plan) -> Compressor[Any]:
     if plan.compressor not in COMPRESSORS:
         raise unknown("compressor", plan.compressor, COMPRESSORS)
-    return compressor_of(COMPRESSORS[plan.compressor], plan.options).apply(model, plan)
+    return compressor_of(COMPRESSORS[plan.compressor], plan.options)

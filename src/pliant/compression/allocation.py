@@ -1,11 +1,12 @@
 """How much to take from each layer.
 
-A layer offers *options*: numbers of parameters it can be cut down to, in falling order, the first one dense, and
-for each the loss of energy that it costs. An allocation orders single steps of single layers from the first to
-the last; the budget decides how many of them are taken::
+A layer offers *options*: costs (parameters or multiply-accumulates) it can be cut down to, in falling order, the
+first one dense, and for each the loss of energy that comes with it. An allocation orders single steps of single
+layers from the first to the last; the budget decides how many of them are taken::
 
-    uniform_steps(options)    every layer gives the same share
-    greedy_steps(options)     the cheapest energy per parameter goes first, over all layers
+    uniform_steps(options)    every layer gives the same share of its cost
+    greedy_steps(options)     the least energy per cost goes first, over all layers
+    energy_steps(options)     every layer keeps the same share of its energy
     allocate(options, steps, target) -> the chosen option of each layer
     nearest(cost, steps, target)        the search that the above and filter pruning share
 """
@@ -78,6 +79,17 @@ def greedy_steps(options: Sequence[Options]) -> list[Step]:
     return [Step(layer, option) for _, layer, option in sorted(events)]
 
 
+def energy_steps(options: Sequence[Options]) -> list[Step]:
+    """Order the steps so that every layer loses about the same share of its energy, whatever that saves."""
+    events = [
+        (loss, layer, option)
+        for layer, offer in enumerate(options)
+        for option, loss in enumerate(offer.losses)
+        if option
+    ]
+    return [Step(layer, option) for _, layer, option in sorted(events)]
+
+
 def nearest(cost: Callable[[int], int], steps: int, target: float) -> int:
     """Return the n in 0..steps whose ``cost(n)``, which must fall strictly, is nearest to ``target``.
 
@@ -89,6 +101,9 @@ def nearest(cost: Callable[[int], int], steps: int, target: float) -> int:
     if after > steps or cost(after - 1) - target <= target - cost(after):
         return after - 1
     return after
+
+
+STEPS = {"uniform": uniform_steps, "global": greedy_steps, "energy": energy_steps}
 
 
 def _lower_hull(offer: Options) -> list[int]:

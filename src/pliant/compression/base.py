@@ -2,11 +2,12 @@
 
 ::
 
-    analysis = compressor.analyse(model, x)                the expensive part, the same for all ratios
+    analysis = compressor.analyse(model, x, calibration)   the expensive part, the same for all ratios
     plan = compressor.plan(model, x, analysis=analysis)    plain data, no side effect
     small = compressor.apply(model, plan)                  a new model; the given one is not touched
 
 A kind of compressor fills in ``analyse``, ``_plan`` and ``_apply``; the checks around them are made here.
+Calibration data is a finite iterable of batches, (images, labels) or images alone; most compressors need none.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pliant.compression.plan import LayerPlan, Plan, count_parameters
+from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
+from pliant.layers import Example, count_parameters
 
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "energy")
+COSTS = ("params", "macs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +52,20 @@ class Compressor(abc.ABC, Generic[A]):
     """A way to make a model smaller; its fields are its options."""
 
     @abc.abstractmethod
-    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> A:
+    def analyse(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        calibration: Iterable[Any] | None = None,
+    ) -> A:
         """Return the part of the work that does not depend on the ratio.
 
-        ``example_inputs``: a tensor or tuple of tensors that ``model(*example_inputs)`` takes.
-        Raises BadInput if it does not.
+        ``example_inputs``: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes.
+        ``calibration``: batches of training data, for compressors that look at data; the others do not read them.
+        Raises BadInput if the model does not take them.
         """
 
-    def plan(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, analysis: A | None = None) -> Plan:
+    def plan(self, model: nn.Module, example_inputs: Example, *, analysis: A | None = None) -> Plan:
         """Return what would be done to ``model``.
 
         ``analysis``: the result of ``analyse`` on this model with the weights that it has now.
@@ -76,12 +85,43 @@ class Compressor(abc.ABC, Generic[A]):
         The plan's options hold, not those of this compressor. ``analysis`` saves work where it is at hand.
         Raises BadInput if the plan is of another kind of compressor or for another model.
         """
-        if plan.compressor != type(self).__name__:
-            raise BadInput(f"the plan is for {plan.compressor}, it cannot be applied by {type(self).__name__}")
-        planned = compressor_of(type(self), plan.options)
-        plan.check(model)
+        planned = self._check(model, plan)
         _check_finite(model)
         return planned._apply(copy.deepcopy(model), plan, analysis)
+
+    def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Return a new model of the architecture that ``apply`` gives; its weights are of no account.
+
+        It is what stored weights are loaded into, and what costs are counted on. Raises BadInput as ``apply``.
+        """
+        return self.apply(model, plan)
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the compressor can be asked for any size."""
+        return any(field.name == "ratio" for field in dataclasses.fields(self))
+
+    def at(self, ratio: float) -> Self:
+        """Return this compressor with another ratio. Raises BadInput if it has none, or for one out of range."""
+        if not self.has_ratio:
+            raise BadInput(f"{type(self).__name__} has no ratio: it makes a network of one size")
+        return dataclasses.replace(self, ratio=ratio)  # type: ignore[call-arg]
+
+    def counting(self, cost: str) -> Self:
+        """Return this compressor with a ratio that counts ``cost``, or as it is if it knows one cost only."""
+        known = any(field.name == "cost" for field in dataclasses.fields(self))
+        return dataclasses.replace(self, cost=cost) if known else self  # type: ignore[call-arg]
+
+    def _check(self, model: nn.Module, plan: Plan) -> Self:
+        """Return the compressor with the plan's options; BadInput if it is of another kind or for another model."""
+        if plan.compressor != type(self).__name__:
+            raise BadInput(f"the plan is for {plan.compressor}, it cannot be applied by {type(self).__name__}")
+        planned = self._planned(plan)
+        plan.check(model)
+        return planned
+
+    def _planned(self, plan: Plan) -> Self:
+        return compressor_of(type(self), plan.options)
 
     @abc.abstractmethod
     def _plan(self, model: nn.Module, analysis: A) -> Plan: ...
@@ -101,7 +141,11 @@ class Compressor(abc.ABC, Generic[A]):
         layers: Iterable[LayerPlan],
         params_after: int,
     ) -> Plan:
-        """Assemble the plan. ``compressible``: parameter name → number of its entries that could be removed."""
+        """Assemble the plan.
+
+        ``compressible``: parameter name → how much of the cost that the ratio counts (parameters, unless the
+        compressor says otherwise) could be removed there; ``removed``: how much is.
+        """
         total = sum(compressible.values())
         if ratio > 0 and not total:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in analysis.refused[:5])
@@ -145,6 +189,11 @@ def check_ratio(ratio: Any) -> None:
     number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     if not number or not math.isfinite(ratio) or not 0 <= ratio < 1:
         raise BadInput(f"ratio is the share to remove: expected 0 <= ratio < 1, got {ratio!r}")
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return what the model is called on: the first of a tuple or list (images, labels), or the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def check_choice(what: str, value: str, known: Sequence[str]) -> None:

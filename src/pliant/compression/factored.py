@@ -1,11 +1,17 @@
 """A linear or convolution layer as two thin ones in a row: plain layers, so that every exporter knows them.
 
-A weight, one matrix of m rows and n columns per convolution group, that equals ``expand @ reduce`` becomes
+A weight, read as one matrix of m rows and n columns per convolution group, that equals ``expand @ reduce`` becomes
 
 * linear: n → r without bias, r → m with the bias;
-* convolution: k×k with r filters per group, which keeps stride, padding, padding mode and dilation, then 1×1
-  with the bias. The stride is in the first layer, so that the second one works on the small output grid and
-  parameters and multiplications shrink by the same factor r(m + n) / (mn).
+* convolution, scheme ``"channel"``: k×k with r filters per group, which keeps stride, padding, padding mode and
+  dilation, then 1×1 with the bias. The stride is in the first layer, so that the second one works on the small
+  output grid and parameters and multiplications shrink by the same factor r(m + n) / (mn);
+* 2-d convolution, scheme ``"spatial"``: k×1 with r filters per group, then 1×k with the bias, each with the
+  stride, padding and dilation of its own direction. The matrix then has a row per filter and kernel column and a
+  column per input channel and kernel row.
+
+In either scheme the padding stays what it was: it acts on each direction alone, and without a bias in the first
+layer a padded zero stays zero.
 """
 
 from __future__ import annotations
@@ -15,15 +21,22 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+Factorable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+SCHEMES = ("channel", "spatial")
 
-def matrices(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
-    """Return the weight as one matrix per convolution group, shape (groups, m, n), row = filter."""
+
+def matrices(module: Factorable, scheme: str = "channel") -> Tensor:
+    """Return the weight as one matrix per convolution group, shape (groups, m, n); see above for the schemes."""
     groups = 1 if isinstance(module, nn.Linear) else module.groups
     weight: Tensor = module.weight.detach()
-    return weight.flatten(1).reshape(groups, weight.shape[0] // groups, -1)
+    if scheme == "channel":
+        return weight.flatten(1).reshape(groups, weight.shape[0] // groups, -1)
+    filters, channels, height, width = weight.shape
+    split = weight.reshape(groups, filters // groups, channels, height, width)
+    return split.permute(0, 1, 4, 2, 3).reshape(groups, filters // groups * width, channels * height)
 
 
-def factored(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, expand: Tensor, reduce: Tensor) -> nn.Sequential:
+def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "channel") -> nn.Sequential:
     """Return the two layers whose weight is ``expand @ reduce``, with all other properties of ``module``.
 
     Shapes: ``expand`` (groups, m, r), ``reduce`` (groups, r, n). Type, device, training flag and requires_grad
@@ -36,7 +49,7 @@ def factored(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, expand: Tens
     if isinstance(module, nn.Linear):
         first = nn.Linear(module.in_features, rank, bias=False, device="meta")
         second = nn.Linear(rank, module.out_features, bias=has_bias, device="meta")
-    else:
+    elif scheme == "channel":
         convolution = next(c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c))
         first = convolution(
             module.in_channels,
@@ -51,11 +64,37 @@ def factored(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, expand: Tens
             device="meta",
         )
         second = convolution(groups * rank, module.out_channels, 1, groups=groups, bias=has_bias, device="meta")
+    else:
+        assert isinstance(module, nn.Conv2d)
+        first = _one_direction(module, 0, module.in_channels, groups * rank, bias=False)
+        second = _one_direction(module, 1, groups * rank, module.out_channels, bias=has_bias)
+        width = module.kernel_size[1]
+        expand = expand.unflatten(1, (-1, width)).transpose(2, 3)  # (groups, filters, r, width)
     _set_weight(first, reduce, module.weight)
     _set_weight(second, expand, module.weight)
     if module.bias is not None:
         second.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=module.bias.requires_grad)
     return nn.Sequential(OrderedDict(reduce=first, expand=second)).train(module.training)
+
+
+def _one_direction(module: nn.Conv2d, axis: int, inputs: int, outputs: int, *, bias: bool) -> nn.Conv2d:
+    """Return a convolution that does along one axis (0: height) what ``module`` does, and nothing along the other."""
+
+    def only(values: tuple[int, ...], neutral: int) -> tuple[int, int]:
+        return (values[0], neutral) if axis == 0 else (neutral, values[1])
+
+    return nn.Conv2d(
+        inputs,
+        outputs,
+        only(module.kernel_size, 1),
+        stride=only(module.stride, 1),
+        padding=module.padding if isinstance(module.padding, str) else only(module.padding, 0),
+        dilation=only(module.dilation, 1),
+        groups=module.groups,
+        bias=bias,
+        padding_mode=module.padding_mode,
+        device="meta",
+    )
 
 
 def _set_weight(module: nn.Module, value: Tensor, like: Tensor) -> None:

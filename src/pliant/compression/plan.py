@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from pliant.errors import BadInput, DamagedFile
+from pliant.layers import count_parameters
 
 FORMAT = "pliant.plan"
 VERSION = 1
@@ -22,7 +23,8 @@ class LayerPlan:
     ``kept`` of ``total``: filters or channels (FilterPruning), rank (LowRank; equal where the layer stays as it
     is), weights that are not zero (Magnitude, SemiStructured). ``params`` of ``params_dense``: numbers of
     parameters of the layer. ``shape``: that of the dense weight, () without one. ``outputs`` and ``inputs``:
-    the positions that stay on the two axes of a layer, None for all.
+    the positions that stay on the two axes of a layer, None for all. ``scheme``: how a layer is factorised, None
+    where it is not.
     """
 
     name: str
@@ -34,6 +36,7 @@ class LayerPlan:
     shape: tuple[int, ...]
     outputs: tuple[int, ...] | None = None
     inputs: tuple[int, ...] | None = None
+    scheme: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,11 @@ class Plan:
     """What ``compressor`` with ``options`` does to one architecture.
 
     ``ratio`` is the share of the ``compressible`` parameters (names) that was asked for, ``ratio_removed`` the
-    nearest one that could be had: the share removed, or zeroed by compressors that leave the shapes alone.
+    nearest one that could be had: the share removed, or zeroed by compressors that leave the shapes alone. (With
+    the option ``cost="macs"`` both are shares of their multiply-accumulates.)
     ``params_before`` and ``params_after`` count all parameters of the model. ``refused`` holds (layer, reason)
-    for every layer that is left alone. ``str(plan)`` is a table.
+    for every layer that is left alone. ``links``: the plans of a chain, in order; it has no layers of its own.
+    ``str(plan)`` is a table.
     """
 
     compressor: str
@@ -55,10 +60,12 @@ class Plan:
     compressible: tuple[str, ...]
     layers: tuple[LayerPlan, ...]
     refused: tuple[tuple[str, str], ...] = ()
+    links: tuple[Plan, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        own = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return own | {"links": [link.to_dict() for link in self.links]}
 
     @classmethod
     def from_dict(cls, data: object) -> Plan:
@@ -78,6 +85,7 @@ class Plan:
             compressible=tuple(_text(x, "plan.compressible") for x in fields.items("compressible")),
             layers=tuple(_layer(x, i) for i, x in enumerate(fields.items("layers"))),
             refused=tuple(_pair(x) for x in fields.items("refused")),
+            links=tuple(cls.from_dict(x) for x in fields.items("links", default=())),
         )
         fields.end()
         return plan
@@ -101,6 +109,9 @@ class Plan:
             )
 
     def __str__(self) -> str:
+        if self.links:
+            steps = [f"step {i} of {len(self.links)}: {link}" for i, link in enumerate(self.links, 1)]
+            return "\n".join([f"{self.compressor}: {self.params_before:,} → {self.params_after:,} parameters", *steps])
         head = f"{self.compressor}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
         rows = [("layer", "kind", "kept", "parameters")]
         rows += [
@@ -110,7 +121,8 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
         verb = "removes" if self.params_after < self.params_before else "zeroes"
-        asked = f"{verb} {self.ratio_removed:.2%} of the compressible parameters ({self.ratio:.2%} asked)"
+        what = "multiply-accumulates" if self.options.get("cost") == "macs" else "parameters"
+        asked = f"{verb} {self.ratio_removed:.2%} of the compressible {what} ({self.ratio:.2%} asked)"
         left = [f"left alone: {name}: {reason}" for name, reason in self.refused]
         return "\n".join([head, asked, *(x.rstrip() for x in lines), *left])
 
@@ -119,11 +131,6 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Return the shape of the layer's weight, () if it has none."""
     weight = module._parameters.get("weight")
     return () if weight is None else tuple(weight.shape)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters, each counted once."""
-    return sum(p.numel() for p in module.parameters())
 
 
 def _layer(data: object, i: int) -> LayerPlan:
@@ -141,6 +148,7 @@ def _layer(data: object, i: int) -> LayerPlan:
         shape=tuple(_count(x, f"{where}.shape") for x in fields.items("shape")),
         outputs=fields.positions("outputs"),
         inputs=fields.positions("inputs"),
+        scheme=fields.optional_text("scheme"),
     )
     fields.end()
     if layer.kept > layer.total:
@@ -183,8 +191,13 @@ class _Fields:
             raise DamagedFile(f"{self.where}.{name} should be a mapping, not {type(value).__name__}")
         return value
 
-    def items(self, name: str) -> list[Any]:
-        value = self.take(name)
+    def optional_text(self, name: str) -> str | None:
+        # Plans that were written before there was a choice do not have the field.
+        value = self.data.pop(name, None)
+        return None if value is None else _text(value, f"{self.where}.{name}")
+
+    def items(self, name: str, default: tuple[Any, ...] | None = None) -> list[Any]:
+        value = self.take(name) if default is None else self.data.pop(name, default)
         if not isinstance(value, (list, tuple)):
             raise DamagedFile(f"{self.where}.{name} should be a list, not {type(value).__name__}")
         return list(value)

@@ -1,198 +1,324 @@
 """Low rank: each weight matrix replaced by its best approximation of a smaller rank, stored as two factors.
 
 The truncated singular value decomposition of a weight W (row = filter, m × n, one matrix per convolution group)
-is the projection onto its leading singular subspace: W_r = U_r (U_rᵀ W), or (W V_r) V_rᵀ where n < m. Only the
-orthonormal basis of the smaller side is needed; it comes with σ² from an eigendecomposition of the Gram matrix,
-in float64. Its error in σ² is ε·σ₁² ~ 1e-16·σ₁², below what float32 weights resolve, and a basis of full
-rank gives W back to rounding whatever the spectrum; the singular value decomposition itself gains nothing here
-and takes many times longer on wide layers. One decomposition serves all ratios.
+is the projection onto its leading left singular subspace: W_r = U_r (U_rᵀ W). U comes with σ² from an
+eigendecomposition of the Gram matrix W Wᵀ, in float64, for n < m inside the span of W. Its error in σ² is
+ε·σ₁² ~ 1e-16·σ₁², below what float32 weights resolve, and a basis of full rank gives W back to rounding whatever the
+spectrum; the singular value decomposition itself gains nothing here and takes many times longer on wide layers.
+
+*Whitened* truncation puts the second moment of the layer's outputs on training images in the place of W Wᵀ: that
+subspace gives the least mean error of the outputs, see ``whitening``. Either way one decomposition serves all ratios.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.compression.allocation import Options, allocate, greedy_steps, uniform_steps
-from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
-from pliant.compression.factored import factored, matrices
-from pliant.compression.plan import LayerPlan, Plan, count_parameters, weight_shape
+from pliant.compression.allocation import STEPS, Options, allocate
+from pliant.compression.base import (
+    ALLOCATIONS,
+    COSTS,
+    Analysis,
+    Compressor,
+    check_choice,
+    check_ratio,
+    parameter_shapes,
+)
+from pliant.compression.costs import ONCE, Applied, applications
+from pliant.compression.factored import SCHEMES, Factorable, factored, matrices
+from pliant.compression.plan import LayerPlan, Plan, weight_shape
+from pliant.compression.rewiring import replace_modules, replaceable, unsound
+from pliant.compression.whitening import MAX_WIDTH, output_moments
 from pliant.errors import BadInput
-from pliant.layers import as_inputs, count_calls, largest_sound, line, named_layers, obstacle, run, tied_parameters
+from pliant.layers import Example, as_inputs, count_parameters, tied_parameters
 
-Factorable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-# Relative difference between Σσ² of an analysis and ‖W‖² of the model; the analysis works in float64, so anything
-# above rounding means that the weights have changed.
+# Relative difference between ‖W‖ at the analysis and now; the analysis works in float64, so anything above rounding
+# means that the weights have changed.
 _SAME_WEIGHTS = 1e-9
+
+# Share of W Wᵀ that is added to a whitened moment: it orders the directions that the images never excite, and is too
+# small to count against float32 outputs, whose energies carry an error of 1e-14.
+_RIDGE = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The decomposition of one layer with matrices of shape (groups, m, n), s = min(m, n).
+    """The decomposition of one layer under one scheme, matrices of shape (groups, m, n), s = min(m, n).
 
-    ``basis``: float64 (groups, s, s), orthonormal columns, leading first, of the side with s entries.
-    ``energies``: float64 (s,), σ² summed over the groups, falling.
+    ``basis``: (groups, m, s), orthonormal columns, leading first; ``coordinates``: (groups, s, n), the weight in
+    them: a rank is the first of each. Both have the type of the weight. ``energies``: float64 (s,), summed over the
+    groups, falling: σ² of the weight, or of the outputs if whitened. ``norm``: ‖W‖. ``applied``: how often the
+    layer is, in one run of the example.
     """
 
+    scheme: str
     groups: int
     rows: int
     columns: int
     basis: Tensor
+    coordinates: Tensor
     energies: Tensor
+    norm: float
+    applied: Applied
 
-    @property
-    def dense(self) -> int:
-        """Number of entries of the weight."""
-        return self.groups * self.rows * self.columns
+    def dense(self, cost: str) -> int:
+        """Entries of the weight, or multiply-accumulates of the layer."""
+        return self.groups * self.rows * self.columns * (1 if cost == "params" else self.applied.whole)
 
-    def cost(self, rank: int) -> int:
-        """Number of entries of the two factors."""
-        return self.groups * rank * (self.rows + self.columns)
+    def cost(self, rank: int, cost: str) -> int:
+        """Return the entries of the two factors, or their multiply-accumulates."""
+        if cost == "params":
+            return self.groups * rank * (self.columns + self.rows)
+        reducing = self.applied.tall if self.scheme == "spatial" else self.applied.whole
+        return self.groups * rank * (self.columns * reducing + self.rows * self.applied.whole)
 
     @property
     def max_rank(self) -> int:
-        """The largest rank that makes the layer smaller."""
-        return (self.rows * self.columns - 1) // (self.rows + self.columns)
+        """The largest rank that makes the layer smaller in parameters and in multiply-accumulates; may be 0."""
+        return min((self.dense(cost) - 1) // self.cost(1, cost) for cost in COSTS)
 
 
 @dataclass(frozen=True, eq=False)
 class Spectra(Analysis):
-    """The decompositions of all layers that can be factorised, by name."""
+    """The decompositions of all layers that can be factorised, by name: one for each scheme that is considered."""
 
-    layers: Mapping[str, Spectrum]
+    layers: Mapping[str, tuple[Spectrum, ...]]
+    scheme: str
+    whitened: bool
 
 
 @dataclass(frozen=True)
 class LowRank(Compressor[Spectra]):
     """Factorise linear and convolution layers to low rank.
 
-    ``ratio``: share of the weights of all factorable layers to remove, in [0, 1). ``allocation``: ``"uniform"``
-    removes the same share from every layer; ``"global"`` keeps the singular directions with the most relative
-    energy σ²/Σσ² per parameter over all layers, where a layer may also stay dense. No layer ever grows: a
-    rank is used only if r(m + n) < mn, which holds for multiplications as for parameters.
+    ``ratio``: share of the cost of all factorable layers to remove, in [0, 1). ``cost``: what the ratio counts and
+    the allocation economises, the weights' ``"params"`` or their ``"macs"`` (multiply-accumulates).
+
+    ``allocation``: ``"uniform"`` removes the same share from every layer; ``"global"`` keeps the directions with the
+    most relative energy σ²/Σσ² per cost over all layers, where a layer may also stay dense; ``"energy"`` keeps
+    the same share of Σσ² in every layer. No layer ever grows: a rank is used only if it saves parameters and
+    multiply-accumulates.
+
+    ``whiten``: True truncates, and measures energies, by the error of each layer's outputs on the calibration data
+    given to ``analyse``, False by the error of its weights, ``"auto"`` by the outputs where there is such data. A
+    plan of whitened factors holds the ranks, not the data: to be applied it needs the analysis. Layers with
+    more than 4096 rows and columns, and those that the data does not reach, are truncated plainly.
+
+    ``scheme`` of 2-d convolutions with r filters in between: ``"channel"`` is k×k then 1×1, ``"spatial"`` k×1 then
+    1×k, ``"best"`` whichever loses less energy at the same cost, layer by layer. Only the first can be whitened.
 
     Left alone, with the reason in the plan: depthwise and transposed convolutions, layers too small to gain, and
     what cannot be replaced safely (parametrised or tied weights, a forward of its own, weights read by the
-    parent module). Raises BadInput for a ratio out of range or an unknown allocation.
+    parent module). Raises BadInput for a ratio out of range or an unknown option.
 
     Source: Eckart and Young 1936; for convolutions Zhang et al. 2016, "Accelerating very deep convolutional
-    networks", the k×k then 1×1 scheme.
+    networks", and Jaderberg et al. 2014, "Speeding up convolutional neural networks with low rank expansions".
     """
 
     ratio: float = 0.5
     allocation: str = "global"
+    whiten: bool | str = "auto"
+    scheme: str = "channel"
+    cost: str = "params"
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("scheme", self.scheme, (*SCHEMES, "best"))
+        check_choice("cost", self.cost, COSTS)
+        if self.whiten not in (True, False, "auto"):
+            raise BadInput(f"whiten must be True, False or 'auto', got {self.whiten!r}")
+        if self.whiten is True and self.scheme != "channel":
+            raise BadInput(f"whiten=True needs scheme='channel', got {self.scheme!r}: use whiten=False")
 
-    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Spectra:
-        """Decompose every layer that can be replaced."""
+    def analyse(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        calibration: Iterable[Any] | None = None,
+    ) -> Spectra:
+        """Decompose every layer that can be replaced.
+
+        ``calibration``: batches, (images, labels) or images alone, of training data that is not augmented; a few
+        hundred images do. Raises BadInput if it is missing, empty or does not fit.
+        """
+        if self.whiten is True and calibration is None:
+            raise BadInput("whiten=True needs calibration data: give batches of images, or use whiten='auto'")
         inputs = as_inputs(example_inputs)
         probe = copy.deepcopy(model).eval()
-        calls = count_calls(probe, inputs)
-        tied = tied_parameters(probe)
-        reasons: dict[str, str] = {}
-        candidates: list[str] = []
-        for name, module in named_layers(probe):
-            reason = _unfit(module, tied)
-            if reason is None and not calls[module]:
-                reason = "is not called through its forward: its parent reads the weight"
-            if reason is None:
-                candidates.append(name)
+
+        def thinnest(module: nn.Module) -> nn.Module:
+            assert isinstance(module, Factorable)
+            return _empty(module, 1, self._schemes(module)[0])
+
+        sound, refused = replaceable(probe, inputs, _unfit, thinnest)
+        applied = applications(probe, sound, inputs)
+        whitened = calibration is not None and self.whiten is not False and self.scheme == "channel"
+        spans: dict[str, Tensor | None] = {}
+        moments: dict[str, Tensor] = {}
+        if calibration is not None and whitened:
+            for name in sound:
+                rows, columns = matrices(_factorable(probe, name)).shape[1:]
+                if min(rows, columns) <= MAX_WIDTH:
+                    spans[name] = _span(matrices(_factorable(probe, name)).double())
+            moments = output_moments(probe, spans, calibration)
+        layers = {}
+        for name in sound:
+            module = _factorable(probe, name)
+            found = (
+                _decompose(module, scheme, applied[name], moments.get(name), spans.get(name))
+                for scheme in self._schemes(module)
+            )
+            spectra = tuple(spectrum for spectrum in found if spectrum.max_rank)
+            if spectra:
+                layers[name] = spectra
             else:
-                reasons[name] = reason
+                refused += ((name, "is too small: even rank 1 would not save multiply-accumulates"),)
+        return Spectra(parameter_shapes(model), refused, layers, self.scheme, whitened)
 
-        def fault(names: list[str]) -> str | None:
-            """Try the thinnest factors: a parent that reads the weights itself cannot run with them."""
-            trial = copy.deepcopy(probe)
-            thin = {name: _thin(_factorable(trial, name)) for name in names}
-            try:
-                run(_replace(trial, thin), inputs)
-            except Exception as error:  # whatever a user's forward may raise
-                return f"cannot be replaced: {line(error)}"
-            return None
-
-        sound, failed = largest_sound(candidates, fault)
-        reasons.update(failed)
-        layers = {name: _decompose(name, _factorable(probe, name)) for name in sound}
-        refused = tuple((name, reasons[name]) for name, _ in named_layers(probe) if name in reasons)
-        return Spectra(parameter_shapes(model), refused, layers)
+    def _schemes(self, module: Factorable) -> tuple[str, ...]:
+        """Return the schemes that are considered for a layer."""
+        both_ways = isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1
+        if self.scheme == "channel" or not both_ways:
+            return ("channel",)
+        return SCHEMES if self.scheme == "best" else ("spatial",)
 
     def _plan(self, model: nn.Module, analysis: Spectra) -> Plan:
+        self._check_analysis(analysis)
         modules = {name: _factorable(model, name) for name in analysis.layers}
-        for name, spectrum in analysis.layers.items():
-            _check_weights(name, modules[name], spectrum)
-        spectra = list(analysis.layers.values())
-        options = [_options(spectrum) for spectrum in spectra]
-        steps = (uniform_steps if self.allocation == "uniform" else greedy_steps)(options)
-        total = sum(spectrum.dense for spectrum in spectra)
-        chosen = allocate(options, steps, (1 - self.ratio) * total)
+        for name, spectra in analysis.layers.items():
+            _check_weights(name, modules[name], spectra[0])
+        cuts = {name: _cuts(spectra, self.cost) for name, spectra in analysis.layers.items()}
+        options = [Options(tuple(c.cost for c in offer), tuple(c.loss for c in offer)) for offer in cuts.values()]
+        compressible = {name: spectra[0].dense(self.cost) for name, spectra in analysis.layers.items()}
+        target = (1 - self.ratio) * sum(compressible.values())
+        chosen = allocate(options, STEPS[self.allocation](options), target)
         layers = []
-        removed = 0
-        for (name, spectrum), option, offer in zip(analysis.layers.items(), chosen, options, strict=True):
-            full = min(spectrum.rows, spectrum.columns)
-            saved = spectrum.dense - offer.costs[option]
+        removed = saved = 0
+        for (name, offer), option in zip(cuts.items(), chosen, strict=True):
+            cut = offer[option]
+            spectrum = cut.spectrum
             dense = count_parameters(modules[name])
+            gone = spectrum.dense("params") - spectrum.cost(cut.rank, "params") if cut.rank else 0
+            full = min(spectrum.rows, spectrum.columns)
             layers.append(
                 LayerPlan(
                     name=name,
                     kind=type(modules[name]).__name__,
-                    kept=spectrum.max_rank + 1 - option if option else full,
+                    kept=cut.rank or full,
                     total=full,
-                    params=dense - saved,
+                    params=dense - gone,
                     params_dense=dense,
                     shape=weight_shape(modules[name]),
+                    scheme=spectrum.scheme if cut.rank else None,
                 )
             )
-            removed += saved
-        return self._make_plan(
+            removed += compressible[name] - cut.cost
+            saved += gone
+        return replace(self, whiten=analysis.whitened)._make_plan(
             model,
             analysis,
             ratio=self.ratio,
             removed=removed,
-            compressible={f"{name}.weight" if name else "weight": s.dense for name, s in analysis.layers.items()},
+            compressible={f"{name}.weight" if name else "weight": cost for name, cost in compressible.items()},
             layers=layers,
-            params_after=count_parameters(model) - removed,
+            params_after=count_parameters(model) - saved,
         )
 
     def _apply(self, model: nn.Module, plan: Plan, analysis: Spectra | None) -> nn.Module:
-        tied = tied_parameters(model)
+        if analysis is not None:
+            self._check_analysis(analysis)
+        elif self.whiten is True and any(layer.params < layer.params_dense for layer in plan.layers):
+            raise BadInput(
+                "the plan is of whitened factors, which depend on the calibration data: give the analysis it was"
+                " made with; to load stored weights, build its skeleton instead"
+            )
         thin = {}
-        for layer in plan.layers:
-            if layer.params == layer.params_dense:
-                continue
-            module = model.get_submodule(layer.name)
-            reason = _unfit(module, tied)
-            if reason is not None:
-                raise BadInput(f"the plan is for another model: {layer.name!r} {reason}")
-            factorable = _factorable(model, layer.name)
-            if analysis is not None and layer.name in analysis.layers:
-                spectrum = analysis.layers[layer.name]
-                _check_weights(layer.name, factorable, spectrum)
+        for name, module, rank, scheme in _factorised(model, plan):
+            known = () if analysis is None else analysis.layers.get(name, ())
+            spectrum = next((s for s in known if s.scheme == scheme), None)
+            if spectrum is None:
+                spectrum = _decompose(module, scheme)
             else:
-                spectrum = _decompose(layer.name, factorable)
-            if not 1 <= layer.kept <= spectrum.max_rank:
-                raise BadInput(f"the plan asks for rank {layer.kept} of {layer.name!r}: at most {spectrum.max_rank}")
-            thin[layer.name] = _truncate(factorable, spectrum, layer.kept)
-        return _replace(model, thin)
+                _check_weights(name, module, spectrum)
+            thin[name] = _truncate(module, spectrum, rank)
+        return replace_modules(model, thin)
+
+    def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Return a new model with the plan's factors, all zero: nothing is decomposed, no data is needed."""
+        self._check(model, plan)
+        new = copy.deepcopy(model)
+        return replace_modules(
+            new, {name: _empty(layer, rank, scheme) for name, layer, rank, scheme in _factorised(new, plan)}
+        )
+
+    def _check_analysis(self, analysis: Spectra) -> None:
+        if analysis.scheme != self.scheme:
+            raise BadInput(f"the analysis was made with scheme={analysis.scheme!r}, not {self.scheme!r}")
+        if self.whiten != "auto" and analysis.whitened != self.whiten:
+            raise BadInput(f"the analysis was made with whiten={analysis.whitened}, not {self.whiten}")
 
 
-def _unfit(module: nn.Module, tied: frozenset[int]) -> str | None:
-    """Return why ``module`` cannot be factorised, or None."""
-    reason = obstacle(module, tied)
-    if reason is not None:
-        return reason
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """One thing that can be done to a layer: a rank under a scheme, or rank 0 to leave it dense."""
+
+    cost: int
+    loss: float
+    rank: int
+    spectrum: Spectrum
+
+
+def _cuts(spectra: Sequence[Spectrum], cost: str) -> list[_Cut]:
+    """Return dense, then every rank of every scheme for which no cheaper one loses as little, by falling cost."""
+    dense = _Cut(spectra[0].dense(cost), 0.0, 0, spectra[0])
+    found = []
+    for spectrum in spectra:
+        kept = list(accumulate(spectrum.energies.tolist()))
+        for rank in range(1, spectrum.max_rank + 1):
+            loss = max(0.0, 1.0 - kept[rank - 1] / kept[-1]) if kept[-1] else 0.0  # a zero weight loses nothing
+            found.append(_Cut(spectrum.cost(rank, cost), loss, rank, spectrum))
+    front: list[_Cut] = []
+    for cut in sorted(found, key=lambda c: (c.cost, c.loss)):
+        if not front or (cut.cost > front[-1].cost and (cut.loss < front[-1].loss or len(spectra) == 1)):
+            front.append(cut)
+    return [dense, *reversed(front)]
+
+
+def _factorised(model: nn.Module, plan: Plan) -> list[tuple[str, Factorable, int, str]]:
+    """Return (name, layer, rank, scheme) of every layer that the plan factorises, checked."""
+    tied = tied_parameters(model)
+    found = []
+    for layer in plan.layers:
+        if layer.params == layer.params_dense:
+            continue
+        module = model.get_submodule(layer.name)
+        reason = unsound(module, tied) or _unfit(module)
+        if reason is not None:
+            raise BadInput(f"the plan is for another model: {layer.name!r} {reason}")
+        assert isinstance(module, Factorable)  # _unfit has seen to it
+        scheme = layer.scheme or "channel"  # plans from before there was a choice
+        if scheme not in SCHEMES or (scheme == "spatial" and not isinstance(module, nn.Conv2d)):
+            raise BadInput(f"the plan is for another model: {layer.name!r} has no scheme {scheme!r}")
+        _, rows, columns = matrices(module, scheme).shape
+        most = (rows * columns - 1) // (rows + columns)
+        if not 1 <= layer.kept <= most:
+            raise BadInput(f"the plan asks for rank {layer.kept} of {layer.name!r}: at most {most}")
+        found.append((layer.name, module, layer.kept, scheme))
+    return found
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """Return why a layer of a known type cannot be factorised, or None."""
     if not isinstance(module, Factorable):
         return "is a transposed convolution"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "has forward hooks, which a replacement would lose"
     if not isinstance(module, nn.Linear) and module.groups == module.in_channels > 1:
         return "is a depthwise convolution"
     _, rows, columns = matrices(module).shape
@@ -207,52 +333,61 @@ def _factorable(model: nn.Module, name: str) -> Factorable:
     return module
 
 
-def _decompose(name: str, module: Factorable) -> Spectrum:
-    weights = matrices(module).double()
+def _span(weights: Tensor) -> Tensor | None:
+    """Return an orthonormal basis of the columns of W where it has more rows than columns, else None: all of them."""
+    return torch.linalg.qr(weights).Q if weights.shape[1] > weights.shape[2] else None
+
+
+def _decompose(
+    module: Factorable,
+    scheme: str = "channel",
+    applied: Applied = ONCE,
+    moment: Tensor | None = None,
+    span: Tensor | None = None,
+) -> Spectrum:
+    """Decompose a layer, by ``moment`` of its outputs in ``span`` where that is given, else by its weights."""
+    weights = matrices(module, scheme).double()
     groups, rows, columns = weights.shape
-    gram = weights @ weights.mT if rows <= columns else weights.mT @ weights
+    if moment is None:
+        span = _span(weights)
+    inner = weights if span is None else span.mT @ weights
+    gram = inner @ inner.mT
+    if moment is not None and moment.any():
+        energy, size = moment.diagonal(dim1=1, dim2=2).sum(), gram.diagonal(dim1=1, dim2=2).sum()
+        gram = moment.to(gram.device) + (_RIDGE * energy / size if size else 0.0) * gram
     energies, basis = torch.linalg.eigh(gram)  # ascending; tiny negative values are rounding
-    return Spectrum(groups, rows, columns, basis.flip(-1), energies.flip(-1).clamp(min=0).sum(0))
+    basis = basis.flip(-1)
+    coordinates = basis.mT @ inner
+    return Spectrum(
+        scheme=scheme,
+        groups=groups,
+        rows=rows,
+        columns=columns,
+        basis=(basis if span is None else span @ basis).to(module.weight.dtype),
+        coordinates=coordinates.to(module.weight.dtype),
+        energies=energies.flip(-1).clamp(min=0).sum(0),
+        norm=_norm(module),
+        applied=applied,
+    )
 
 
 def _truncate(module: Factorable, spectrum: Spectrum, rank: int) -> nn.Sequential:
-    weights = matrices(module).double()
-    leading = spectrum.basis[..., :rank].to(weights.device)
-    if spectrum.rows <= spectrum.columns:
-        return factored(module, leading, leading.mT @ weights)
-    return factored(module, weights @ leading, leading.mT)
+    return factored(module, spectrum.basis[..., :rank], spectrum.coordinates[:, :rank], spectrum.scheme)
 
 
-def _thin(module: Factorable) -> nn.Sequential:
-    """Return factors of rank 1 that have the layer's shapes and nothing of its function."""
-    weights = matrices(module)
-    return factored(module, weights[..., :1], weights[:, :1])
+def _empty(module: Factorable, rank: int, scheme: str) -> nn.Sequential:
+    """Return factors that have the layer's shapes and nothing of its function."""
+    groups, rows, columns = matrices(module, scheme).shape
+    zeros = module.weight.new_zeros
+    return factored(module, zeros(groups, rows, rank), zeros(groups, rank, columns), scheme)
 
 
-def _options(spectrum: Spectrum) -> Options:
-    """Return dense, then every rank that saves parameters, the largest first."""
-    ranks = range(spectrum.max_rank, 0, -1)
-    kept = list(accumulate(spectrum.energies.tolist()))
-    total = kept[-1] or 1.0  # a zero weight loses nothing
-    losses = [0.0]
-    losses += [max(0.0, 1.0 - kept[rank - 1] / total) if kept[-1] else 0.0 for rank in ranks]
-    return Options((spectrum.dense, *(spectrum.cost(rank) for rank in ranks)), tuple(losses))
+def _norm(module: Factorable) -> float:
+    """Return ‖W‖, summed up in float64."""
+    return float(torch.linalg.vector_norm(module.weight.detach(), dtype=torch.float64))
 
 
 def _check_weights(name: str, module: Factorable, spectrum: Spectrum) -> None:
-    energy = float(module.weight.detach().double().square().sum())
-    if abs(energy - float(spectrum.energies.sum())) > _SAME_WEIGHTS * energy:
+    norm = _norm(module)
+    if abs(norm - spectrum.norm) > _SAME_WEIGHTS * norm:
         raise BadInput(f"the analysis is of other weights: {name!r} has changed since, analyse the model again")
-
-
-def _replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """Put each replacement at every place where the named module is, and return the model."""
-    if "" in replacements:  # the model is itself a layer
-        return replacements[""]
-    by_module = {model.get_submodule(name): new for name, new in replacements.items()}
-    parents: Iterable[nn.Module] = list(model.modules())
-    for parent in parents:
-        for child_name, child in parent._modules.items():
-            if child in by_module:
-                parent._modules[child_name] = by_module[child]
-    return model

@@ -6,17 +6,18 @@ The shapes stay; what shrinks is the number of non-zeros, for hardware and forma
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
-from pliant.compression.plan import LayerPlan, Plan, count_parameters, weight_shape
+from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.errors import BadInput
-from pliant.layers import as_inputs, count_calls, named_layers, obstacle, tied_parameters
+from pliant.layers import Example, as_inputs, count_calls, count_parameters, named_layers, obstacle, tied_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,8 @@ class Magnitude(Compressor[Weights]):
 
     ``ratio``: share of these entries to zero, in [0, 1); exactly round(ratio·n) of n are, those of lower index
     kept among equals. ``allocation``: ``"uniform"`` takes the share from every layer, ``"global"`` compares the
-    magnitudes of all layers. Biases and normalisation layers are not touched.
+    magnitudes of all layers, ``"energy"`` zeroes in every layer what holds the same share of its Σw². Biases and
+    normalisation layers are not touched.
 
     Raises BadInput for a ratio out of range or an unknown allocation.
     """
@@ -44,7 +46,12 @@ class Magnitude(Compressor[Weights]):
         check_ratio(self.ratio)
         check_choice("allocation", self.allocation, ALLOCATIONS)
 
-    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Weights:
+    def analyse(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        calibration: Iterable[Any] | None = None,
+    ) -> Weights:
         """List the layers with a weight of their own."""
         return _analyse(model, example_inputs, lambda module: None)
 
@@ -54,10 +61,11 @@ class Magnitude(Compressor[Weights]):
         if self.allocation == "uniform" or not weights:
             kept = [size - round(self.ratio * size) for size in sizes]
         else:
-            magnitudes = torch.cat([w.abs().flatten() for w in weights])
-            stays = largest(magnitudes, len(magnitudes) - round(self.ratio * len(magnitudes)))
+            score = _lost_share if self.allocation == "energy" else torch.abs
+            scores = torch.cat([score(w).flatten() for w in weights])
+            stays = largest(scores, len(scores) - round(self.ratio * len(scores)))
             kept = [int(part.sum()) for part in stays.split(sizes)]
-        return _weight_plan(self, model, analysis, self.ratio, kept)
+        return weight_plan(self, model, analysis, self.ratio, kept)
 
     def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
         for layer in plan.layers:
@@ -88,7 +96,12 @@ class SemiStructured(Compressor[Weights]):
         if not whole or not 1 <= self.n < self.m:
             raise BadInput(f"n:m keeps n of every m weights: expected whole 1 <= n < m, got {self.n!r}:{self.m!r}")
 
-    def analyse(self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Weights:
+    def analyse(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        calibration: Iterable[Any] | None = None,
+    ) -> Weights:
         """List the layers that the pattern fits."""
         return _analyse(model, example_inputs, self._unfit)
 
@@ -100,7 +113,7 @@ class SemiStructured(Compressor[Weights]):
 
     def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
         kept = [_weight(model, name).numel() // self.m * self.n for name in analysis.layers]
-        return _weight_plan(self, model, analysis, 1 - self.n / self.m, kept)
+        return weight_plan(self, model, analysis, 1 - self.n / self.m, kept)
 
     def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
         for layer in plan.layers:
@@ -109,6 +122,14 @@ class SemiStructured(Compressor[Weights]):
             stays = largest(blocks, self.n).movedim(-1, 2).flatten(1, 2)
             weight.masked_fill_(~stays, 0.0)
         return model
+
+
+def _lost_share(weight: Tensor) -> Tensor:
+    """Return for each entry the share of Σw² that goes if it goes, with all that are smaller: float64."""
+    squares, order = weight.double().square().flatten().sort()
+    lost = squares.cumsum(0)
+    tiny = torch.finfo(lost.dtype).tiny  # a weight of zeros loses nothing
+    return torch.empty_like(lost).scatter_(0, order, lost / lost[-1].clamp(min=tiny))
 
 
 def largest(x: Tensor, count: int) -> Tensor:
@@ -122,9 +143,7 @@ def largest(x: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(-1) <= room))
 
 
-def _analyse(
-    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], unfit: Callable[[nn.Module], str | None]
-) -> Weights:
+def _analyse(model: nn.Module, example_inputs: Example, unfit: Callable[[nn.Module], str | None]) -> Weights:
     inputs = as_inputs(example_inputs)
     count_calls(copy.deepcopy(model).eval(), inputs)  # for its BadInput: a wrong example should not pass here only
     tied = tied_parameters(model)
@@ -139,9 +158,10 @@ def _analyse(
     return Weights(parameter_shapes(model), tuple(refused), tuple(layers))
 
 
-def _weight_plan(
+def weight_plan(
     compressor: Compressor[Weights], model: nn.Module, analysis: Weights, ratio: float, kept: Sequence[int]
 ) -> Plan:
+    """Return the plan that keeps ``kept`` entries of each layer's weight and every shape."""
     modules = [model.get_submodule(name) for name in analysis.layers]
     compressible: Mapping[str, int] = {
         f"{name}.weight" if name else "weight": _weight(model, name).numel() for name in analysis.layers

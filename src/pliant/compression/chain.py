@@ -1,0 +1,164 @@
+"""Chains: one compressor after the other, as one compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import log1p, prod
+from typing import Any
+
+from torch import nn
+
+from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.plan import Plan
+from pliant.errors import BadInput, Refused
+from pliant.layers import Example, count_parameters
+
+
+@dataclass(frozen=True, eq=False)
+class Linked(Analysis):
+    """What a chain knows: its inputs, and the analysis of each link.
+
+    That of the first link serves every ratio. The others look at the network that the links before them leave, so
+    each is kept together with the plans of those, and used again as long as what comes before it does the same.
+    """
+
+    example_inputs: Example
+    calibration: Iterable[Any] | None
+    first: Analysis
+    later: dict[int, tuple[tuple[Plan, ...], Analysis]] = field(default_factory=dict)
+
+    def known(self, link: int, before: tuple[Plan, ...]) -> Analysis | None:
+        """Return the analysis of a link behind the plans ``before``, if it has been made."""
+        if link == 0:
+            return self.first
+        plans, analysis = self.later.get(link, ((), None))
+        return analysis if [_deeds(plan) for plan in plans] == [_deeds(plan) for plan in before] else None
+
+
+@dataclass(frozen=True, init=False)
+class Chain(Compressor[Linked]):
+    """Several compressors in order, each at work on what the one before it leaves: ``Chain(FilterPruning(0.3), ...)``.
+
+    Its plan holds the plans of the links. Its ratio is 1 − Π(1 − ratio of a link), the share removed if each link
+    takes its share of what is left; ``at(ratio)`` keeps the proportions of the links: each one's share of
+    log(1 − ratio) stays. Links without a ratio, such as SemiStructured, do the same at every size. A link
+    that finds nothing left to remove does nothing.
+
+    Raises BadInput without links, and for a link that is no compressor.
+    """
+
+    links: tuple[Compressor[Any], ...]
+
+    def __init__(self, *links: Compressor[Any]) -> None:
+        for link in links:
+            if not isinstance(link, Compressor):
+                raise BadInput(f"a chain is made of compressors, got {link!r}")
+        if not links:
+            raise BadInput("a chain needs at least one compressor, got none")
+        object.__setattr__(self, "links", links)  # the dataclass is frozen
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether some link has one."""
+        return any(link.has_ratio for link in self.links)
+
+    @property
+    def ratio(self) -> float:
+        """What all links together are asked to remove."""
+        return 1 - prod(1 - _ratio(link) for link in self.links)
+
+    def at(self, ratio: float) -> Chain:
+        """Return this chain with another ratio, shared out among the links as theirs are now."""
+        check_ratio(ratio)
+        if not self.has_ratio:
+            raise BadInput("no link of the chain has a ratio: it makes a network of one size")
+        logs = [log1p(-_ratio(link)) if link.has_ratio else 0.0 for link in self.links]
+        if not any(logs):  # nothing is removed now: equal parts
+            logs = [-1.0 if link.has_ratio else 0.0 for link in self.links]
+        kept = [(1 - ratio) ** (part / sum(logs)) for part in logs]
+        return Chain(
+            *(link.at(1 - keep) if link.has_ratio else link for link, keep in zip(self.links, kept, strict=True))
+        )
+
+    def counting(self, cost: str) -> Chain:
+        """Return this chain with links whose ratio counts ``cost``, where they know more than one."""
+        return Chain(*(link.counting(cost) for link in self.links))
+
+    def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Linked:
+        """Analyse for the first link; those behind it are analysed once it is planned.
+
+        ``calibration`` must be more than an iterator: every link that looks at data goes through it.
+        """
+        if calibration is not None and iter(calibration) is calibration:
+            raise BadInput(
+                "a chain reads the calibration data more than once: give a list or a loader, not an iterator"
+            )
+        first = self.links[0].analyse(model, example_inputs, calibration)
+        return Linked(parameter_shapes(model), first.refused, example_inputs, calibration, first)
+
+    def _plan(self, model: nn.Module, analysis: Linked) -> Plan:
+        plans: list[Plan] = []
+        refusals: list[Refused] = []
+        network = model
+        for i, link in enumerate(self.links):
+            known = self._analysis(i, network, plans, analysis)
+            try:
+                plan = link.plan(network, analysis.example_inputs, analysis=known)
+            except Refused as error:
+                if not link.has_ratio:
+                    raise
+                refusals.append(error)
+                plan = link.at(0.0).plan(network, analysis.example_inputs, analysis=known)
+            plans.append(plan)
+            if i + 1 < len(self.links):
+                network = link.apply(network, plan, analysis=known)
+        if len(refusals) == sum(link.has_ratio for link in self.links) > 0:
+            raise refusals[0]
+        return Plan(
+            compressor=type(self).__name__,
+            options={},
+            ratio=1 - prod(1 - plan.ratio for plan in plans),
+            ratio_removed=1 - prod(1 - plan.ratio_removed for plan in plans),
+            params_before=count_parameters(model),
+            params_after=plans[-1].params_after,
+            compressible=plans[0].compressible,
+            layers=(),
+            refused=tuple(dict.fromkeys(pair for plan in plans for pair in plan.refused)),
+            links=tuple(plans),
+        )
+
+    def _analysis(self, i: int, network: nn.Module, before: Sequence[Plan], analysis: Linked) -> Analysis:
+        known = analysis.known(i, tuple(before))
+        if known is None:
+            known = self.links[i].analyse(network, analysis.example_inputs, analysis.calibration)
+            analysis.later[i] = (tuple(before), known)
+        return known
+
+    def _planned(self, plan: Plan) -> Chain:
+        kinds = [type(link).__name__ for link in self.links]
+        if [link.compressor for link in plan.links] != kinds:
+            raise BadInput(f"the plan is for {[link.compressor for link in plan.links]}, this is a chain of {kinds}")
+        return self  # the options are those of the links' plans
+
+    def _apply(self, model: nn.Module, plan: Plan, analysis: Linked | None) -> nn.Module:
+        for i, (link, step) in enumerate(zip(self.links, plan.links, strict=True)):
+            known = None if analysis is None else analysis.known(i, plan.links[:i])
+            model = link.apply(model, step, analysis=known)
+        return model
+
+    def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Return a new model of the architecture that ``apply`` gives; its weights are of no account."""
+        self._check(model, plan)
+        for link, step in zip(self.links, plan.links, strict=True):
+            model = link.skeleton(model, step)
+        return model
+
+
+def _deeds(plan: Plan) -> Any:
+    """Return what a plan does, whatever was asked for."""
+    return plan.compressor, plan.layers, [_deeds(link) for link in plan.links]
+
+
+def _ratio(link: Compressor[Any]) -> float:
+    return float(link.ratio) if link.has_ratio else 0.0  # type: ignore[attr-defined]

@@ -1,0 +1,59 @@
+"""How often each weight is applied in a forward pass: what turns entries into multiply-accumulates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from pliant.layers import Inputs, run
+
+
+@dataclass(frozen=True)
+class Applied:
+    """How often one layer's weight is applied: ``whole`` times in all.
+
+    ``tall``: on a grid as high as the output and as wide as the input, where a convolution along the height alone
+    would be applied; equal to ``whole`` for all but 2-d convolutions.
+    """
+
+    whole: int
+    tall: int
+
+
+ONCE = Applied(1, 1)
+
+
+def applications(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Applied]:
+    """Run ``model`` once and return, for each named linear, convolution or attention layer, how often its weight is.
+
+    The count is over the whole batch and all calls. The multiply-accumulates of a layer are that many times the
+    number of its weights.
+    """
+    whole: Counter[str] = Counter()
+    tall: Counter[str] = Counter()
+
+    def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            output = output[0]  # beside it come the attention weights
+        if isinstance(module, _ConvTransposeNd):
+            grid = args[0].numel() // module.in_channels
+        else:
+            features = module.out_channels if isinstance(module, _ConvNd) else output.shape[-1]
+            grid = output.numel() // features
+        whole[name] += grid
+        plane = isinstance(module, nn.Conv2d)
+        tall[name] += grid // output.shape[-1] * args[0].shape[-1] if plane else grid
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(count, name)) for name in names]
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: Applied(whole[name], tall[name]) for name in names}

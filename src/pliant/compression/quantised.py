@@ -1,0 +1,135 @@
+"""Eight-bit weights: each filter stored as whole numbers from −127 to 127 and one scale, computed with as floats.
+
+The layers are plain modules with plain tensors, so that they are counted, saved and exported like any others. The
+file shrinks to about a quarter; multiplications and parameters stay as they are, and each forward pass multiplies the
+weights out. (torchao has such tensors too, of a class of its own: for linear layers only, and neither a
+safetensors file nor ONNX takes them. On linear layers both give the same numbers.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pliant.compression.base import Compressor, parameter_shapes
+from pliant.compression.factored import Factorable
+from pliant.compression.plan import Plan, weight_shape
+from pliant.compression.rewiring import replace_modules, replaceable, unsound
+from pliant.compression.weights import Weights, weight_plan
+from pliant.errors import BadInput, Refused
+from pliant.layers import Example, as_inputs, tied_parameters
+
+LEVELS = 127  # of int8's 128 negative numbers one is not used: the grid is symmetric, and zero stays zero
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer with ``weight`` int8 (out, in) and ``scale`` (out, 1)."""
+
+    scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer with weight · scale."""
+        return F.linear(input, self.weight.to(self.scale.dtype) * self.scale, self.bias)
+
+
+class _Int8Conv:
+    """The forward pass of an eight-bit convolution; ``scale`` has one entry per filter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer with weight · scale."""
+        return self._conv_forward(input, self.weight.to(self.scale.dtype) * self.scale, self.bias)  # type: ignore[attr-defined, no-any-return]
+
+
+class Int8Conv1d(_Int8Conv, nn.Conv1d):
+    """A 1-d convolution with ``weight`` int8 and ``scale`` (filters, 1, 1)."""
+
+
+class Int8Conv2d(_Int8Conv, nn.Conv2d):
+    """A 2-d convolution with ``weight`` int8 and ``scale`` (filters, 1, 1, 1)."""
+
+
+class Int8Conv3d(_Int8Conv, nn.Conv3d):
+    """A 3-d convolution with ``weight`` int8 and ``scale`` (filters, 1, 1, 1, 1)."""
+
+
+@dataclass(frozen=True)
+class Int8(Compressor[Weights]):
+    """Store the weights of linear and convolution layers in eight bits: the last link of a chain.
+
+    Each filter w becomes round(w/s) with s = max|w|/127, an error of at most s/2 per entry. Biases and
+    normalisations stay. The weights are frozen (requires_grad False), for there is no gradient to a whole number.
+
+    Left alone, with the reason in the plan: transposed convolutions, and weights that are not simply their layer's.
+    """
+
+    def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Weights:
+        """List the layers that can be replaced."""
+        probe = copy.deepcopy(model).eval()
+        sound, refused = replaceable(probe, as_inputs(example_inputs), _unfit, quantised)
+        return Weights(parameter_shapes(model), refused, tuple(sound))
+
+    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+        if not analysis.layers:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in analysis.refused[:5])
+            raise Refused(f"Int8 finds no weight to store in eight bits: {reasons or 'no layers'}")
+        kept = [prod(weight_shape(model.get_submodule(name))) for name in analysis.layers]
+        return weight_plan(self, model, analysis, 0.0, kept)
+
+    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        tied = tied_parameters(model)
+        new = {}
+        for layer in plan.layers:
+            module = model.get_submodule(layer.name)
+            reason = unsound(module, tied) or _unfit(module)
+            if reason is not None:
+                raise BadInput(f"the plan is for another model: {layer.name!r} {reason}")
+            new[layer.name] = quantised(module)
+        return replace_modules(model, new)
+
+
+def quantised(module: nn.Module) -> nn.Module:
+    """Return a linear or convolution layer with its weight in eight bits and all its other properties."""
+    assert isinstance(module, Factorable)  # _unfit has seen to it
+    weight = module.weight.detach()
+    largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest) / LEVELS  # any scale does for a zero filter
+    whole = (weight / scale).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    has_bias = module.bias is not None
+    new: nn.Module
+    if isinstance(module, nn.Linear):
+        new = Int8Linear(module.in_features, module.out_features, bias=has_bias, device="meta")
+    else:
+        kinds = {nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d, nn.Conv3d: Int8Conv3d}
+        kind = next(ours for theirs, ours in kinds.items() if isinstance(module, theirs))
+        new = kind(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,  # type: ignore[arg-type]
+            stride=module.stride,  # type: ignore[arg-type]
+            padding=module.padding,  # type: ignore[arg-type]
+            dilation=module.dilation,  # type: ignore[arg-type]
+            groups=module.groups,
+            bias=has_bias,
+            padding_mode=module.padding_mode,
+            device="meta",
+        )
+    new.weight = nn.Parameter(whole, requires_grad=False)
+    new.register_buffer("scale", scale)
+    if module.bias is not None:
+        new.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=module.bias.requires_grad)
+    return new.train(module.training)
+
+
+def _unfit(module: nn.Module) -> str | None:
+    return None if isinstance(module, Factorable) else "is a transposed convolution"

@@ -1,0 +1,72 @@
+"""Putting new modules into the places of old ones, and finding out where that can be done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import nn
+
+from pliant.layers import Inputs, count_calls, largest_sound, line, named_layers, obstacle, run, tied_parameters
+
+
+def replaceable(
+    model: nn.Module,
+    inputs: Inputs,
+    unfit: Callable[[nn.Module], str | None],
+    substitute: Callable[[nn.Module], nn.Module],
+) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """Return the names of the convolution and linear layers that can be replaced, and (name, reason) of all others.
+
+    Args:
+        model: in the mode in which it is tried; not changed.
+        inputs: what it is called on. BadInput if it cannot be.
+        unfit: gives the reason why a layer of a known type cannot be replaced, or None.
+        substitute: a layer of the shapes of the replacement; its values do not matter. All are tried together on a
+            copy, because a parent that reads the weights itself cannot run with them.
+    """
+    calls = count_calls(model, inputs)
+    tied = tied_parameters(model)
+    reasons: dict[str, str] = {}
+    candidates: list[str] = []
+    for name, module in named_layers(model):
+        reason = unsound(module, tied) or unfit(module)
+        if reason is None and not calls[module]:
+            reason = "is not called through its forward: its parent reads the weight"
+        if reason is None:
+            candidates.append(name)
+        else:
+            reasons[name] = reason
+
+    def fault(names: list[str]) -> str | None:
+        trial = copy.deepcopy(model)
+        try:
+            run(replace_modules(trial, {name: substitute(trial.get_submodule(name)) for name in names}), inputs)
+        except Exception as error:  # whatever a user's forward may raise
+            return f"cannot be replaced: {line(error)}"
+        return None
+
+    sound, failed = largest_sound(candidates, fault)
+    reasons.update(failed)
+    return sound, tuple((name, reasons[name]) for name, _ in named_layers(model) if name in reasons)
+
+
+def unsound(module: nn.Module, tied: frozenset[int]) -> str | None:
+    """Return why ``module`` cannot give way to layers that compute something else, or None."""
+    reason = obstacle(module, tied)
+    if reason is None and (module._forward_hooks or module._forward_pre_hooks):
+        return "has forward hooks, which a replacement would lose"
+    return reason
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """Put each replacement at every place where the named module is, and return the model."""
+    if "" in replacements:  # the model is itself a layer
+        return replacements[""]
+    by_module = {model.get_submodule(name): new for name, new in replacements.items()}
+    parents: Iterable[nn.Module] = list(model.modules())
+    for parent in parents:
+        for child_name, child in parent._modules.items():
+            if child in by_module:
+                parent._modules[child_name] = by_module[child]
+    return model
