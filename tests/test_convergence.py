@@ -174,12 +174,9 @@ def test_a_thousand_large_steps_in_bfloat16_stay_in_the_ball(ball: NormBall) -> 
     assert wander(ball, torch.bfloat16, [1.0, 0.1], 1000) <= 4
 
 
-LEFT_IN_BFLOAT16 = (Lp(1), KSparse(5), KSupport(5), Rows(KSparse(2)))
-
-
-@pytest.mark.xfail(reason="the shrinkage by a small step rounds away, the vertex does not: norms up to 2.6 radii")
-@pytest.mark.parametrize("ball", [ball for ball in BALLS if ball.norm in LEFT_IN_BFLOAT16], ids=str)
+@every_ball
 def test_small_steps_in_bfloat16_stay_in_the_ball(ball: NormBall) -> None:
+    # The shrinkage by a small η rounds away, the vertex does not: without a remedy, norms reach 2.6 radii.
     assert wander(ball, torch.bfloat16, [0.003], 600) <= 4
 
 

@@ -24,6 +24,25 @@ def vector_norm(x: Tensor, order: float = 2, dim: int | tuple[int, ...] | None =
     return result
 
 
+def long_norm(a: Tensor, order: float) -> Tensor:
+    """Return the p-norms along the last dimension, of any length, to about the precision of the dtype.
+
+    On a CPU torch adds up one entry after the other: in float32 a norm of a million entries is off by 1e-5 and more.
+    The norm of the norms of short pieces is the same norm, with the rounding of two short sums.
+    """
+    pieces, rest = divmod(a.shape[-1], _PIECE)
+    if pieces < 2:
+        return vector_norm(a, order, dim=-1)
+    whole = a[..., : pieces * _PIECE].reshape(*a.shape[:-1], pieces, _PIECE)
+    parts = [vector_norm(whole, order, dim=-1)]
+    if rest:
+        parts.append(vector_norm(a[..., pieces * _PIECE :], order, dim=-1, keepdim=True))
+    return long_norm(torch.cat(parts, dim=-1), order)
+
+
+_PIECE = 1024
+
+
 def topk_mask(a: Tensor, k: int) -> Tensor:
     """Mark exactly ``k`` largest entries along the last dimension; among equals the lower index wins.
 
@@ -229,7 +248,9 @@ def starting_directions(blocks: Sequence[Tensor], size: int) -> list[Tensor]:
     Shapes: blocks (L, r_i, c_i) -> (L, c_i, size).
     """
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(len(a), a.shape[2], size, generator=generator, dtype=a.dtype).to(a.device) for a in blocks]
+    starts = [torch.randn(1, a.shape[2], size, generator=generator, dtype=a.dtype) for a in blocks]
+    # Every member starts the same, so that a matrix does not notice what else is in its batch.
+    return [start.to(a.device).expand(len(a), -1, -1) for start, a in zip(starts, blocks, strict=True)]
 
 
 def leading_directions(

@@ -47,6 +47,7 @@ from torch import Tensor
 from pliant.linalg import (
     accumulation_dtype,
     divide_or_zero,
+    long_norm,
     power_of_two_scale,
     topk_mask,
     vector_norm,
@@ -242,7 +243,7 @@ class Lp(VectorNorm):
         if self.p == math.inf:
             return (a > 0).to(a.dtype)
         if self.p == 2:
-            return divide_or_zero(a, vector_norm(a, dim=-1, keepdim=True))
+            return divide_or_zero(a, long_norm(a, 2)[..., None])
         q = self._conjugate()
         largest = a.amax(dim=-1, keepdim=True)
         shape = divide_or_zero(a, largest)
@@ -324,10 +325,10 @@ class KSupport(_KNorm):
         split = torch.where(before * (self.k - j) > tails, j, 0).amax(dim=-1, keepdim=True)
         head = torch.where(j < split, z, 0)
         tail = tails.gather(-1, split) / (self.k - split).to(a.dtype).sqrt()
-        return vector_norm(torch.cat([head, tail], dim=-1), dim=-1)
+        return long_norm(torch.cat([head, tail], dim=-1), 2)
 
     def _dual(self, a: Tensor) -> Tensor:
-        return vector_norm(a.topk(self.k, dim=-1).values, dim=-1)
+        return long_norm(a.topk(self.k, dim=-1).values, 2)
 
     def _align(self, a: Tensor) -> Tensor:
         kept = torch.where(topk_mask(a, self.k), a, 0)
@@ -542,10 +543,10 @@ class Blocks(_Lift):
         return moved.abs().reshape(-1, self.size), lambda w: (signs * w.reshape(moved.shape)).movedim(-1, self.dim)
 
     def _norm(self, a: Tensor) -> Tensor:
-        return vector_norm(self.inner._norm(a))
+        return long_norm(self.inner._norm(a), 2)
 
     def _dual(self, a: Tensor) -> Tensor:
-        return vector_norm(self.inner._dual(a))
+        return long_norm(self.inner._dual(a), 2)
 
     def _align(self, a: Tensor) -> Tensor:
         weights = Lp(2)._align(self.inner._dual(a))
@@ -582,11 +583,11 @@ def _without_vanished(a: Tensor) -> Tensor:
 
 def _p_norm(a: Tensor, p: float) -> Tensor:
     if p in (1, 2, math.inf):
-        return vector_norm(a, p, dim=-1)
+        return long_norm(a, p)
     # Large powers of numbers below 1 vanish: raise a/max(a), whose largest entry stays 1.
     largest = a.detach().amax(dim=-1, keepdim=True)
     largest = torch.where(largest == 0, 1, largest)
-    return largest.squeeze(-1) * vector_norm(a / largest, p, dim=-1)
+    return largest.squeeze(-1) * long_norm(a / largest, p)
 
 
 def _shapes(shape: Shape | Sequence[Shape]) -> list[Shape]:

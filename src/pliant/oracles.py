@@ -27,6 +27,7 @@ from pliant.linalg import (
     keep_largest,
     keep_n_of_m,
     leading_directions,
+    long_norm,
     readable,
     starting_directions,
     vector_norm,
@@ -74,8 +75,11 @@ def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[T
 def _norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Tensor]]:
     parts = []
     for x in stacks:
-        others = tuple(d for d in range(1, x.ndim) if row_dim is None or d != row_dim + 1)
-        parts.append(vector_norm(x, dim=others, keepdim=True) if others else x.abs())
+        others = tuple(d for d in range(2 if row_dim is None else 1, x.ndim) if row_dim is None or d != row_dim + 1)
+        part = vector_norm(x, dim=others, keepdim=True) if others else x.abs()
+        if row_dim is None and x.ndim > 1:  # rows first: the rounding of a long sum in float32 would show
+            part = long_norm(part.flatten(1), 2).view(-1, *(1 for _ in range(x.ndim - 1)))
+        parts.append(part)
     if row_dim is None and len(parts) == 1:
         return parts[0].view(-1), parts
     return vector_norm(torch.cat([part.view(len(part), -1) for part in parts], dim=1), dim=1), parts

@@ -60,7 +60,8 @@ class SFW(Optimizer):
     times k columns. On a CPU the optimizer also keeps memory for one vertex, as large as the largest
     tensor with a ball.
 
-    bf16 or fp16 *weights* freeze when η is below their resolution; keep float32 weights and use autocast.
+    Large entries of bf16 or fp16 *weights* freeze when η is below their resolution; such weights are scaled inside
+    after every step, which costs a norm. Better keep float32 weights and use autocast.
 
     Args:
         params: tensors, (name, tensor) pairs or groups, as for every optimizer; see :func:`pliant.constrain`.
@@ -236,6 +237,9 @@ class SFW(Optimizer):
         sfw_update(weights, lengths, vertices, memory, radius=ball.radius, diameter=diameter, lr=lr, rescale=rescale)
         if len(sets) > 1:
             torch._foreach_copy_([p for (p,) in sets], list(weights[0].unbind(0)))
+        for members in sets:
+            if any(p.dtype != accumulation_dtype(p) for p in members):
+                _scale_inside(members, ball)  # a small η leaves large entries as they are, but adds to small ones
 
     def _leading_vertices(
         self,

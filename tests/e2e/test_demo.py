@@ -33,12 +33,13 @@ def test_the_shell_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     (session,) = blocks("console")
     commands = [shlex.split(line.removeprefix("$ ")) for line in session.splitlines() if line.startswith("$ ")]
-    assert [command[1] for command in commands] == ["train", "sweep", "report", "compress"]
+    assert [command[1] for command in commands] == ["train", "sweep", "report", "compress", "export"]
     for command in commands:
         quick = ["--epochs", "1"] if command[1] == "train" else []
         assert main([*command[1:], *quick]) == 0
     assert len(read_records("records.jsonl")) == 6
     assert pliant.load("small")
+    assert {"model.pt2", "model.onnx", "model.safetensors"} < {file.name for file in Path("deploy").iterdir()}
 
 
 @pytest.mark.slow
@@ -52,7 +53,12 @@ def test_the_demo_reports_all_networks_at_all_ratios(
         assert word in table
     records = read_records("demo/records.jsonl")
     points = {(r.method, r.compressor) for r in records}
-    assert points == {("sgd", "filters"), ("sgd", "rank"), ("sfw-filters", "filters"), ("sfw-rank", "rank")}
+    assert points == {
+        ("sgd", "filters"),
+        ("sgd", "rank-whitened"),
+        ("sfw-filters", "filters"),
+        ("sfw-rank", "rank-whitened"),
+    }
     assert len(records) == 24
     assert "</html>" in Path("demo/report.html").read_text(encoding="utf-8")
     capsys.readouterr()
