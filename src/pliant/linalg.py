@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 CHUNK = 2**18  # entries that an operation on the CPU works on at a time, so that temporaries stay in the cache
+_PIECE = 1024  # entries that are added up one after the other
 
 
 def vector_norm(x: Tensor, order: float = 2, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
@@ -38,9 +40,6 @@ def long_norm(a: Tensor, order: float) -> Tensor:
     if rest:
         parts.append(vector_norm(a[..., pieces * _PIECE :], order, dim=-1, keepdim=True))
     return long_norm(torch.cat(parts, dim=-1), order)
-
-
-_PIECE = 1024
 
 
 def topk_mask(a: Tensor, k: int) -> Tensor:
@@ -66,7 +65,11 @@ def power_of_two_scale(tensors: Sequence[Tensor]) -> Tensor:
     Dividing by a power of two is exact, so a computation on x/s gives the same digits whatever the scale of x,
     and squares of x/s neither overflow nor vanish where those of x would (gradients of 2^±100).
     """
-    largest = torch.stack([_largest(x) for x in tensors]).amax()
+    return power_of_two_below(torch.stack([_largest(x) for x in tensors]).amax())
+
+
+def power_of_two_below(largest: Tensor) -> Tensor:
+    """Return for each entry a >= 0 the power of two s with s <= a < 2s, and 1 for a = 0."""
     mantissa = torch.frexp(largest).mantissa
     return torch.where(largest == 0, torch.ones_like(largest), largest / (2 * mantissa))
 
@@ -91,6 +94,11 @@ def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype to compute in: float32 for half-precision tensors, else the tensor's own."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the widest of the dtypes to compute in."""
+    return reduce(torch.promote_types, [accumulation_dtype(x) for x in tensors])
 
 
 def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:

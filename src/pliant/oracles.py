@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pliant.linalg import (
-    accumulation_dtype,
+    common_dtype,
     divide_or_zero,
     keep_largest,
     keep_n_of_m,
     leading_directions,
     long_norm,
+    power_of_two_below,
     readable,
     starting_directions,
     vector_norm,
@@ -60,14 +60,14 @@ def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[T
         The norm over all J stacks of each member, (L,); the stacks; and for each one its norms, (L, rows, 1, …, 1), or
         (L, 1, …, 1) without ``row_dim``.
     """
-    dtype = reduce(torch.promote_types, [accumulation_dtype(x) for x in stacks])
+    dtype = common_dtype(stacks)
     stacks = [x.to(dtype) for x in stacks]
     norms, parts = _norms(stacks, row_dim)
     if all(readable(x) for x in stacks) and all(1 / SAFE < value < SAFE for value in norms.tolist()):
         return norms, stacks, parts
     largest = torch.stack([x.flatten(1).abs().amax(dim=1) if x.ndim > 1 else x.abs() for x in stacks]).amax(dim=0)
-    scale = torch.where(largest == 0, 1, largest / (2 * torch.frexp(largest).mantissa))
-    stacks = [x / _along(scale, x) for x in stacks]
+    scale = power_of_two_below(largest)
+    stacks = [x / along(scale, x) for x in stacks]
     norms, parts = _norms(stacks, row_dim)
     return scale * norms, stacks, parts
 
@@ -75,10 +75,12 @@ def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[T
 def _norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Tensor]]:
     parts = []
     for x in stacks:
-        others = tuple(d for d in range(2 if row_dim is None else 1, x.ndim) if row_dim is None or d != row_dim + 1)
+        # Rows first, also of the whole: the rounding of a long sum in float32 would show.
+        rows = 1 if row_dim is None else row_dim + 1
+        others = tuple(d for d in range(1, x.ndim) if d != rows)
         part = vector_norm(x, dim=others, keepdim=True) if others else x.abs()
-        if row_dim is None and x.ndim > 1:  # rows first: the rounding of a long sum in float32 would show
-            part = long_norm(part.flatten(1), 2).view(-1, *(1 for _ in range(x.ndim - 1)))
+        if row_dim is None and x.ndim > 1:
+            part = along(long_norm(part.flatten(1), 2), x)
         parts.append(part)
     if row_dim is None and len(parts) == 1:
         return parts[0].view(-1), parts
@@ -95,17 +97,17 @@ def unit_vertices(
         stacks: directions, one stack (L, *shape), or J stacks with L = 1 for a joint ball.
         memory: for carriers where L = 1, shaped as the stacks.
     """
-    rows = isinstance(norm, Rows) and all(x.ndim > 2 for x in stacks)
-    lengths, stacks, parts = well_scaled(stacks, norm.dim if isinstance(norm, Rows) and rows else None)
+    row_dim = norm.dim if isinstance(norm, Rows) and all(x.ndim > 2 for x in stacks) else None
+    lengths, stacks, parts = well_scaled(stacks, row_dim)
     if len(lengths) > 1:
         batched: Tensor = torch.vmap(norm.lmo)(stacks[0])
         return lengths, [Vertex(batched, -torch.ones_like(lengths[:1]))]
     memory = [torch.empty_like(x) for x in stacks] if memory is None else memory
-    norm.length([x.shape[1:] for x in stacks])
+    count = norm.length([x.shape[1:] for x in stacks])
     match norm:
         case Lp(p) | Spectral(Lp(p)) if p == 2:
             return lengths, _on_the_sphere(stacks, parts)
-        case Spectral(KSupport(k)) if k == norm.length([x.shape[1:] for x in stacks]):  # the Frobenius norm, too
+        case Spectral(KSupport(k)) if k == count:  # the Frobenius norm, too
             return lengths, _on_the_sphere(stacks, parts)
         case Lp(p) if p == math.inf:
             signs = [torch.sign(x, out=out) for x, out in zip(stacks, memory, strict=True)]
@@ -116,7 +118,7 @@ def unit_vertices(
         case KSupport(k):
             keep_largest(stacks, k, memory)
             return lengths, _on_the_sphere(memory)
-        case Rows(inner) if rows:
+        case Rows(inner) if row_dim is not None:
             a = _without_vanished(torch.cat([part.flatten() for part in parts]))
             factors = divide_or_zero(inner._align(a), a).split([part.numel() for part in parts])
             return lengths, [Vertex(x, f.view_as(part)) for x, f, part in zip(stacks, factors, parts, strict=True)]
@@ -141,10 +143,9 @@ def keeps_directions(norm: Spectral, shapes: Sequence[Shape]) -> bool:
 
     It is for balls with vertices of low rank, if some matrix is large enough to be worth it.
     """
-    if _rank(norm) is None:
-        return False
+    rank = _rank(norm)
     large = any(min(norm._block_shape(shape)) > SMALL for shape in shapes)
-    return large and _rank(norm) != norm.length(shapes)
+    return rank is not None and large and rank != norm.length(shapes)
 
 
 def leading_vertices(
@@ -186,7 +187,7 @@ def leading_vertices(
     else:
         # Any basis will do: left·rightᵀ/‖right‖ has rank k and Frobenius norm 1.
         value = _norms(right, None)[0]
-        right = [divide_or_zero(z, _along(value, z)) for z in right]
+        right = [divide_or_zero(z, along(value, z)) for z in right]
     factors = [(z, u) if up else (u, z) for u, z, up in zip(left, right, upright, strict=True)]
     for index, out in enumerate(memory):
         _write_products(factors[index * norm.groups : (index + 1) * norm.groups], norm, out)
@@ -242,6 +243,6 @@ def _rows_first(stack: Tensor, norm: Spectral) -> Tensor:
     return stack.permute(0, norm.dim + 1, *others)
 
 
-def _along(values: Tensor, stack: Tensor) -> Tensor:
+def along(values: Tensor, stack: Tensor) -> Tensor:
     """Return (L,) as (L, 1, …, 1), to be multiplied with a stack."""
     return values.view(-1, *(1 for _ in range(stack.ndim - 1)))

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 from typing import Any, Literal, overload
 
 import torch
@@ -28,9 +27,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pliant.ball import NormBall
-from pliant.linalg import accumulation_dtype, divide_or_zero, readable
+from pliant.linalg import accumulation_dtype, common_dtype, divide_or_zero, readable
 from pliant.norms import Spectral
-from pliant.oracles import Vertex, keeps_directions, leading_vertices, unit_vertices, well_scaled
+from pliant.oracles import Vertex, along, keeps_directions, leading_vertices, unit_vertices, well_scaled
 
 Rescale = Literal["gradient", "fast-gradient", "diameter"] | None
 FAR_OUTSIDE = 2.0  # a first step that shrinks a parameter by more than this factor warns
@@ -274,7 +273,7 @@ class SFW(Optimizer):
 
     def _memory(self, like: list[Tensor]) -> list[Tensor]:
         """Return tensors like these in memory that is kept from step to step: asking for new pages costs more."""
-        dtype = reduce(torch.promote_types, [accumulation_dtype(x) for x in like])
+        dtype = common_dtype(like)
         key = (dtype, *((x.shape, x.stride()) for x in like))
         if key not in self._kept_views:
             sizes = [x.numel() for x in like]
@@ -307,9 +306,9 @@ class SFW(Optimizer):
         """Scale parameters that take their first step into their balls; warn once about those far outside."""
         names, shrinkages = [], []
         for group in self.param_groups:
-            ball = _as_ball(group["ball"])
-            if ball is None:
+            if group["ball"] is None or all(p in self.state for p in group["params"]):
                 continue
+            ball = NormBall.from_spec(group["ball"])
             for members in self._sets_with_gradient(group):
                 if any(p not in self.state for p in members):
                     names.append(_name(members[0], group))
@@ -437,7 +436,7 @@ def sfw_update(
             reference = torch.ones_like(lengths)
     eta = (lengths * lr / reference).clamp(0, 1)
     for w, d in zip(weights, differences, strict=True):
-        eta_of_each = eta.to(d.dtype).view(-1, *(1 for _ in range(d.ndim - 1)))
+        eta_of_each = along(eta.to(d.dtype), d)
         if w.dtype == d.dtype:
             w.addcmul_(d, eta_of_each, value=-1)
         else:
