@@ -6,12 +6,8 @@ their channels. Its groups are turned into our own plain data here, or into a re
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +27,8 @@ from pliant.layers import (
     line,
     map_tensors,
     obstacle,
+    quiet,
+    tensors_along,
     tensors_of,
     tied_parameters,
     weighted_layers,
@@ -115,7 +113,7 @@ def _dependency_graph(model: nn.Module, inputs: Inputs) -> Any:
 
     handles = [m.register_forward_hook(_hide, with_kwargs=True) for m in model.modules() if _is_opaque(m)]
     try:
-        with _quiet(), torch.enable_grad(), torch.random.fork_rng([]):
+        with quiet(), torch.enable_grad(), torch.random.fork_rng([]):
             return torch_pruning.DependencyGraph().build_dependency(model, inputs, outputs, verbose=False)
     finally:
         for handle in handles:
@@ -146,17 +144,6 @@ def _hide(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
     opaque: Any = _Opaque.apply
     sources = [x for x in tensors_of((args, kwargs)) if x.requires_grad]
     return map_tensors(lambda x: opaque(x.detach(), *sources), result)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield
 
 
 class _Place(NamedTuple):
@@ -258,9 +245,7 @@ class _Reader:
         length = axis_length(module, axis)
         if len({len(row) for row in rows.values()}) != 1 or not all(0 <= place < length for place in channels):
             return f"its channels do not map one to one to those of {name!r}"
-        held = {**module._parameters, **module._buffers}
-        prefix = f"{name}." if name else ""
-        tensors = tuple((prefix + t, dim) for t, dim in axes(module)[axis].tensors if held.get(t) is not None)
+        tensors = tensors_along(module, name, axis)
         indices = torch.tensor([sorted(rows[root]) for root in sorted(rows)])
         return Slot(name, axis, tensors, indices, self._norm(node) if axis == "outputs" else None)
 

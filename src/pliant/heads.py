@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pliant.attention import Projections, linear_width, projections
 from pliant.groups import ChannelGroup, Slot
-from pliant.layers import AxisName, axes, axis_length, obstacle, tied_parameters
+from pliant.layers import AxisName, axis_length, obstacle, tensors_along, tied_parameters
 
 _MOST = 3  # output projections to try; the right one has always been the first or second
 
@@ -146,7 +146,4 @@ def _runs(heads: int, length: int) -> Tensor:
 
 
 def _slot(model: nn.Module, name: str, axis: AxisName, indices: Tensor) -> Slot:
-    module = model.get_submodule(name)
-    held = {**module._parameters, **module._buffers}
-    tensors = tuple((_join(name, t), dim) for t, dim in axes(module)[axis].tensors if held.get(t) is not None)
-    return Slot(name, axis, tensors, indices)
+    return Slot(name, axis, tensors_along(model.get_submodule(name), name, axis), indices)

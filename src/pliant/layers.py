@@ -7,6 +7,9 @@ an example, since that is how layers are seen at work.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +95,13 @@ def _axis(module: nn.Module, attributes: tuple[str, ...], *tensors: tuple[str, i
 def axis_length(module: nn.Module, axis: AxisName) -> int:
     """Return the number of positions on one axis."""
     return axes(module)[axis].length
+
+
+def tensors_along(module: nn.Module, name: str, axis: AxisName) -> tuple[tuple[str, int], ...]:
+    """Return (state_dict name, dim) of the tensors that lie along an axis, ``name`` being that of the module."""
+    held = {**module._parameters, **module._buffers}
+    prefix = f"{name}." if name else ""
+    return tuple((prefix + tensor, dim) for tensor, dim in axes(module)[axis].tensors if held.get(tensor) is not None)
 
 
 def complement(module: nn.Module, axis: AxisName, positions: Tensor) -> Tensor:
@@ -238,6 +248,17 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
     with torch.no_grad(), torch.random.fork_rng(devices):
         return call(model, inputs)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings and printed text of a library to itself, where only its result matters."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        yield
 
 
 def line(error: BaseException) -> str:

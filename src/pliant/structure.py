@@ -83,6 +83,15 @@ def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
     return Structure(tuple(accepted), tuple(refused))
 
 
+def positions(groups: Sequence[ChannelGroup], channels: Sequence[Tensor]) -> dict[tuple[str, AxisName], Tensor]:
+    """Return the positions on each axis of each layer that belong to the given channels (int64) of each group."""
+    parts: dict[tuple[str, AxisName], list[Tensor]] = {}
+    for group, some in zip(groups, channels, strict=True):
+        for slot in group.slots:
+            parts.setdefault((slot.module, slot.axis), []).append(slot.indices[some].flatten())
+    return {place: torch.cat(found) for place, found in parts.items()}
+
+
 def _places(group: ChannelGroup) -> set[tuple[str, AxisName]]:
     return {(slot.module, slot.axis) for slot in group.slots}
 
@@ -186,24 +195,20 @@ def _randomise(model: nn.Module) -> None:
 def _fault(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Inputs) -> str | None:
     """Remove half of the channels of ``groups`` from a copy; None if that equals the masked twin."""
     generator = torch.Generator().manual_seed(2)
-    gone: dict[tuple[str, AxisName], list[Tensor]] = {}
-    for group in groups:
-        half = torch.randperm(group.channels, generator=generator)[: group.channels // 2]
-        for slot in group.slots:
-            gone.setdefault((slot.module, slot.axis), []).append(slot.indices[half].flatten())
-    removed = {place: torch.cat(parts) for place, parts in gone.items()}
+    halves = [torch.randperm(group.channels, generator=generator)[: group.channels // 2] for group in groups]
+    removed = positions(groups, halves)
     twin = copy.deepcopy(model)
-    for (name, axis), positions in removed.items():
+    for (name, axis), gone in removed.items():
         if axis == "inputs":
-            zero_channels(twin.get_submodule(name), axis, positions)
+            zero_channels(twin.get_submodule(name), axis, gone)
     try:
         expected = run(twin, inputs)
     except Exception as error:  # whatever a user's forward may raise
         return f"cannot be verified, the network does not run in float64: {line(error)}"
     try:
-        for (name, axis), positions in removed.items():
+        for (name, axis), gone in removed.items():
             module = twin.get_submodule(name)
-            keep_channels(module, axis, complement(module, axis, positions))
+            keep_channels(module, axis, complement(module, axis, gone))
         got = run(twin, inputs)
     except Exception as error:  # see above
         return f"the network cannot run without some of its channels: {line(error)}"

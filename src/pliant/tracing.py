@@ -15,7 +15,6 @@ import inspect
 import io
 import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from pliant.errors import BadInput
 from pliant.files import write_bytes
-from pliant.layers import Example, Inputs, as_inputs, call, line, run, tensors_of
+from pliant.layers import Example, Inputs, as_inputs, call, line, map_tensors, quiet, run, tensors_of
 
 BATCH = "batch"
 OPSET = 20  # what the exporter itself takes by default; ONNX Runtime has run it since 1.17 (2024)
@@ -61,7 +60,7 @@ class Portable:
 
     def __init__(self, model: nn.Module, example_inputs: Example) -> None:
         self.model = _portable_copy(model)
-        self._given: Inputs = pytree.tree_map_only(Tensor, _plain, as_inputs(example_inputs))
+        self._given = map_tensors(_plain, as_inputs(example_inputs))
         first = tensors_of(self._given)[0]
         if not first.ndim or not len(first):
             raise BadInput(f"the first input must have a batch dimension, got shape {tuple(first.shape)}")
@@ -97,8 +96,7 @@ class Portable:
         def resized(x: Tensor) -> Tensor:
             return x[torch.arange(batch) % len(x)] if self._batched(x) else x.clone()
 
-        arguments: Inputs = pytree.tree_map_only(Tensor, resized, self._given)
-        return arguments
+        return map_tensors(resized, self._given)
 
     def outputs(self, batch: int) -> list[Tensor]:
         """Return the tensors that the copied model gives for :meth:`arguments`."""
@@ -315,13 +313,7 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-        ):
+        with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
         logging.disable(disabled)

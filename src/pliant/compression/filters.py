@@ -38,7 +38,7 @@ from pliant.layers import (
     weighted_layers,
     zero_channels,
 )
-from pliant.structure import ChannelGroup, Slot, Structure, coupled_channels
+from pliant.structure import ChannelGroup, Structure, coupled_channels, positions
 
 IMPORTANCES = ("l2", "l1", "bn")
 MODES = ("remove", "mask")
@@ -114,11 +114,8 @@ class FilterPruning(Compressor[Channels]):
     ) -> tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]:
         """Return the groups that this compressor removes from, and (layer, reason) for each other layer."""
         groups = tuple(group for group in structure.groups if group.kind != "heads")
-        removable = {slot.module for group in groups for slot in group.producers}
-        reasons = dict(structure.refused)
-        heads = "makes attention heads, which HeadPruning removes"
-        names = (name for name, _ in weighted_layers(model) if name not in removable)
-        return groups, tuple((name, reasons.get(name, heads)) for name in names)
+        layers = [name for name, _ in weighted_layers(model)]
+        return groups, refusals(structure, groups, layers, "makes attention heads, which HeadPruning removes")
 
     def _plan(self, model: nn.Module, analysis: Channels) -> Plan:
         groups = analysis.groups
@@ -139,7 +136,7 @@ class FilterPruning(Compressor[Channels]):
         compressible = sum(costs.compressible.values())
         n = nearest(kept, len(steps), dense - self.ratio * compressible)
         counts = Counter(steps[:n])
-        gone = _positions(groups, [order[: counts[g]] for g, order in enumerate(orders)])
+        gone = positions(groups, [order[: counts[g]] for g, order in enumerate(orders)])
         fewer = size.after({}) - size.after(counts)
         return self._make_plan(
             model,
@@ -158,6 +155,15 @@ class FilterPruning(Compressor[Channels]):
             else:
                 zero_channels(module, axis, complement(module, axis, keep))
         return model
+
+
+def refusals(
+    structure: Structure, groups: Sequence[ChannelGroup], layers: Iterable[str], otherwise: str
+) -> tuple[tuple[str, str], ...]:
+    """Return (layer, reason) for each of ``layers`` that makes no channels of ``groups``."""
+    removable = {slot.module for group in groups for slot in group.producers}
+    reasons = dict(structure.refused)
+    return tuple((name, reasons.get(name, otherwise)) for name in layers if name not in removable)
 
 
 def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
@@ -264,7 +270,7 @@ class _Size:
         # tensor → dim → group → number of positions per channel
         self.touched: dict[str, dict[int, dict[int, int]]] = {}
         for g, group in enumerate(groups):
-            for slot in (*group.producers, *group.consumers):
+            for slot in group.slots:
                 for name, dim in slot.tensors:
                     if name in parameters and (applied is None or applied.get(name)):
                         self.touched.setdefault(name, {}).setdefault(dim, {})[g] = slot.indices.shape[1]
@@ -286,15 +292,6 @@ class _Size:
 # --- between channels and layers --------------------------------------------------------------------------
 
 
-def _positions(groups: Sequence[ChannelGroup], channels: Sequence[Tensor]) -> dict[tuple[str, AxisName], Tensor]:
-    """Return what leaves each axis of each layer when each group loses the given channels."""
-    parts: dict[tuple[str, AxisName], list[Tensor]] = {}
-    for group, gone in zip(groups, channels, strict=True):
-        for slot in (*group.producers, *group.consumers):
-            parts.setdefault((slot.module, slot.axis), []).append(slot.indices[gone].flatten())
-    return {place: torch.cat(positions) for place, positions in parts.items()}
-
-
 def _layers(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
@@ -303,8 +300,7 @@ def _layers(
     real: bool,
 ) -> list[LayerPlan]:
     """Return one entry per layer that a group touches, in the model's order."""
-    slots: list[Slot] = [slot for group in groups for slot in (*group.producers, *group.consumers)]
-    touched = {slot.module for slot in slots}
+    touched = {slot.module for group in groups for slot in group.slots}
     layers = []
     for name, module in model.named_modules():
         if name not in touched:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pliant.compression.base import check_choice
-from pliant.compression.filters import FilterPruning
+from pliant.compression.filters import FilterPruning, refusals
 from pliant.heads import projection_layers
 from pliant.structure import ChannelGroup, Structure
 
@@ -40,10 +40,7 @@ class HeadPruning(FilterPruning):
         self, model: nn.Module, structure: Structure
     ) -> tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]:
         groups = tuple(group for group in structure.groups if group.kind == "heads")
-        removable = {slot.module for group in groups for slot in group.producers}
-        reasons = dict(structure.refused)
-        names = [name for name in projection_layers(model) if name not in removable]
-        refused = tuple((name, reasons.get(name, "has no heads that can leave")) for name in names)
+        refused = refusals(structure, groups, projection_layers(model), "has no heads that can leave")
         if not groups and not refused:
             refused = ((type(model).__name__, "has no attention module whose projections are known"),)
         return groups, refused
