@@ -10,14 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from pliant.budgets import one_budget
-from pliant.compression import SemiStructured
 from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
 from pliant.files import making_folder, write_text
-from pliant.methods import parse_pattern
-from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config
+from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config, write_plan
 from pliant.sweeping import describe
-from pliant.trials import Trial, check_names
+from pliant.trials import Trial, check_names, pattern_compressor
 
 
 def compress_run(
@@ -79,7 +77,7 @@ def compress_run(
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
     if compressor == "nm":
-        SemiStructured(*parse_pattern(pattern))  # for its BadInput, before anything is measured
+        pattern_compressor(pattern)  # for its BadInput, before anything is measured
     size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if compressor == "nm" else ""}
     source = Run.open(run)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
@@ -93,7 +91,7 @@ def compress_run(
     with making_folder(folder) as fresh:  # first, for a place that cannot be written to is soon noticed
         network, plan, record = trial.measure(**size) if budget is None else trial.fit(budget)
         save_weights(network, fresh / WEIGHTS)
-        write_text(fresh / PLAN, json.dumps(plan.to_dict(), indent=1) + "\n")
+        write_plan(fresh / PLAN, plan)
         write_config(fresh / CONFIG, source.config)
         shutil.copyfile(source.path / SHAPE, fresh / SHAPE)
         write_text(fresh / "record.json", json.dumps(record.to_dict(), indent=1) + "\n")

@@ -10,7 +10,6 @@ DIR/model.safetensors  the weights, and plan.json, if given: a constructor and t
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -23,10 +22,10 @@ from torch import nn
 
 from pliant.compression import Plan
 from pliant.errors import BadInput, unknown
-from pliant.files import making_folder, write_text
+from pliant.files import making_folder, sha256, write_text
 from pliant.layers import Example
 from pliant.measuring import parameters
-from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, load, read_shape, save_weights, versions
+from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, load, read_shape, save_weights, versions, write_plan
 from pliant.tracing import OPSET, PACKAGES, Portable, require_onnx
 
 FORMATS = ("safetensors", "pt2", "onnx")
@@ -71,7 +70,7 @@ def export(
     def write_weights(room: Path) -> None:
         save_weights(model, room / WEIGHTS)
         if plan is not None:
-            write_text(room / PLAN, json.dumps(plan.to_dict(), indent=1) + "\n")
+            write_plan(room / PLAN, plan)
 
     return _export(model, Path(folder), example_inputs, formats, overwrite, write_weights, type(model).__name__)
 
@@ -162,9 +161,7 @@ def _export(
 
 
 def _describe(path: Path, differences: dict[str, float]) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": digest}
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.name in differences:
         entry["max_difference"] = differences[path.name]
     if path.name == "model.onnx":

@@ -1,8 +1,9 @@
-"""Writing files so that nobody ever sees half of one. Standard library only."""
+"""Writing files so that nobody ever sees half of one, and telling them apart. Standard library only."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -73,6 +74,12 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file in one step."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

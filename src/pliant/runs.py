@@ -11,7 +11,6 @@ runs/NAME/config.yaml        the settings; `pliant train --config` takes it
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ import pliant
 from pliant.compression import Plan, skeleton
 from pliant.data import ImageData, load_data
 from pliant.errors import DamagedFile
-from pliant.files import write_bytes, write_text
+from pliant.files import sha256, write_bytes, write_text
 from pliant.measuring import state_tensors
 from pliant.models import build_model
 
@@ -92,8 +91,7 @@ class Run:
     @cached_property
     def weights_hash(self) -> str:
         """SHA-256 of the trained weights, hexadecimal."""
-        with self._weights().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self._weights())
 
     def build(self) -> nn.Module:
         """Return the network, newly initialised; the global random state is left as it is."""
@@ -161,6 +159,11 @@ def read_plan(path: Path) -> Plan:
         raise DamagedFile(f"{path} is damaged: {error}") from None
     except DamagedFile as error:
         raise DamagedFile(f"{path}: {error}") from None
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a compression plan for :func:`read_plan`, in one step."""
+    write_text(path, json.dumps(plan.to_dict(), indent=1) + "\n")
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

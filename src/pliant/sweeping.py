@@ -8,13 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from pliant.compression import SemiStructured
 from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
-from pliant.methods import parse_pattern
 from pliant.records import Record, append_record, check_appendable, read_records
 from pliant.runs import Run
-from pliant.trials import Trial, check_names
+from pliant.trials import Trial, check_names, pattern_compressor
 
 
 def sweep(
@@ -102,5 +100,5 @@ def describe(record: Record) -> str:
 def _patterns(patterns: str) -> list[tuple[float, str]]:
     """Return (ratio, pattern) pairs to measure: the dense network, then each pattern."""
     for pattern in patterns.split(","):
-        SemiStructured(*parse_pattern(pattern))  # for its BadInput, before anything is measured
+        pattern_compressor(pattern)  # for its BadInput, before anything is measured
     return [(0.0, ""), *((0.0, pattern) for pattern in dict.fromkeys(patterns.split(",")))]

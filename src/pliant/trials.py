@@ -198,8 +198,7 @@ class Trial:
 
     def _compressor(self, ratio: float, pattern: str = "") -> Compressor[Any]:
         if pattern:
-            n, m = parse_pattern(pattern)
-            return SemiStructured(n=n, m=m)
+            return pattern_compressor(pattern)
         if self.compressor == "nm":
             return Magnitude(ratio=0.0)  # the dense network of a sweep over patterns
         links = [self._link(name) for name in self.compressor.split("+")]
@@ -233,6 +232,11 @@ def check_names(compressor: str, allocation: str) -> None:
             f"int8 is the last link of a chain, for nothing compresses eight-bit weights; got {compressor!r}"
         )
     check_choice("allocation", allocation, ALLOCATIONS)
+
+
+def pattern_compressor(pattern: str) -> SemiStructured:
+    """Return the compressor of a pattern such as "2:4". Raises BadInput for one that keeps everything, or is none."""
+    return SemiStructured(*parse_pattern(pattern))
 
 
 def _layer_counts(plan: Plan) -> list[LayerCount]:

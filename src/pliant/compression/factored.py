@@ -51,18 +51,7 @@ def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "
         second = nn.Linear(rank, module.out_features, bias=has_bias, device="meta")
     elif scheme == "channel":
         convolution = next(c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c))
-        first = convolution(
-            module.in_channels,
-            groups * rank,
-            module.kernel_size,  # type: ignore[arg-type]
-            stride=module.stride,  # type: ignore[arg-type]
-            padding=module.padding,  # type: ignore[arg-type]
-            dilation=module.dilation,  # type: ignore[arg-type]
-            groups=groups,
-            bias=False,
-            padding_mode=module.padding_mode,
-            device="meta",
-        )
+        first = convolution_like(module, convolution, groups * rank, bias=False)
         second = convolution(groups * rank, module.out_channels, 1, groups=groups, bias=has_bias, device="meta")
     else:
         assert isinstance(module, nn.Conv2d)
@@ -75,6 +64,24 @@ def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "
     if module.bias is not None:
         second.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=module.bias.requires_grad)
     return nn.Sequential(OrderedDict(reduce=first, expand=second)).train(module.training)
+
+
+def convolution_like(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: type[nn.Module], filters: int, *, bias: bool
+) -> nn.Module:
+    """Return a convolution of class ``kind`` on the meta device that reads its inputs as ``module`` does."""
+    return kind(
+        module.in_channels,
+        filters,
+        module.kernel_size,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        bias=bias,
+        padding_mode=module.padding_mode,
+        device="meta",
+    )
 
 
 def _one_direction(module: nn.Conv2d, axis: int, inputs: int, outputs: int, *, bias: bool) -> nn.Conv2d:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pliant.compression.base import Compressor, parameter_shapes
-from pliant.compression.factored import Factorable
+from pliant.compression.factored import Factorable, convolution_like
 from pliant.compression.plan import Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.compression.weights import Weights, weight_plan
@@ -112,18 +112,7 @@ def quantised(module: nn.Module) -> nn.Module:
     else:
         kinds = {nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d, nn.Conv3d: Int8Conv3d}
         kind = next(ours for theirs, ours in kinds.items() if isinstance(module, theirs))
-        new = kind(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]
-            stride=module.stride,  # type: ignore[arg-type]
-            padding=module.padding,  # type: ignore[arg-type]
-            dilation=module.dilation,  # type: ignore[arg-type]
-            groups=module.groups,
-            bias=has_bias,
-            padding_mode=module.padding_mode,
-            device="meta",
-        )
+        new = convolution_like(module, kind, module.out_channels, bias=has_bias)
     new.weight = nn.Parameter(whole, requires_grad=False)
     new.register_buffer("scale", scale)
     if module.bias is not None:

@@ -6,7 +6,7 @@ The shapes stay; what shrinks is the number of non-zeros, for hardware and forma
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,36 @@ class Weights(Analysis):
     layers: tuple[str, ...]
 
 
+class _Zeroing(Compressor[Weights]):
+    """A compressor that sets entries of weights to zero, in all layers that it finds fit."""
+
+    def analyse(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        calibration: Iterable[Any] | None = None,
+    ) -> Weights:
+        """List the layers with a weight of their own that the compressor can act on."""
+        inputs = as_inputs(example_inputs)
+        count_calls(copy.deepcopy(model).eval(), inputs)  # for its BadInput: a wrong example should not pass here only
+        tied = tied_parameters(model)
+        layers: list[str] = []
+        refused: list[tuple[str, str]] = []
+        for name, module in named_layers(model):
+            reason = obstacle(module, tied) or self._unfit(module)
+            if reason is None:
+                layers.append(name)
+            else:
+                refused.append((name, reason))
+        return Weights(parameter_shapes(model), tuple(refused), tuple(layers))
+
+    def _unfit(self, module: nn.Module) -> str | None:
+        """Return why a layer cannot be acted on, or None."""
+        return None
+
+
 @dataclass(frozen=True)
-class Magnitude(Compressor[Weights]):
+class Magnitude(_Zeroing):
     """Zero the entries of smallest magnitude in the weights of linear and convolution layers.
 
     ``ratio``: share of these entries to zero, in [0, 1); exactly round(ratio·n) of n are, those of lower index
@@ -45,15 +73,6 @@ class Magnitude(Compressor[Weights]):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         check_choice("allocation", self.allocation, ALLOCATIONS)
-
-    def analyse(
-        self,
-        model: nn.Module,
-        example_inputs: Example,
-        calibration: Iterable[Any] | None = None,
-    ) -> Weights:
-        """List the layers with a weight of their own."""
-        return _analyse(model, example_inputs, lambda module: None)
 
     def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
         weights = [_weight(model, name) for name in analysis.layers]
@@ -78,7 +97,7 @@ class Magnitude(Compressor[Weights]):
 
 
 @dataclass(frozen=True)
-class SemiStructured(Compressor[Weights]):
+class SemiStructured(_Zeroing):
     """Keep the ``n`` largest magnitudes of every ``m`` consecutive input channels, the pattern of sparse kernels.
 
     Blocks run along dim 1 of the weight, for each filter and each kernel position; among equals the lower index
@@ -95,15 +114,6 @@ class SemiStructured(Compressor[Weights]):
         whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.n, self.m))
         if not whole or not 1 <= self.n < self.m:
             raise BadInput(f"n:m keeps n of every m weights: expected whole 1 <= n < m, got {self.n!r}:{self.m!r}")
-
-    def analyse(
-        self,
-        model: nn.Module,
-        example_inputs: Example,
-        calibration: Iterable[Any] | None = None,
-    ) -> Weights:
-        """List the layers that the pattern fits."""
-        return _analyse(model, example_inputs, self._unfit)
 
     def _unfit(self, module: nn.Module) -> str | None:
         if isinstance(module, _ConvTransposeNd):
@@ -141,21 +151,6 @@ def largest(x: Tensor, count: int) -> Tensor:
     above, equal = x > smallest, x == smallest
     room = count - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1) <= room))
-
-
-def _analyse(model: nn.Module, example_inputs: Example, unfit: Callable[[nn.Module], str | None]) -> Weights:
-    inputs = as_inputs(example_inputs)
-    count_calls(copy.deepcopy(model).eval(), inputs)  # for its BadInput: a wrong example should not pass here only
-    tied = tied_parameters(model)
-    layers: list[str] = []
-    refused: list[tuple[str, str]] = []
-    for name, module in named_layers(model):
-        reason = obstacle(module, tied) or unfit(module)
-        if reason is None:
-            layers.append(name)
-        else:
-            refused.append((name, reason))
-    return Weights(parameter_shapes(model), tuple(refused), tuple(layers))
 
 
 def weight_plan(
