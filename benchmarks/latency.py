@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from notes import processor, spread, table
 from torch import Tensor, nn
 
 import pliant
@@ -96,18 +95,11 @@ def latencies(rows: list[Latency], macs: dict[str, int]) -> str:
         if row.skipped or reference.skipped:
             lines.append([*line, f"skipped: {row.skipped or reference.skipped}", "", ""])
             continue
-        low, middle, high = row.speedup(of=reference)
+        speedup = row.speedup(of=reference)
         ideal = macs["dense"] / macs[row.model]
-        speedups = (
-            [f"{middle:.2f} ({low:.2f}–{high:.2f})", f"{middle / ideal:.2f}"] if row is not reference else ["", ""]
-        )
-        lines.append([*line, "{1:.2f} ({0:.2f}–{2:.2f})".format(*(1e3 * t for t in row.quartiles())), *speedups])
+        speedups = [spread(speedup), f"{speedup[1] / ideal:.2f}"] if row is not reference else ["", ""]
+        lines.append([*line, spread([1e3 * t for t in row.quartiles()]), *speedups])
     return table(["backend", "threads", "network", "ms", "speed-up", "of ideal"], lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    low, middle, high = values
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
 def planning(rounds: int) -> str:
@@ -130,21 +122,6 @@ def planning(rounds: int) -> str:
         "Analysis, plan, removal and verification. A share of 75 % of the parameters is half of the channels.\n\n"
         + table(["compressor", "parameters left", "seconds, median (range)"], lines)
     )
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{len(names)} × {names[0]}" if names else platform.processor()
 
 
 def main() -> None:

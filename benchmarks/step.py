@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import math
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from notes import processor, spread, table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import Timer
@@ -60,13 +60,7 @@ def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[st
 
 def ratio(times: list[float], reference: list[float]) -> str:
     ratios = [a / b for a, b in zip(times, reference, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return spread(statistics.quantiles(ratios, n=4))
 
 
 def milliseconds(times: list[float]) -> str:
@@ -319,16 +313,6 @@ def main() -> None:
             text += "\n" + run()
             print(text.rpartition("\n## ")[2], flush=True)
     (arguments.out / f"{name}{'-' + arguments.only if arguments.only else ''}.md").write_text(text, encoding="utf-8")
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{len(names)} × {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":
