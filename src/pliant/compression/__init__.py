@@ -5,8 +5,10 @@ A compressor makes a :class:`Plan` (plain data, no side effect) and applies it t
     small = compress(model, LowRank(ratio=0.7), example_inputs)
 
 ``filters`` removes coupled channels, ``heads`` attention heads, ``rank`` factorises layers, ``weights`` zeroes
-single entries; ``allocation`` shares a budget out among the layers; ``factored`` builds the thin layers;
-``batchnorm`` measures the statistics of the result.
+single entries, ``quantised`` stores weights in eight bits, ``chain`` does several of these in a row. ``allocation``
+shares a budget out among the layers, ``costs`` counts what a layer does, ``whitening`` looks at its outputs on data;
+``factored`` builds the thin layers, ``rewiring`` puts them in place; ``batchnorm`` measures the statistics of the
+result.
 """
 
 from __future__ import annotations
