@@ -36,7 +36,7 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb("training", "train", "train one network, with SGD or with SFW", prints_path=True),
+    "train": Verb("training", "train", "train one network, with SGD, SFW or one of their rivals", prints_path=True),
     "sweep": Verb("sweeping", "sweep", "compress trained networks at many ratios and measure", "runs", True, True),
     "report": Verb("reporting", "report", "turn records into a table and an HTML page", "records", True),
     "compress": Verb("compressing", "compress_run", "compress a trained network to one size", "run"),
