@@ -42,6 +42,22 @@ class LayerCount(TypedDict):
     params_dense: int
 
 
+class Cost(TypedDict):
+    """What the training cost, beside SGD on the same machine: its run took ``seconds``.
+
+    A step took ``step_s`` seconds (``step_s_sgd``: one of SGD, measured in turns) and the training held ``memory`` bytes
+    for weights, gradients, the optimizer's state and its step's own tensors (``memory_sgd``). ``equal`` tells what the
+    run was granted as much of as SGD: ``"epochs"`` or ``"time"``.
+    """
+
+    equal: str
+    seconds: float
+    step_s: float
+    step_s_sgd: float
+    memory: int
+    memory_sgd: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One measurement of one compressed network; construction checks types and ranges.
@@ -105,6 +121,10 @@ class Record:
     nonzero_dense: int | None = None
     """None if it was not recorded."""
     latency_batch: int = 1
+    chance: float | None = None
+    """Accuracy of guessing; None if it was not recorded."""
+    cost: Cost | None = None
+    """What the training cost; None if it was not measured."""
     layers: list[LayerCount] = field(default_factory=list)
     """What every compressed layer kept."""
     refused: list[list[str]] = field(default_factory=list)
@@ -125,7 +145,7 @@ class Record:
             _check_text(name, getattr(self, name), may_be_empty=True)
         for name in ("ratio", "top1", "top1_raw", "top1_dense", "val_top1"):
             self._set(name, _fraction(name, getattr(self, name)))
-        for name in ("ratio_removed", "val_top1_raw"):
+        for name in ("ratio_removed", "val_top1_raw", "chance"):
             if getattr(self, name) is not None:
                 self._set(name, _fraction(name, getattr(self, name)))
         for name in ("seed", "params", "nonzero", "macs", "bytes"):
@@ -139,6 +159,9 @@ class Record:
             raise BadInput(f"nonzero must be at most params={self.params}, got {self.nonzero}")
         for name in ("latency_s", "latency_dense_s"):
             self._set(name, _seconds(name, getattr(self, name)))
+        if self.cost is not None:
+            self._set("cost", _plain("cost", self.cost, dict))
+            _check_cost(self.cost)
         for name in ("versions", "config", "extra"):
             self._set(name, _plain(name, getattr(self, name), dict))
         for name in ("layers", "refused"):
@@ -352,6 +375,17 @@ def _plain(name: str, value: object, kind: type) -> Any:
     if not isinstance(copy, kind):
         raise BadInput(f"{name} must be a {kind.__name__}, got {value!r}")
     return copy
+
+
+def _check_cost(cost: object) -> None:
+    if not isinstance(cost, dict) or Cost.__required_keys__ - cost.keys():
+        raise BadInput(f"cost must be a dict with {', '.join(Cost.__annotations__)}, got {cost!r}")
+    if cost["equal"] not in ("epochs", "time"):
+        raise BadInput(f"cost.equal must be 'epochs' or 'time', got {cost['equal']!r}")
+    for entry in ("seconds", "step_s", "step_s_sgd"):
+        _seconds(f"cost.{entry}", cost[entry])
+    for entry in ("memory", "memory_sgd"):
+        _check_count(f"cost.{entry}", cost[entry], least=1)
 
 
 def _check_layer(name: str, layer: object) -> None:

@@ -164,6 +164,7 @@ class Trial:
             latency_s=latency,
             latency_dense_s=latency_dense,
             latency_batch=LATENCY_BATCH,
+            chance=1 / self.run.data.num_classes,
             layers=_layer_counts(plan),
             refused=[list(pair) for pair in plan.refused],
             weights=self.run.weights_hash,

@@ -1,0 +1,48 @@
+"""The area under a curve of accuracy against the removed share: one number for "good at every size".
+
+    area = 1/0.9 · ∫ accuracy ds from 0 to 0.9, by the trapezoid rule on s = 0, 0.1, …, 0.9
+
+where s is the share of *all* parameters (or MACs, or non-zeros) that is gone. Between two measured sizes the accuracy is
+interpolated; beyond the smallest measured size a method reaches nothing, and nothing counts as guessing. Plain
+numbers, no other import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+from pliant.errors import BadInput
+
+GRID = tuple(step / 10 for step in range(10))
+SLACK = 5e-3
+"""A size missed by this share counts as reached: whole channels and ranks cannot be cut to any share."""
+
+
+def area(points: Iterable[tuple[float, float]], chance: float) -> float:
+    """Return the area under a curve.
+
+    Args:
+        points: pairs (removed share, accuracy); the first is the dense network, removed share 0.
+        chance: accuracy of guessing.
+
+    Raises:
+        BadInput: there is no dense network among the points.
+    """
+    best: dict[float, float] = {}
+    for share, accuracy in points:
+        best[share] = max(accuracy, best.get(share, accuracy))
+    if 0 not in best:
+        raise BadInput("the area under a curve needs the dense network, a point with removed share 0")
+    heights = [accuracy_at(best.items(), share, chance) for share in GRID]
+    return sum((a + b) / 2 for a, b in pairwise(heights)) / (len(GRID) - 1)
+
+
+def accuracy_at(points: Iterable[tuple[float, float]], share: float, chance: float) -> float:
+    """Return the accuracy at a removed share, interpolated between the measured ones; chance beyond the last."""
+    known = sorted(points)
+    for (left, low), (right, high) in pairwise(known):
+        if left <= share <= right:
+            return low if right == left else low + (high - low) * (share - left) / (right - left)
+    last, accuracy = known[-1]
+    return accuracy if 0 <= share - last <= SLACK else chance
