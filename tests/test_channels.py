@@ -176,6 +176,28 @@ def test_too_many_channels_are_named() -> None:
         constrain(model, [("*.weight", filters(9))], None, coupled=coupled_channels(model, images).groups)
 
 
+class Concatenated(nn.Module):
+    """Two layers whose channels lie side by side in a depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, groups=12)
+        self.head = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.depthwise(torch.cat([self.a(x), self.b(x)], 1)).relu())
+
+
+def test_channels_that_are_only_some_rows_of_a_tensor_are_refused_by_name() -> None:
+    model = Concatenated()
+    groups = coupled_channels(model, torch.randn(2, 3, 5, 5)).groups
+    assert [group.name for group in groups] == ["a", "b"]
+    for group in groups:  # the first has rows from the start, 4 of them, and 4 divides 12
+        with pytest.raises(BadInput, match=rf"the channels of {group.name} are not all rows of depthwise.weight"):
+            constrain(model, [("*.weight", filters(1))], None, coupled=[group])
+
+
 def test_heads_and_gated_neurons_of_a_language_model() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}

@@ -70,8 +70,11 @@ class NormBall:
 
     def shrinkage(self, x: Tensors) -> Tensor:
         """Return the factor >= 1 that :meth:`scale_inside` divides by, exactly 1 inside; a scalar tensor."""
-        length = self.norm(x)
-        outside = length > self.radius * (1 + 4 * _eps(x))
+        return self.shrinkage_of(self.norm(x), x)
+
+    def shrinkage_of(self, length: Tensor, like: Tensors) -> Tensor:
+        """Return :meth:`shrinkage` for tensors of this norm; ``like``: of their dtypes."""
+        outside = length > self.radius * (1 + 4 * _eps(like))
         return torch.where(outside, length / self.radius, torch.ones_like(length))
 
     def project(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pliant.ball import NormBall
 from pliant.errors import BadInput
-from pliant.linalg import l2_norm
+from pliant.linalg import is_sharded, l2_norm
 from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 from pliant.sfw import SFW
 
@@ -74,7 +74,7 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
 
     Args:
         k: filters per vertex; an int is a count, a float in (0, 1] a fraction of the layer's filters.
-        radius: relative to the initialisation, see :class:`Preset`.
+        radius: relative to the initialisation, see :class:`~pliant.constraints.Preset`.
         vertices: "support" scales the filters of a vertex along the gradient (k-support norm), "sparse" gives each
             the same length (k-sparse norm).
     """
@@ -179,6 +179,9 @@ def constrain(
     structured preset only matches weights it can hold, so ``"*.weight"`` does not catch those of a BatchNorm. A tied
     parameter matches under any of its names.
 
+    With FSDP2, call it after ``fully_shard``, which puts new parameters in the place of the old ones; balls and radii
+    are the same before and after.
+
     Neither weights nor buffers nor the random state are touched. Radii are measured on draws of each layer's own
     initialiser; a layer without one, and every layer if ``pretrained``, is measured by the norm at hand.
 
@@ -276,7 +279,7 @@ def _coupled_group(
     except BadInput as error:
         raise BadInput(f"the channels of {channels.name}: {error}") from None
     dims = {dim for _, p, dim, _ in members if p.ndim > 1} or {0}
-    parts = {_parts(name, positions) for name, _, _, positions in members}
+    parts = {_parts(channels.name, name, p.shape[dim], positions) for name, p, dim, positions in members}
     if len(dims) > 1 or len(parts) > 1:
         raise BadInput(
             f"the tensors that share the channels of {channels.name} lay them out differently: leave this group out of "
@@ -291,14 +294,17 @@ def _coupled_group(
     return {"params": parameters, "param_names": names, "ball": ball, "weight_decay": 0.0, "joint": True}
 
 
-def _parts(name: str, positions: Tensor) -> int:
+def _parts(group: str, name: str, rows: int, positions: Tensor) -> int:
     """Return in how many equal parts of the rows each channel has an equal run; BadInput where it is not so."""
     count, width = positions.shape
-    for parts in range(1, width + 1):
+    for parts in range(1, width + 1 if count * width == rows else 1):
         runs = torch.arange(count * width).reshape(parts, count, -1) if width % parts == 0 else None
         if runs is not None and torch.equal(runs.transpose(0, 1).flatten(1), positions):
             return parts
-    raise BadInput(f"the channels of {name} are not runs of rows: leave this group out of coupled")
+    raise BadInput(
+        f"the channels of {group} are not all rows of {name} in order: leave the group of {group} out of coupled, "
+        "so that its layers get balls of their own"
+    )
 
 
 def _choose(model: nn.Module, rules: Sequence[Rule], names: list[str], parameter: Tensor) -> tuple[int, str] | None:
@@ -382,7 +388,8 @@ def initial_norm(owner: nn.Module, name: str, parameter: Tensor, pretrained: boo
     if not norms:
         if parameter.is_meta:
             raise BadInput(f"{name} is on the meta device and its layer cannot draw it: its radius cannot be measured")
-        norms = [l2_norm([parameter.detach().double()]).item()]
+        whole = parameter.full_tensor() if is_sharded([parameter]) else parameter  # type: ignore[attr-defined]
+        norms = [l2_norm([whole.detach().double()]).item()]
     mean = sum(norms) / len(norms)
     if not math.isfinite(mean):
         raise BadInput(f"{name} has NaN or infinite entries: its radius cannot be measured")
@@ -396,7 +403,13 @@ def _drawn_norms(owner: nn.Module, leaf: str, draws: int) -> list[float]:
         return []
     # Tensors that are not leaves of autograd cannot be deep-copied; older weight_norm and pruning keep such ones.
     tensors = [t for module in owner.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-    copied = copy.deepcopy(owner, {id(t): t.detach().clone() for t in tensors})
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors}
+    if is_sharded(owner.parameters()):
+        from pliant import distributed
+
+        copied = distributed.whole_copy(owner, memo)
+    else:
+        copied = copy.deepcopy(owner, memo)
     if any(t.is_meta for t in [*copied.parameters(), *copied.buffers()]):
         copied.to_empty(device="cpu")
     copied.cpu()

@@ -15,11 +15,12 @@ class Display:
         title: name of the run.
         steps: steps of the whole training.
         done: steps done before.
+        quiet: show nothing, as all processes of a training but one.
     """
 
-    def __init__(self, title: str, steps: int, *, done: int = 0) -> None:
+    def __init__(self, title: str, steps: int, *, done: int = 0, quiet: bool = False) -> None:
         self.title = title
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),

@@ -8,7 +8,7 @@ CPU) may a function look at them to take a shorter way to the same result.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import numpy as np
@@ -110,6 +110,22 @@ def readable(x: Tensor) -> bool:
     """Return whether looking at the values of x costs nothing: a plain tensor on the CPU, outside of torch.compile."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not isinstance(x, FakeTensor)
     return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+# A DTensor is known by its method to_local, so that only what has one imports torch.distributed.
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Return whether one of the tensors is a DTensor, which lies on many processes."""
+    return any(type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "to_local") for x in tensors)
+
+
+def local_piece(x: Tensor) -> Tensor:
+    """Return this process's piece of a DTensor, in the same memory; any other tensor itself."""
+    if not is_sharded((x,)):
+        return x
+    piece: Tensor = x.to_local()  # type: ignore[attr-defined]
+    return piece
 
 
 # --- keeping the largest entries --------------------------------------------------------------------------------------
@@ -294,12 +310,16 @@ def leading_directions(
     return [u @ order[:, :, :k] for u in left], [z[:, :, :k] for z in right], right
 
 
-def _stirred(z: Tensor) -> Tensor:
-    """Add a little of a fixed vector: a start orthogonal to all rows of A would stay so for ever, AZ = 0."""
-    angles = torch.arange(z.shape[1], dtype=z.dtype, device=z.device)
-    size = vector_norm(z, dim=(1, 2), keepdim=True)
+def _stirred(z: Tensor, first: int = 0, rows: int | None = None, size: Tensor | None = None) -> Tensor:
+    """Add a little of a fixed vector: a start orthogonal to all rows of A would stay so for ever, AZ = 0.
+
+    Where z is only a part of the directions: from row ``first`` on, of so many ``rows``, with the L2 norm ``size``.
+    """
+    angles = torch.arange(first, first + z.shape[1], dtype=z.dtype, device=z.device)
+    size = vector_norm(z, dim=(1, 2), keepdim=True) if size is None else size
     size = torch.where(size == 0, torch.ones_like(size), size)
-    return z + (1e-5 / math.sqrt(z.shape[1] * z.shape[2])) * size * torch.cos(angles)[:, None]
+    count = (z.shape[1] if rows is None else rows) * z.shape[2]
+    return z + (1e-5 / math.sqrt(count)) * size * torch.cos(angles)[:, None]
 
 
 def _ordered(gram: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ class VectorNorm(Norm):
 
 @dataclass(frozen=True)
 class Lp(VectorNorm):
-    """The p-norm (Σ|x_i|^p)^(1/p), 1 <= p <= ∞; dual: the q-norm with 1/p + 1/q = 1.
+    """The p-norm (Σ abs(x_i)^p)^(1/p), 1 <= p <= ∞; dual: the q-norm with 1/p + 1/q = 1.
 
     The vertex is Hölder's equality case: one signed entry for p = 1, −g/‖g‖₂ for p = 2, −sign(g) for p = ∞.
     """
@@ -287,7 +287,7 @@ class _KNorm(VectorNorm):
 class KSparse(_KNorm):
     """max(‖x‖∞, ‖x‖₁/k): the unit ball is the convex hull of the vectors with k entries ±1.
 
-    The dual is the sum of the k largest |g_i|; the vertex has −sign(g_i) at exactly those k.
+    The dual is the sum of the k largest abs(g_i); the vertex has −sign(g_i) at exactly those k.
     """
 
     def _norm(self, a: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ class KSparse(_KNorm):
 class KSupport(_KNorm):
     """The k-support norm: the unit ball is the convex hull of the L2 unit vectors with k non-zeros.
 
-    The dual is the L2 norm of the k largest |g_i|; the vertex is −g/‖g‖₂ restricted to those k.
+    The dual is the L2 norm of the k largest abs(g_i); the vertex is −g/‖g‖₂ restricted to those k.
     (Argyriou, Foygel, Srebro 2012, Sparse prediction with the k-support norm.)
     """
 

@@ -19,17 +19,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pliant.ball import NormBall
-from pliant.linalg import accumulation_dtype, common_dtype, divide_or_zero, readable
+from pliant.linalg import (
+    accumulation_dtype,
+    common_dtype,
+    divide_or_zero,
+    is_sharded,
+    local_piece,
+    readable,
+)
 from pliant.norms import Spectral
 from pliant.oracles import Vertex, along, keeps_directions, leading_vertices, unit_vertices, well_scaled
+
+if TYPE_CHECKING:
+    from pliant.distributed import Shards
 
 Rescale = Literal["gradient", "fast-gradient", "diameter"] | None
 FAR_OUTSIDE = 2.0  # a first step that shrinks a parameter by more than this factor warns
@@ -58,6 +69,9 @@ class SFW(Optimizer):
     The state of a parameter is its ``momentum_buffer`` and, under a large ``Spectral`` ball, its ``basis`` of about 1.5
     times k columns. On a CPU the optimizer also keeps memory for one vertex, as large as the largest
     tensor with a ball.
+
+    Parameters may be DTensors, cut by ``fully_shard`` (FSDP2) or by hand: every process then calls ``step`` and
+    ``gap``, and all take the steps of one process with the whole tensors. See docs/distributed.md.
 
     Large entries of bf16 or fp16 *weights* freeze when η is below their resolution; such weights are scaled inside
     after every step, which costs a norm. Better keep float32 weights and use autocast.
@@ -140,7 +154,12 @@ class SFW(Optimizer):
                 group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state made by ``state_dict``; singular directions keep their own precision."""
+        """Load a state made by ``state_dict``; singular directions keep their own precision.
+
+        Raises ValueError, before anything changes, for a state of other tensors, of another kind of ball, or of another
+        number of processes.
+        """
+        self._check_state(state_dict)
         super().load_state_dict(state_dict)
         # torch casts every floating-point state to its parameter's dtype and device.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -154,6 +173,19 @@ class SFW(Optimizer):
         for group in self.param_groups:
             _check_ball_fits(_as_ball(group["ball"]), group["params"], joint=group["joint"])
 
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            kinds = [_kind(_as_ball(g.get("ball"))) for g in (group, saved)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"the state is one of {kinds[1]}, but the group of {_name(group['params'][0], group)} has "
+                    f"{kinds[0]}: make the optimizer with the balls that it was saved with"
+                )
+            for index, p in zip(saved["params"], group["params"], strict=False):
+                buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
+                if buffer is not None:
+                    _check_buffer(buffer, p, _name(p, group))
+
     @torch.no_grad()
     def set_ball(self, group: dict[str, Any], ball: NormBall) -> None:
         """Give a group of this optimizer another ball: its weights are scaled inside, its momentum is kept."""
@@ -163,7 +195,7 @@ class SFW(Optimizer):
         started = [p for p in group["params"] if p in self.state]
         for members in [started] if group["joint"] else [[p] for p in started]:
             if members:
-                _scale_inside(members, ball)
+                _scale_inside(members, ball, group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -205,7 +237,11 @@ class SFW(Optimizer):
             started = [p for p in group["params"] if p in self.state]
             for members in [started] if group["joint"] and started else [[p] for p in started]:
                 directions = [self._direction(p, group) for p in members]
-                total = total.to(members[0].device) + factor * ball.gap(members, directions)
+                if is_sharded(members):
+                    gap = _shards(members, group).gap(ball, [local_piece(p) for p in members], directions)
+                else:
+                    gap = ball.gap(members, directions)
+                total = total.to(members[0].device) + factor * gap
         return total
 
     # --- the two kinds of step ---
@@ -216,6 +252,7 @@ class SFW(Optimizer):
             if not some:
                 return
             directions = self._accumulate(some, group, weight_decay=group["weight_decay"])
+            some = [local_piece(p) for p in some]
             if isinstance(lr, Tensor):
                 torch._foreach_sub_(some, [m * lr.to(m.device, m.dtype) for m in directions])
             else:
@@ -224,6 +261,9 @@ class SFW(Optimizer):
     def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: dict[str, Any]) -> None:
         """Move tensors with a ball each, all of one shape, or the tensors of one joint ball."""
         directions = [_stack(ds) for ds in zip(*(self._accumulate(members, group) for members in sets), strict=True)]
+        if is_sharded(sets[0]):
+            self._sharded_step(sets[0], directions, ball, group)
+            return
         memory = self._memory(directions) if len(sets) == 1 and readable(directions[0]) else None
         if isinstance(ball.norm, Spectral) and keeps_directions(ball.norm, [p.shape for p in sets[0]]):
             lengths, directions, _ = well_scaled(directions)
@@ -238,7 +278,32 @@ class SFW(Optimizer):
             torch._foreach_copy_([p for (p,) in sets], list(weights[0].unbind(0)))
         for members in sets:
             if any(p.dtype != accumulation_dtype(p) for p in members):
-                _scale_inside(members, ball)  # a small η leaves large entries as they are, but adds to small ones
+                # A small η leaves large entries as they are, but adds to small ones.
+                _scale_inside(members, ball, group)
+
+    def _sharded_step(
+        self, members: list[Tensor], directions: list[Tensor], ball: NormBall, group: dict[str, Any]
+    ) -> None:
+        """Move the tensors of one ball, of which this process has a piece each."""
+        shards = _shards(members, group)
+        if isinstance(ball.norm, Spectral) and keeps_directions(ball.norm, [p.shape for p in members]):
+            lengths, directions = shards.well_scaled(directions)
+            vertices = self._leading_vertices([members], ball.norm, directions, None, group, shards)
+        else:
+            lengths, vertices = shards.unit_vertices(ball.norm, [d[0] for d in directions])
+        sfw_update(
+            [local_piece(p)[None] for p in members],
+            lengths,
+            vertices,
+            None,
+            radius=ball.radius,
+            diameter=ball.diameter([p.shape for p in members]),
+            lr=group["lr"],
+            rescale=group["rescale"],
+            l2_norm=shards.length,
+        )
+        if any(p.dtype != accumulation_dtype(p) for p in members):
+            _scale_inside(members, ball, group)
 
     def _leading_vertices(
         self,
@@ -247,6 +312,7 @@ class SFW(Optimizer):
         directions: list[Tensor],
         memory: list[Tensor] | None,
         group: dict[str, Any],
+        shards: Shards | None = None,
     ) -> list[Vertex]:
         """Return vertices from the singular directions of the last step, and keep those for the next one.
 
@@ -255,20 +321,32 @@ class SFW(Optimizer):
         """
         states = [self.state[members[0]] for members in sets]
         iterations = group["power_iterations"] or states[0].get("iterations", 1)
-        basis = _stack([state["basis"] for state in states]) if "basis" in states[0] else None
+        find = leading_vertices if shards is None else shards.leading_vertices
+        if shards is not None:
+            basis = shards.joined_basis(norm, [self.state[p].get("basis") for p in sets[0]])
+        else:
+            basis = _stack([state["basis"] for state in states]) if "basis" in states[0] else None
         measured = "steps" in states[0] and states[0]["steps"] % MEASURE_EVERY == MEASURE_AT
-        vertices, basis, value = leading_vertices(norm, directions, basis, iterations, memory)
+        vertices, basis, value = find(norm, directions, basis, iterations, memory)
         if measured:
-            vertices, basis, better = leading_vertices(norm, directions, basis, MEASURE_BY, memory)
+            vertices, basis, better = find(norm, directions, basis, MEASURE_BY, memory)
             qualities = torch.where(better == 0, 1, value / better)
             for state, quality in zip(states, _to_host(qualities), strict=True):
                 if "quality" in state:
                     state["iterations"] = _adapted(state.get("iterations", 1), state["quality"].item())
                 state["quality"] = quality
-        for state, kept in zip(states, basis, strict=True):
-            state["basis"] = kept
-            if group["power_iterations"] is None and not group["capturable"]:
+        if shards is not None:
+            for p, part in zip(sets[0], shards.parted_basis(norm, basis), strict=True):
+                self.state[p]["basis"] = part
+        else:
+            for state, kept in zip(states, basis, strict=True):
+                state["basis"] = kept
+        if group["power_iterations"] is None and not group["capturable"]:
+            for state in states:
                 state["steps"] = state.get("steps", 0) + 1
+                # There from the first step on: a distributed checkpoint loads only what it finds in a state.
+                state.setdefault("iterations", 1)
+                state.setdefault("quality", torch.tensor((ENOUGH + PLENTY) / 2))
         return vertices
 
     def _memory(self, like: list[Tensor]) -> list[Tensor]:
@@ -295,7 +373,7 @@ class SFW(Optimizer):
         for index, members in enumerate(self._sets_with_gradient(group)):
             p = members[0]
             most = BATCHED_ON_CPU if p.device.type == "cpu" else BATCHED
-            alone = group["joint"] or group["foreach"] is False or p.numel() > most
+            alone = group["joint"] or group["foreach"] is False or p.numel() > most or is_sharded(members)
             state = self.state.get(p, {})
             pace = ("basis" in state, state.get("iterations"), state.get("steps"))
             key = index if alone else (p.shape, p.stride(), p.dtype, p.device, *pace)
@@ -312,7 +390,7 @@ class SFW(Optimizer):
             for members in self._sets_with_gradient(group):
                 if any(p not in self.state for p in members):
                     names.append(_name(members[0], group))
-                    shrinkages.append(_scale_inside(members, ball))
+                    shrinkages.append(_scale_inside(members, ball, group))
         if not shrinkages or shrinkages[0].is_meta or any(group["capturable"] for group in self.param_groups):
             return
         far = [
@@ -341,10 +419,11 @@ class SFW(Optimizer):
 
     def _accumulate(self, parameters: list[Tensor], group: dict[str, Any], weight_decay: float = 0.0) -> list[Tensor]:
         """Fold the gradients into the momenta of the parameters and return the directions of this step."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = [_gradient(p) for p in parameters]
         sign = -1 if group["maximize"] else 1
         if weight_decay:
-            gradients = list(torch._foreach_add(gradients, parameters, alpha=sign * weight_decay))
+            pieces = [local_piece(p) for p in parameters]
+            gradients = list(torch._foreach_add(gradients, pieces, alpha=sign * weight_decay))
         momentum, weight = group["momentum"], sign * (1 - group["dampening"])
         states = [self.state[p] for p in parameters]
         if not momentum:
@@ -352,44 +431,64 @@ class SFW(Optimizer):
                 state["momentum_buffer"] = None  # an entry all the same: it marks that p has been scaled inside
             return gradients if sign == 1 else list(torch._foreach_neg(gradients))
         old = [i for i, state in enumerate(states) if state.get("momentum_buffer") is not None]
-        buffers, new = [states[i]["momentum_buffer"] for i in old], [gradients[i] for i in old]
+        buffers, new = [local_piece(states[i]["momentum_buffer"]) for i in old], [gradients[i] for i in old]
         if len(old) == 1 and weight == 1 and buffers[0].dtype == new[0].dtype:
             torch.add(new[0], buffers[0], alpha=momentum, out=buffers[0])  # one pass over memory less
         elif old:
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, new, alpha=weight)
-        for gradient, state in zip(gradients, states, strict=True):
+        for p, gradient, state in zip(parameters, gradients, states, strict=True):
             if state.get("momentum_buffer") is None:
                 first = gradient.clone(memory_format=torch.preserve_format)
-                state["momentum_buffer"] = first if sign == 1 else first.neg_()
-        return [state["momentum_buffer"] for state in states]
+                state["momentum_buffer"] = _as_sharded(first if sign == 1 else first.neg_(), p)
+        return [local_piece(state["momentum_buffer"]) for state in states]
 
     def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the piece of the momentum that this process has; without momentum, of the gradient."""
         buffer: Tensor | None = self.state[p].get("momentum_buffer")
         if buffer is None:
-            return torch.full_like(p, math.nan) if p.grad is None else _signed_gradient(p, group)
-        return buffer
+            if p.grad is None:
+                return torch.full_like(local_piece(p), math.nan)
+            return -_gradient(p) if group["maximize"] else _gradient(p)
+        return local_piece(buffer)
 
     def _check_gradients(self) -> None:
         """Refuse a gradient that no step can be taken with, before anything has changed."""
-        checked: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+        checked: list[tuple[Tensor, dict[str, Any]]] = []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided or p.grad.is_complex():
+                if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
                     kind = f"{p.grad.layout} {p.grad.dtype}"
                     raise ValueError(f"SFW needs dense, real gradients, got {kind} in {_name(p, group)}")
                 if group["check_finite"]:
-                    checked.append((p.grad, p, group))
-        if not checked:
-            return
+                    checked.append((p, group))
         # One reduction per tensor, one transfer for all.
-        finite = torch.stack([torch.isfinite(gradient).all() for gradient, _, _ in checked]).tolist()
-        bad = [_name(p, group) for (_, p, group), ok in zip(checked, finite, strict=True) if not ok]
+        flags = [torch.isfinite(_gradient(p)).all() for p, _ in checked if p.grad is not None]
+        if is_sharded([p for p, _ in checked]):
+            finite = self._finite_everywhere(checked, flags)
+        elif flags:
+            finite = iter(torch.stack(flags).tolist())
+        else:
+            return
+        bad = [_name(p, group) for p, group in checked if p.grad is not None and not next(finite)]
         if bad:
-            shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-            raise FloatingPointError(f"NaN or infinite gradient in {shown}; the step was refused, nothing has changed")
+            raise FloatingPointError(
+                f"NaN or infinite gradient in {_listed(bad)}; the step was refused, nothing has changed"
+            )
+
+    def _finite_everywhere(self, checked: list[tuple[Tensor, dict[str, Any]]], flags: list[Tensor]) -> Iterator[bool]:
+        """Yield for each gradient whether its pieces are finite on all processes, which all refuse together."""
+        from pliant import distributed
+
+        present = [p.grad is not None for p, _ in checked]
+        finite, differing = distributed.agreed(flags, present, [p for p, _ in checked])
+        if any(differing):
+            names = [_name(p, group) for (p, group), differs in zip(checked, differing, strict=True) if differs]
+            raise RuntimeError(
+                f"{_listed(names)} has a gradient on some processes only; the step was refused, nothing has changed: "
+                "let every process use the same layers, or none"
+            )
+        return iter(compress(finite, present))
 
 
 def sfw_update(
@@ -402,6 +501,7 @@ def sfw_update(
     diameter: float,
     lr: float | Tensor,
     rescale: Rescale,
+    l2_norm: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> None:
     """Move weights towards the vertices of their balls in place: θ ← (1 − η)·θ + η·v.
 
@@ -417,6 +517,7 @@ def sfw_update(
         diameter: L2 diameter of the balls.
         lr: step size before rescaling.
         rescale: as in :class:`SFW`.
+        l2_norm: of all J tensors together, for each ball; where they are pieces, that of the whole.
     """
     differences = []
     for index, (w, vertex) in enumerate(zip(weights, vertices, strict=True)):
@@ -427,7 +528,7 @@ def sfw_update(
         lengths = divide_or_zero(lengths, lengths)  # 1, or 0 for a zero direction, or NaN for NaN
     match rescale:
         case "gradient":
-            reference = well_scaled(differences)[0].clamp_min(tiny)
+            reference = (well_scaled(differences)[0] if l2_norm is None else l2_norm(differences)).clamp_min(tiny)
         case "fast-gradient":
             reference = torch.full_like(lengths, diameter / 2)
         case "diameter":
@@ -463,17 +564,43 @@ def _adapted(iterations: int, quality: float) -> int:
     return max(iterations - 1, 1) if quality > PLENTY else iterations
 
 
-def _signed_gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
-    if p.grad is None:
-        return torch.zeros_like(p)
-    return -p.grad if group["maximize"] else p.grad
-
-
-def _scale_inside(members: list[Tensor], ball: NormBall) -> Tensor:
-    shrinkage = ball.shrinkage(members)
+def _scale_inside(members: list[Tensor], ball: NormBall, group: dict[str, Any]) -> Tensor:
+    if is_sharded(members):
+        shrinkage = _shards(members, group).shrinkage(ball, [local_piece(p) for p in members])
+    else:
+        shrinkage = ball.shrinkage(members)
     for p in members:
-        p.div_(shrinkage.to(p.dtype))
+        local_piece(p).div_(shrinkage.to(p.dtype))
     return shrinkage
+
+
+# --- tensors in pieces on many processes ------------------------------------------------------------------------------
+
+
+def _gradient(p: Tensor) -> Tensor:
+    """Return the gradient of p, 0 where there is none; of a DTensor, this process's piece."""
+    if p.grad is None:
+        return torch.zeros_like(local_piece(p))
+    if not is_sharded([p]):
+        return p.grad
+    from pliant import distributed
+
+    return distributed.gradient_piece(p)
+
+
+def _as_sharded(piece: Tensor, p: Tensor) -> Tensor:
+    """Return the DTensor that lies on processes as p does, or the tensor itself where p is whole."""
+    if not is_sharded([p]):
+        return piece
+    from pliant import distributed
+
+    return distributed.wrap(piece, p)
+
+
+def _shards(members: list[Tensor], group: dict[str, Any]) -> Shards:
+    from pliant import distributed
+
+    return distributed.Shards(members, [_name(p, group) for p in members])
 
 
 def _as_ball(ball: NormBall | dict[str, Any] | None) -> NormBall | None:
@@ -487,6 +614,37 @@ def _name(parameter: Tensor, group: dict[str, Any]) -> str:
         if p is parameter:
             return str(name)
     return f"an unnamed parameter of shape {tuple(parameter.shape)}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _kind(ball: NormBall | None) -> str:
+    """Return what a schedule of k does not change: the norms, without k and radius."""
+    if ball is None:
+        return "no ball"
+    lift, inner = type(ball.norm).__name__, getattr(ball.norm, "inner", None)
+    return f"a {lift} ball" if inner is None else f"a {lift}({type(inner).__name__}) ball"
+
+
+def _check_buffer(buffer: Tensor, p: Tensor, name: str) -> None:
+    kept, kinds = (is_sharded([buffer]), is_sharded([p])), "torch.distributed.checkpoint.state_dict"
+    if kept == (True, False):
+        raise ValueError(
+            f"the state of {name} lies on many processes, the parameter does not: save it with {kinds}."
+            "get_optimizer_state_dict and the option full_state_dict=True"
+        )
+    if buffer.shape != p.shape:
+        hint = f", as a state of another number of processes is: save and load with {kinds}" if any(kept) else ""
+        raise ValueError(f"the state of {name} has shape {tuple(buffer.shape)}, not {tuple(p.shape)}{hint}")
+    if kept == (False, True):
+        raise ValueError(
+            f"the state of {name} is whole, the parameter lies on many processes: load it with {kinds}."
+            "set_optimizer_state_dict and the option full_state_dict=True"
+        )
+    if kept == (True, True) and buffer.device_mesh != p.device_mesh:  # type: ignore[attr-defined]
+        raise ValueError(f"the state of {name} lies on other processes than the parameter: save and load with {kinds}")
 
 
 def _check_options(group: dict[str, Any], ball: NormBall | None) -> None:

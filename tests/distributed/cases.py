@@ -1,0 +1,714 @@
+"""What several processes are asked to show, each a function of the mesh that raises if it is not so.
+
+``worker.py`` calls all of them in each of its processes; ``test_distributed.py`` makes a test of each.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from benchmarks.costs import Traffic
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import pliant
+from pliant import sfw
+from pliant.ball import NormBall
+from pliant.distributed import Shards
+from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.oracles import leading_vertices, unit_vertices
+from pliant.sfw import RESCALES, SFW
+
+from ..instances import gaussian
+
+Check = Callable[[DeviceMesh, Path], None]
+Shape = tuple[int, ...]
+CASES: dict[str, Check] = {}
+
+
+def case(check: Check) -> Check:
+    CASES[check.__name__.replace("_", " ")] = check
+    return check
+
+
+# --- one and many processes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors with balls, and the options of the optimizer."""
+
+    norm: Norm | None
+    shapes: Sequence[Shape]
+    joint: bool = False
+    radius: float = 3.0
+    options: tuple[tuple[str, Any], ...] = ()
+    without_gradient: Sequence[int] = ()
+    size: float = 1.0
+    dtype: torch.dtype = torch.float64
+    dim: int = 0
+
+    def weights(self) -> list[Tensor]:
+        return [0.1 * gaussian(shape, i).to(self.dtype) for i, shape in enumerate(self.shapes)]
+
+    def gradients(self, step: int) -> list[Tensor | None]:
+        return [
+            None if i in self.without_gradient else (self.size * gaussian(shape, 100 * step + i + 50)).to(self.dtype)
+            for i, shape in enumerate(self.shapes)
+        ]
+
+    def optimizer(self, parameters: list[Any], **options: Any) -> SFW:
+        ball = None if self.norm is None else NormBall(self.norm, self.radius)
+        group = {"params": parameters, "ball": ball, "joint": self.joint}
+        return SFW([group], **{"lr": 0.05, **dict(self.options), **options})
+
+    def whole(self, steps: int, **options: Any) -> tuple[list[nn.Parameter], SFW]:
+        parameters = [nn.Parameter(w) for w in self.weights()]
+        opt = self.optimizer(parameters, **options)
+        for step in range(steps):
+            for p, g in zip(parameters, self.gradients(step), strict=True):
+                p.grad = g
+            opt.step()
+        return parameters, opt
+
+    def pieces(self, mesh: DeviceMesh, steps: int, **options: Any) -> tuple[list[nn.Parameter], SFW]:
+        placed = [Shard(self.dim)]
+        parameters = [nn.Parameter(cut(w, mesh, placed)) for w in self.weights()]
+        opt = self.optimizer(parameters, **options)
+        for step in range(steps):
+            for p, g in zip(parameters, self.gradients(step), strict=True):
+                p.grad = None if g is None else cut(g, mesh, placed)
+            opt.step()
+        return parameters, opt
+
+    def check(self, mesh: DeviceMesh, steps: int, tolerance: float, **options: Any) -> tuple[SFW, SFW]:
+        """Assert that many processes take the steps of one."""
+        (expected, one), (got, many) = self.whole(steps, **options), self.pieces(mesh, steps, **options)
+        for p, q in zip(expected, got, strict=True):
+            assert_close(q, p, tolerance)
+        # The gap is a difference: 0 where weights have come to a vertex.
+        size = sum(self.radius * one._direction(p, one.param_groups[0]).norm() for p in expected if p in one.state)
+        assert (many.gap() - one.gap()).abs() <= 10 * tolerance * size
+        for p, q in zip(expected, got, strict=True):
+            buffer = many.state[q].get("momentum_buffer") if q in many.state else None
+            if buffer is not None:
+                assert isinstance(buffer, DTensor)
+                assert buffer.placements == q.placements
+                assert_close(buffer, one.state[p]["momentum_buffer"], tolerance)
+        return one, many
+
+
+def cut(x: Tensor, mesh: DeviceMesh, placed: Sequence[Placement]) -> DTensor:
+    """Return the DTensor of a tensor that all processes have: nothing is sent."""
+    return distribute_tensor(x, mesh, placed, src_data_rank=None)
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    got, expected = whole(got).double(), whole(expected).double()
+    error = ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+    assert error <= tolerance, f"relative error {error:.3g} > {tolerance:.3g}"
+
+
+VECTOR_NORMS: list[VectorNorm] = [KSupport(2), KSparse(2), Lp(1), Lp(1.5), Lp(2), Lp(math.inf)]
+# Over two processes the pieces of 12, 7 and 1 rows are even, uneven and empty; over three, those of 12, 20 and 2.
+SHAPES: list[Shape] = [(12, 8), (20, 4, 3, 3), (2, 12), (1, 8), (7,)]
+MATRICES: list[Shape] = [(20, 4, 3, 3), (50, 20), (17, 17), (2, 40), (1, 6)]
+EXACT, SPECTRAL = 1e-12, 1e-10
+
+
+def steps_of_one_process(norms: Sequence[Norm], shapes: Sequence[Shape], tolerance: float) -> Check:
+    def check(mesh: DeviceMesh, folder: Path) -> None:
+        for norm in norms:
+            for rescale in RESCALES:
+                fitting = [s for s in shapes if fits(norm, s)]
+                assert fitting
+                problem = Problem(norm, fitting, options=(("rescale", rescale),))
+                problem.check(mesh, 5 if rescale == "gradient" else 2, tolerance)
+
+    return check
+
+
+def fits(norm: Norm, shape: Shape) -> bool:
+    try:
+        norm.length(shape)
+    except ValueError:
+        return False
+    return True
+
+
+for inner in VECTOR_NORMS:
+    CASES[f"rows, {inner}"] = steps_of_one_process([Rows(inner)], SHAPES, EXACT)
+    CASES[f"entries, {inner}"] = steps_of_one_process([inner], SHAPES, EXACT)
+    CASES[f"spectral, {inner}"] = steps_of_one_process([Spectral(inner)], MATRICES, SPECTRAL)
+    CASES[f"blocks, {inner}"] = steps_of_one_process([Blocks(inner, 4)], SHAPES[:-1], EXACT)
+CASES["rows, another layout"] = steps_of_one_process([Rows(KSupport(2), dim=1)], [(12, 8), (5, 4), (1, 8)], EXACT)
+CASES["spectral, another layout"] = steps_of_one_process([Spectral(KSupport(2), dim=1)], [(24, 36), (20, 4)], EXACT)
+CASES["spectral, grouped"] = steps_of_one_process([Spectral(KSupport(3), groups=2)], [(40, 30), (6, 30)], EXACT)
+CASES["blocks along rows"] = steps_of_one_process([Blocks(KSupport(2), 4, 0)], [(12, 3), (4, 2), (24, 5)], EXACT)
+CASES["full rank"] = steps_of_one_process([Spectral(KSupport(20))], [(20, 30)], EXACT)
+CASES["channels"] = steps_of_one_process([Channels(KSupport(2), 4, parts=3)], [(24, 5), (12, 3, 2)], EXACT)
+
+
+@case
+def no_ball_takes_the_steps_of_sgd(mesh: DeviceMesh, folder: Path) -> None:
+    shapes = [(12, 8), (5, 3), (1, 4), (7,)]
+    for options in ({}, {"momentum": 0.0, "weight_decay": 0.1}, {"lr": torch.tensor(0.05), "maximize": True}):
+        for foreach in (None, False):
+            Problem(None, shapes, without_gradient=[1]).check(mesh, 3, EXACT, **options, foreach=foreach)
+
+
+@case
+def joint_balls(mesh: DeviceMesh, folder: Path) -> None:
+    wide_tall_small = [(24, 36), (50, 20), (2, 40), (20, 2, 3, 3)]
+    for norm in (KSupport(40), KSparse(40), Lp(2), Lp(1), Lp(3), Blocks(KSupport(2), 2)):
+        Problem(norm, wide_tall_small, True).check(mesh, 2, EXACT)
+    for norm in (Spectral(KSupport(5)), Spectral(KSparse(5))):
+        Problem(norm, wide_tall_small, True).check(mesh, 5, SPECTRAL)
+    for rescale in RESCALES:
+        options = (("rescale", rescale),)
+        Problem(Rows(KSupport(5)), wide_tall_small, True, options=options).check(mesh, 3, EXACT)
+        coupled = Channels(KSupport(3), 12)
+        Problem(coupled, [(12, 5, 3, 3), (12,), (24, 2), (12,)], True, options=options).check(mesh, 3, EXACT)
+
+
+@case
+def parameters_without_gradient(mesh: DeviceMesh, folder: Path) -> None:
+    shapes = [(12, 8), (5, 4), (1, 8)]
+    for norm in (Rows(KSupport(1)), KSupport(2), Spectral(KSupport(1)), Blocks(KSupport(2), 4)):
+        for joint in (False, True):
+            for missing in ([1], [0, 2], [0, 1, 2]):
+                Problem(norm, shapes, joint, without_gradient=missing).check(mesh, 3, EXACT)
+
+
+@case
+def zero_gradients_leave_weights_as_they_are(mesh: DeviceMesh, folder: Path) -> None:
+    for norm in (Rows(KSupport(1)), KSupport(2), KSparse(2), Spectral(KSupport(1)), Blocks(KSupport(2), 4), Lp(2)):
+        problem = Problem(norm, [(20, 20), (1, 8)], radius=100.0, size=0.0)
+        for rescale in RESCALES:
+            parameters, _ = problem.pieces(mesh, 1, rescale=rescale)
+            for p, start in zip(parameters, problem.weights(), strict=True):
+                assert torch.equal(whole(p), start)
+
+
+@case
+def options_of_the_optimizer(mesh: DeviceMesh, folder: Path) -> None:
+    for norm in (Rows(KSupport(2)), KSupport(9), Spectral(KSupport(2))):
+        for options in (
+            {"momentum": 0.0},
+            {"dampening": 0.5},
+            {"maximize": True},
+            {"lr": torch.tensor(0.05)},
+            {"foreach": False},
+            {"power_iterations": 2},
+        ):
+            Problem(norm, [(24, 36), (5, 4)]).check(mesh, 2, SPECTRAL, **options)
+
+
+@case
+def float32_on_many_processes(mesh: DeviceMesh, folder: Path) -> None:
+    for norm in (Rows(KSupport(2)), KSupport(9), KSparse(9), Blocks(KSupport(2), 4), Spectral(KSupport(2))):
+        for size in (1.0, 2.0**100, 2.0**-100):
+            # A step is a fraction of the radius whatever the gradient; 2^±100 would not fit into a square.
+            problem = Problem(norm, [(20, 4, 3, 3), (2, 8)], dtype=torch.float32, size=size)
+            expected, one = problem.whole(3, rescale=None)
+            got, many = problem.pieces(mesh, 3, rescale=None)
+            # Products over the pieces are summed in another order: 1.2e-6 where measured.
+            tolerance = 4e-6 if isinstance(norm, Spectral) else 1e-6
+            for p, q in zip(expected, got, strict=True):
+                assert_close(q, p, tolerance)
+            assert_close(many.gap(), one.gap(), 1e-5)
+
+
+@case
+def half_precision_stays_inside(mesh: DeviceMesh, folder: Path) -> None:
+    for norm in (Rows(KSupport(2)), KSupport(9), Spectral(KSupport(2)), Lp(2)):
+        problem = Problem(norm, [(24, 36), (5, 4)], radius=0.3, dtype=torch.bfloat16)
+        expected, _ = problem.whole(5)
+        got, _ = problem.pieces(mesh, 5)
+        for p, q in zip(expected, got, strict=True):
+            assert_close(q, p, 2e-2)  # two units of bf16: a rounding may fall to the other side
+            assert NormBall(norm, 0.3).contains(whole(q))
+
+
+@case
+def equal_entries_leave_exactly_k(mesh: DeviceMesh, folder: Path) -> None:
+    # Few values, so that the k-th largest has many equals, in several pieces and tensors: the same ones are chosen.
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(6, 5), (5, 3), (1, 4), (7,)]
+    tensors = [torch.randint(-2, 3, s, generator=generator).double() for s in shapes]
+    pieces = [cut(x, mesh, [Shard(0)]) for x in tensors]
+    shards = Shards(pieces, list("abcd"))
+    for k in (1, 2, 10, 30, 41, 56):
+        for norm in (KSparse(k), KSupport(k), Lp(1)):
+            _, expected = unit_vertices(norm, [x[None] for x in tensors])
+            _, got = shards.unit_vertices(norm, [x.to_local() for x in pieces])
+            for e, v, x in zip(expected, got, pieces, strict=True):
+                piece = cut((e.factor * e.carrier)[0], mesh, [Shard(0)]).to_local()
+                torch.testing.assert_close((v.factor * v.carrier)[0], piece, rtol=1e-12, atol=0)
+                assert v.carrier.shape[1:] == x.to_local().shape
+
+
+@case
+def short_ways_find_the_vertices_of_the_whole_tensor(mesh: DeviceMesh, folder: Path) -> None:
+    lifts = [*VECTOR_NORMS, *map(Rows, VECTOR_NORMS), *(Blocks(v, 4) for v in VECTOR_NORMS), Spectral(Lp(2))]
+    for norm in [*lifts, Channels(KSupport(1), 4)]:
+        for shape in [(12, 8), (20, 4, 3, 3), (4, 8)]:
+            for x in (gaussian(shape), torch.zeros(shape, dtype=torch.float64)):
+                x = cut(x, mesh, [Shard(0)])
+                shards = Shards([x], ["x"])
+                (length, (got,)), (expected_length, (expected,)) = (
+                    way(norm, [x.to_local()]) for way in (shards.unit_vertices, shards.whole_vertices)
+                )
+                torch.testing.assert_close(length, expected_length, rtol=1e-12, atol=0)
+                torch.testing.assert_close(
+                    got.factor * got.carrier, expected.factor * expected.carrier, rtol=1e-12, atol=1e-15
+                )
+
+
+@case
+def singular_directions_are_those_of_the_whole_tensor(mesh: DeviceMesh, folder: Path) -> None:
+    for shapes in ([(24, 36)], [(50, 20)], [(24, 36), (50, 20), (3, 40)]):
+        for norm in (Spectral(KSupport(3)), Spectral(KSparse(3)), Spectral(Lp(1))):
+            low = [gaussian(s, i).flatten(1) * torch.linspace(1, 0.1, s[1]) ** 2 for i, s in enumerate(shapes)]
+            tensors = [*low[:-1], low[-1] * 0] if len(low) > 1 else low
+            shards = Shards([cut(x, mesh, [Shard(0)]) for x in tensors], ["x"] * len(tensors))
+            pieces = [cut(x, mesh, [Shard(0)]).to_local()[None] for x in tensors]
+            expected, basis, value = leading_vertices(norm, [x[None] for x in tensors], None, 6)
+            got, kept, got_value = shards.leading_vertices(norm, pieces, None, 6)
+            torch.testing.assert_close(got_value, value, rtol=1e-9, atol=0)
+            for _ in range(2):  # from the kept directions on
+                expected, basis, value = leading_vertices(norm, [x[None] for x in tensors], basis, 2)
+                joined = shards.joined_basis(norm, shards.parted_basis(norm, kept))
+                got, kept, got_value = shards.leading_vertices(norm, pieces, joined, 2)
+            torch.testing.assert_close(got_value, value, rtol=1e-9, atol=0)
+            for v, e in zip(got, expected, strict=True):
+                whole_piece = cut(e.carrier[0], mesh, [Shard(0)]).to_local()
+                torch.testing.assert_close(v.carrier[0], whole_piece, rtol=0, atol=1e-6)
+
+
+@case
+def the_quality_of_directions_is_measured_alike(mesh: DeviceMesh, folder: Path) -> None:
+    problem = Problem(Spectral(KSupport(10)), [(40, 60), (70, 40)])
+    with pytest.MonkeyPatch.context() as patch:  # twice in eight steps
+        patch.setattr(sfw, "MEASURE_AT", 2)
+        patch.setattr(sfw, "MEASURE_EVERY", 4)
+        one, many = problem.check(mesh, 8, 1e-6, momentum=0.0)
+    for a, b in zip(one.state.values(), many.state.values(), strict=True):
+        assert a["iterations"] == b["iterations"] > 1  # unrelated gradients: more iterations are worth it
+        assert a["steps"] == b["steps"]
+        torch.testing.assert_close(a["quality"], b["quality"], rtol=1e-6, atol=0)
+
+
+@case
+def weights_far_outside_are_scaled_inside(mesh: DeviceMesh, folder: Path) -> None:
+    for norm in (Rows(KSupport(2)), KSupport(5), Spectral(KSupport(1)), Blocks(KSupport(2), 4), Lp(2), Lp(1)):
+        problem = Problem(norm, [(12, 8), (5, 4), (2, 8)], radius=0.01)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got, _ = problem.pieces(mesh, 1, lr=0.0)
+        assert any("started outside of their balls" in str(w.message) for w in caught)
+        expected, _ = problem.whole(1, lr=0.0)
+        for p, q in zip(expected, got, strict=True):
+            assert_close(q, p, EXACT)
+            assert NormBall(norm, 0.01).contains(whole(q))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def raised(kind: type[Exception], call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
+
+
+@case
+def nan_on_one_process_is_refused_by_all(mesh: DeviceMesh, folder: Path) -> None:
+    for value in (math.nan, math.inf):
+        for norm in (Rows(KSupport(2)), None):
+            problem = Problem(norm, [(12, 8), (5, 4), (7,)])
+            parameters, opt = problem.pieces(mesh, 2, check_finite=True)
+            before = [whole(p).clone() for p in parameters], copy.deepcopy(opt.state_dict())
+            for p, g in zip(parameters, problem.gradients(2), strict=True):
+                p.grad = cut(g, mesh, [Shard(0)])
+            parameters[2].grad = None
+            if mesh.get_local_rank() == 0:
+                parameters[1].grad.to_local()[0, 0] = value
+            message = raised(FloatingPointError, opt.step)
+            assert "NaN or infinite gradient in an unnamed parameter of shape (5, 4)" in message, message
+            assert "nothing has changed" in message
+            for p, old in zip(parameters, before[0], strict=True):
+                assert torch.equal(whole(p), old)
+            for state, old in zip(opt.state_dict()["state"].values(), before[1]["state"].values(), strict=True):
+                assert torch.equal(whole(state["momentum_buffer"]), whole(old["momentum_buffer"]))
+
+
+@case
+def a_gradient_on_some_processes_only_is_refused_by_all(mesh: DeviceMesh, folder: Path) -> None:
+    if mesh.size() == 1:
+        return
+    problem = Problem(Rows(KSupport(2)), [(12, 8), (5, 4)])
+    parameters, opt = problem.pieces(mesh, 2, check_finite=True)
+    for p, g in zip(parameters, problem.gradients(2), strict=True):
+        p.grad = cut(g, mesh, [Shard(0)])
+    if mesh.get_local_rank() == 0:
+        parameters[1].grad = None
+    message = raised(RuntimeError, opt.step)
+    assert "shape (5, 4) has a gradient on some processes only" in message, message
+
+
+@case
+def unsupported_placements_are_named(mesh: DeviceMesh, folder: Path) -> None:
+    def step(parameters: list[Any], joint: bool = False) -> Callable[[], Any]:
+        def call() -> None:
+            group = {"params": parameters, "ball": NormBall(Lp(2), 1.0), "joint": joint}
+            opt = SFW([group], lr=0.1)
+            for _, p in parameters:
+                p.grad = torch.zeros_like(p)
+            opt.step()
+
+        return call
+
+    x = gaussian((4, 4))
+    square = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("one", "all"))
+
+    def placed(on: DeviceMesh, *placements: Placement) -> nn.Parameter:
+        return nn.Parameter(DTensor.from_local(x, on, placements, run_check=False))
+
+    first = placed(mesh, Shard(0))
+    message = raised(ValueError, step([("head", placed(mesh, Partial()))]))
+    assert "head" in message
+    assert "redistribute it to Shard or Replicate" in message
+    message = raised(ValueError, step([("mlp.weight", placed(square, Shard(0), Shard(1)))]))
+    assert "mlp.weight is cut over 2 dimensions of its mesh" in message
+    assert "fully_shard alone" in message
+    message = raised(ValueError, step([("a", first), ("b", nn.Parameter(x))], joint=True))
+    assert "b is whole on every process, but a of the same joint ball is a DTensor" in message
+    message = raised(ValueError, step([("a", first), ("b", placed(square, Replicate(), Shard(0)))], joint=True))
+    assert "over one mesh" in message
+    message = raised(ValueError, step([("a", placed(square, Shard(0), Replicate())), ("b", placed(square, Replicate(), Shard(0)))], joint=True))  # fmt: skip  # noqa: E501
+    assert "different dimensions of their mesh" in message
+
+
+@case
+def other_placements_and_hybrid_sharding(mesh: DeviceMesh, folder: Path) -> None:
+    for norm in (Rows(KSupport(2)), KSupport(9), Spectral(KSupport(2)), Blocks(KSupport(2), 4), Lp(2), Lp(1.5)):
+        Problem(norm, [(24, 36), (5, 4)], dim=1).check(mesh, 3, SPECTRAL)
+        problem = Problem(norm, [(24, 36), (5, 4)])
+        expected, _ = problem.whole(3)
+        for sizes in ((1, mesh.size()), (mesh.size(), 1)):
+            both = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+            for placed in ([Replicate(), Shard(0)], [Replicate(), Replicate()]):
+                parameters = [nn.Parameter(cut(w, both, placed)) for w in problem.weights()]
+                opt = problem.optimizer(parameters)
+                for step in range(3):
+                    for p, g in zip(parameters, problem.gradients(step), strict=True):
+                        p.grad = cut(g, both, placed)
+                    opt.step()
+                for p, q in zip(expected, parameters, strict=True):
+                    assert_close(q, p, SPECTRAL)
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Convolution, wide, tall and single-output layers, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 5, 3)
+        self.wide = nn.Linear(5 * 36, 40)
+        self.unused = nn.Linear(3, 3)
+        self.tall = nn.Linear(40, 60)
+        self.last = nn.Linear(60, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.convolution(x)).flatten(1)
+        return self.last(torch.tanh(self.tall(torch.tanh(self.wide(x)))))
+
+
+RULES = [
+    ("convolution.weight", pliant.filters(k=2, radius=3)),
+    ("wide.weight", pliant.rank(k=3, radius=3)),
+    ("tall.weight", pliant.rank(k=3, radius=3)),
+    ("unused.weight", pliant.weights(k=3, radius=3)),
+    ("last.*", pliant.l2(radius=3)),
+]
+
+
+def make_net(sharded_over: DeviceMesh | None = None, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    net = Net().double()
+    if sharded_over is not None:
+        for layer in (net.convolution, net.wide):
+            fully_shard(layer, mesh=sharded_over)
+        fully_shard(net, mesh=sharded_over)
+    return net
+
+
+def make_optimizer(net: nn.Module, **options: Any) -> SFW:
+    return SFW(pliant.constrain(net, RULES, default=None), **{"lr": 0.02, "check_finite": True, **options})
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    # More images than directions are kept: beyond the rank of a gradient they would be made of rounding.
+    return gaussian((48, 1, 8, 8), 1000 + step), gaussian((48, 1), 2000 + step)
+
+
+def take_steps(net: nn.Module, opt: SFW, steps: range, part: slice = slice(None), after: Any = None) -> None:
+    for step in steps:
+        images, targets = batch(step)
+        opt.zero_grad()
+        nn.functional.mse_loss(net(images[part]), targets[part]).backward()
+        opt.step()
+        if after is not None:
+            after.step()
+
+
+def own_part(mesh: DeviceMesh) -> slice:
+    each = 48 // mesh.size()
+    return slice(mesh.get_local_rank() * each, (mesh.get_local_rank() + 1) * each)
+
+
+# Two trainings drift apart: 3e-9 where measured.
+def assert_same_network(net: nn.Module, twin: nn.Module, tolerance: float = 3e-8) -> None:
+    for (name, p), (_, q) in zip(net.named_parameters(), twin.named_parameters(), strict=True):
+        try:
+            assert_close(p, q, tolerance)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+@case
+def fsdp2_trains_as_one_process_does(mesh: DeviceMesh, folder: Path) -> None:
+    one, many = make_net(), make_net(mesh)
+    first, second = make_optimizer(one), make_optimizer(many)
+    for a, b in zip(first.param_groups, second.param_groups, strict=True):
+        assert a["param_names"] == b["param_names"]
+        assert a["ball"] == b["ball"]  # the radius is measured on the initialiser's draws, in pieces or not
+    schedules = [pliant.KSchedule(opt, start=0.5, steps=4) for opt in (first, second)]
+    take_steps(one, first, range(5), after=schedules[0])
+    take_steps(many, second, range(5), own_part(mesh), after=schedules[1])
+    assert_same_network(many, one)
+    assert_close(second.gap(), first.gap(), 1e-6)
+    assert many.unused.weight not in second.state
+    assert many.last.weight.to_local().shape[0] == (1 if mesh.get_local_rank() == 0 else 0)
+
+
+@case
+def an_optimizer_from_before_goes_on_with_exchanged_parameters(mesh: DeviceMesh, folder: Path) -> None:
+    # This is what Accelerate does when it prepares a model and an optimizer for FSDP2.
+    one, early = make_net(), make_net()
+    opt = make_optimizer(early)
+    many = make_net(mesh)
+    new = dict(many.named_parameters())
+    for group in opt.param_groups:
+        group["params"] = [new[name] for name in group["param_names"]]
+    take_steps(one, make_optimizer(one), range(2))
+    take_steps(many, opt, range(2), own_part(mesh))
+    assert_same_network(many, one)
+
+
+@case
+def pretrained_radii_are_those_of_the_whole_weights(mesh: DeviceMesh, folder: Path) -> None:
+    groups = [pliant.constrain(net, RULES, default=None, pretrained=True) for net in (make_net(), make_net(mesh))]
+    assert [g["ball"] for g in groups[0]] == [g["ball"] for g in groups[1]]
+
+
+@case
+def ddp_replicas_are_bitwise_equal_and_as_one_process(mesh: DeviceMesh, folder: Path) -> None:
+    one, net = make_net(), make_net()
+    take_steps(one, make_optimizer(one), range(5))
+    # Without find_unused_parameters the layer that is not used would be an error of DDP.
+    replica = DistributedDataParallel(net, find_unused_parameters=True)
+    take_steps(replica, make_optimizer(net), range(5), own_part(mesh))
+    assert_same_network(net, one)
+    for p in net.parameters():
+        copies = [torch.empty_like(p) for _ in range(mesh.size())]
+        dist.all_gather(copies, p.detach())
+        assert all(torch.equal(p, q) for q in copies)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, processes: int) -> Path:
+    return folder / f"checkpoint-{processes}"
+
+
+def template(net: Net, opt: SFW, flat: bool) -> dict[str, Any]:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    return {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, opt, options=options)}
+
+
+@case
+def checkpoints_are_written(mesh: DeviceMesh, folder: Path) -> None:
+    net = make_net(mesh)
+    opt = make_optimizer(net)
+    schedule = pliant.KSchedule(opt, start=0.5, steps=20)
+    take_steps(net, opt, range(12), own_part(mesh), schedule)  # the directions have been measured
+    state = template(net, opt, flat=False)
+    dcp.save({**state, "schedule": schedule.state_dict()}, checkpoint_id=checkpoint(folder, mesh.size()))
+    full = get_optimizer_state_dict(net, opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = {name: whole(p).clone() for name, p in net.named_parameters()}
+    if mesh.get_rank() == 0:
+        torch.save({"optimizer": full, "weights": weights}, folder / f"full-{mesh.size()}.pt")
+    dist.barrier()
+
+
+@case
+def checkpoints_go_on_with_another_number_of_processes(mesh: DeviceMesh, folder: Path) -> None:
+    one = make_net()
+    reference = make_optimizer(one)
+    schedule = pliant.KSchedule(reference, start=0.5, steps=20)
+    take_steps(one, reference, range(16), after=schedule)
+    written = [n for n in (1, 2, 3) if (checkpoint(folder, n) / ".metadata").exists()]
+    assert mesh.size() in written
+    if mesh.size() == 3:
+        assert 2 in written  # test_distributed.py starts two processes before three
+    for processes in written:
+        net = make_net(mesh, seed=1)
+        opt = make_optimizer(net)
+        anneal = pliant.KSchedule(opt, start=0.5, steps=20)
+        state = {**template(net, opt, flat=False), "schedule": anneal.state_dict()}
+        # The layer that is not used has no state, but gets one in the template.
+        planner = DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load(state, checkpoint_id=checkpoint(folder, processes), planner=planner)
+        net.load_state_dict(state["model"])
+        set_optimizer_state_dict(net, opt, state["optimizer"])
+        anneal.load_state_dict(state["schedule"])
+        take_steps(net, opt, range(12, 16), own_part(mesh), anneal)
+        assert_same_network(net, one, 1e-6)  # 3e-7 where measured
+        for a, b in zip(reference.param_groups, opt.param_groups, strict=True):
+            assert a["ball"] == b["ball"]
+        for (name, p), q in zip(one.named_parameters(), net.parameters(), strict=True):
+            got, expected = opt.state.get(q, {}), reference.state.get(p, {})
+            assert got.get("steps") == expected.get("steps"), name
+            assert got.get("iterations") == expected.get("iterations"), name
+            if "quality" in expected:
+                assert_close(got["quality"], expected["quality"], 1e-5)
+
+
+@case
+def whole_states_go_to_one_process_and_back(mesh: DeviceMesh, folder: Path) -> None:
+    one = make_net()
+    reference = make_optimizer(one)
+    schedule = pliant.KSchedule(reference, start=0.5, steps=20)
+    take_steps(one, reference, range(12), after=schedule)
+    ball = [copy.deepcopy(g["ball"]) for g in reference.param_groups]
+    take_steps(one, reference, range(12, 14))
+    for target in (None, mesh):
+        saved = torch.load(folder / f"full-{mesh.size()}.pt", weights_only=True)
+        net = make_net(target, seed=1)
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                source = saved["weights"][name]
+                p.copy_(source if target is None else cut(source, mesh, [Shard(0)]))
+        opt = make_optimizer(net)
+        pliant.KSchedule(opt, start=0.5, steps=20)  # the largest ball: what is loaded into it is not scaled inside
+        options = StateDictOptions(full_state_dict=True, strict=False)  # not strict: the layer that is not used
+        set_optimizer_state_dict(net, opt, saved["optimizer"], options=options)
+        assert [g["ball"] for g in opt.param_groups] == ball
+        take_steps(net, opt, range(12, 14), slice(None) if target is None else own_part(mesh))
+        assert_same_network(net, one, 1e-6)  # 4e-7 where measured
+
+
+@case
+def states_of_another_kind_are_refused_untouched(mesh: DeviceMesh, folder: Path) -> None:
+    problem = Problem(Rows(KSupport(2)), [(12, 8), (5, 4)])
+    _, one = problem.whole(2)
+    parameters, many = problem.pieces(mesh, 2)
+    before = [whole(many.state[p]["momentum_buffer"]).clone() for p in parameters]
+    message = raised(ValueError, lambda: many.load_state_dict(one.state_dict()))
+    assert "set_optimizer_state_dict" in message, message
+    whole_parameters, plain = problem.whole(1)
+    message = raised(ValueError, lambda: plain.load_state_dict(many.state_dict()))
+    assert "full_state_dict=True" in message, message
+    local = many.state_dict()
+    state = {i: {"momentum_buffer": s["momentum_buffer"].to_local()[:1]} for i, s in local["state"].items()}
+    message = raised(ValueError, lambda: many.load_state_dict({**local, "state": state}))
+    assert "number of processes" in message, message
+    _, other = Problem(Spectral(KSupport(1)), [(12, 8), (5, 4)]).pieces(mesh, 1)
+    message = raised(ValueError, lambda: many.load_state_dict(other.state_dict()))
+    assert "Spectral" in message, message
+    assert "Rows" in message, message
+    for p, old in zip(parameters, before, strict=True):
+        assert torch.equal(whole(many.state[p]["momentum_buffer"]), old)
+    assert many.param_groups[0]["ball"]["norm"]["norm"] == "Rows"
+    assert len(whole_parameters) == 2
+
+
+# --- traffic ----------------------------------------------------------------------------------------------------------
+
+
+def sent_in_a_step(norm: Norm, shape: Shape, mesh: DeviceMesh) -> Traffic:
+    """Return what a step sends once weights are inside and directions are kept."""
+    problem = Problem(norm, [shape])
+    parameters, opt = problem.pieces(mesh, 2, power_iterations=1)
+    parameters[0].grad = cut(problem.gradients(2)[0], mesh, [Shard(0)])
+    with Traffic() as traffic:
+        opt.step()
+    assert traffic.sent
+    return traffic
+
+
+@case
+def filters_send_one_number_each(mesh: DeviceMesh, folder: Path) -> None:
+    for shape in [(48, 20), (20, 4, 3, 3), (50, 7)]:
+        for inner in (KSupport(2), KSparse(2), Lp(1)):
+            own = math.ceil(shape[0] / mesh.size())
+            # One for each of the filters here, and a scale; then a norm of θ − v with its scale.
+            assert sent_in_a_step(Rows(inner), shape, mesh).total == own + 1 + 2
+
+
+@case
+def rank_sends_columns_times_directions(mesh: DeviceMesh, folder: Path) -> None:
+    k, b = 3, 16  # one and a half times k directions are kept, but a multiple of 16
+    for shape in [(24, 200), (200, 24), (60, 60), (20, 4, 3, 3)]:
+        rows, columns = shape[0], math.prod(shape[1:])
+        norms = 3 if rows <= columns else 4
+        traffic = sent_in_a_step(Spectral(KSupport(k)), shape, mesh)
+        if rows > columns:
+            assert traffic.total == columns * b + b * b + 2 * norms
+        else:
+            assert traffic.total == columns * b + math.ceil(rows / mesh.size()) * b + 2 * norms
+
+
+@case
+def entries_send_no_entries(mesh: DeviceMesh, folder: Path) -> None:
+    for shape in [(48, 20), (100, 100)]:
+        counts = 3 * 2**11 + 3 * 2**10  # of float64
+        totals = {sent_in_a_step(KSupport(k), shape, mesh).total for k in (1, 50, 500)}
+        assert totals == {counts + 1 + 2 + 2 + 2}  # ties; norms of m, of the vertex and of θ − v
+
+
+@case
+def blocks_and_spheres_send_norms(mesh: DeviceMesh, folder: Path) -> None:
+    for norm in (Blocks(KSupport(2), 4), Lp(2), Spectral(Lp(2))):
+        assert sent_in_a_step(norm, (48, 20), mesh).total == 6
