@@ -111,17 +111,46 @@ def complement(module: nn.Module, axis: AxisName, positions: Tensor) -> Tensor:
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every convolution and linear layer once, under its first name."""
+    """Yield every convolution and linear layer once, under its first name; ``Conv1D`` is a linear one."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, _ConvNd)):
+        if _is_layer(module):
             yield name, module
 
 
 def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what :func:`named_layers` does, and the layers that only the removal of channels knows how to handle."""
+    """Yield what :func:`named_layers` does, and the attention that only the removal of heads knows how to handle."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, _ConvNd, nn.MultiheadAttention)) or is_conv1d(module):
+        if _is_layer(module) or isinstance(module, nn.MultiheadAttention):
             yield name, module
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
+
+
+def other_matrices(model: nn.Module) -> list[tuple[str, str]]:
+    """Return (name, reason) of every module that holds matrices but is no convolution or linear layer."""
+    found = []
+    for name, module in model.named_modules():
+        matrices = [child for child, p in module._parameters.items() if p is not None and p.dim() > 1]
+        known = _is_layer(module) or isinstance(module, parametrize.ParametrizationList)  # the layer it is in is named
+        if matrices and not known:
+            kind = type(module).__name__
+            found.append((name, f"holds {', '.join(matrices)} as a {kind}, which is no convolution or linear layer"))
+    return found
+
+
+def untransposed(module: nn.Module) -> nn.Module:
+    """Return ``module``, or for a ``Conv1D`` the linear layer that computes the same: its weight is a view."""
+    if not is_conv1d(module):
+        return module
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    assert weight is not None  # the caller has asked for an obstacle
+    columns, rows = weight.shape
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta").train(module.training)
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.register_parameter("bias", bias)
+    return linear
 
 
 def obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:

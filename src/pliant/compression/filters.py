@@ -63,7 +63,7 @@ class FilterPruning(Compressor[Channels]):
     one channel of every group stays; a ratio beyond that gives the smallest network there is.
 
     ``importance`` of a filter: its ``"l2"`` norm, its ``"l1"`` norm, or ``"bn"``, the l2 norm after scaling by
-    |γ|/√(σ² + ε) of the BatchNorm that alone reads it.
+    abs(γ)/√(σ² + ε) of the BatchNorm that alone reads it.
 
     ``allocation``: ``"uniform"`` takes the same share of channels from every group (to within one channel), those
     whose filters in all producers together have the smallest norm. ``"global"`` ranks the channels of all groups

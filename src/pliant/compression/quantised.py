@@ -24,7 +24,7 @@ from pliant.compression.plan import Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.compression.weights import Weights, weight_plan
 from pliant.errors import BadInput, Refused
-from pliant.layers import Example, as_inputs, tied_parameters
+from pliant.layers import Example, as_inputs, tied_parameters, untransposed
 
 LEVELS = 127  # of int8's 128 negative numbers one is not used: the grid is symmetric, and zero stays zero
 
@@ -100,6 +100,7 @@ class Int8(Compressor[Weights]):
 
 def quantised(module: nn.Module) -> nn.Module:
     """Return a linear or convolution layer with its weight in eight bits and all its other properties."""
+    module = untransposed(module)
     assert isinstance(module, Factorable)  # _unfit has seen to it
     weight = module.weight.detach()
     largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
@@ -121,4 +122,4 @@ def quantised(module: nn.Module) -> nn.Module:
 
 
 def _unfit(module: nn.Module) -> str | None:
-    return None if isinstance(module, Factorable) else "is a transposed convolution"
+    return None if isinstance(untransposed(module), Factorable) else "is a transposed convolution"

@@ -37,7 +37,7 @@ from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.compression.whitening import MAX_WIDTH, output_moments
 from pliant.errors import BadInput
-from pliant.layers import Example, as_inputs, count_parameters, tied_parameters
+from pliant.layers import Example, as_inputs, count_parameters, tied_parameters, untransposed
 
 # Relative difference between ‖W‖ at the analysis and now; the analysis works in float64, so anything above rounding
 # means that the weights have changed.
@@ -114,9 +114,12 @@ class LowRank(Compressor[Spectra]):
     ``scheme`` of 2-d convolutions with r filters in between: ``"channel"`` is k×k then 1×1, ``"spatial"`` k×1 then
     1×k, ``"best"`` whichever loses less energy at the same cost, layer by layer. Only the first can be whitened.
 
+    The ``Conv1D`` of transformers is a linear layer too, and is replaced by two of PyTorch's.
+
     Left alone, with the reason in the plan: depthwise and transposed convolutions, layers too small to gain, and
     what cannot be replaced safely (parametrised or tied weights, a forward of its own, weights read by the
-    parent module). Raises BadInput for a ratio out of range or an unknown option.
+    parent module); also named is whatever else holds matrices, such as embeddings. Raises BadInput for a ratio out of
+    range or an unknown option.
 
     Source: Eckart and Young 1936; for convolutions Zhang et al. 2016, "Accelerating very deep convolutional
     networks", and Jaderberg et al. 2014, "Speeding up convolutional neural networks with low rank expansions".
@@ -155,8 +158,8 @@ class LowRank(Compressor[Spectra]):
         probe = copy.deepcopy(model).eval()
 
         def thinnest(module: nn.Module) -> nn.Module:
-            assert isinstance(module, Factorable)
-            return _empty(module, 1, self._schemes(module)[0])
+            layer = _as_factorable(module)
+            return _empty(layer, 1, self._schemes(layer)[0])
 
         sound, refused = replaceable(probe, inputs, _unfit, thinnest)
         applied = applications(probe, sound, inputs)
@@ -205,18 +208,19 @@ class LowRank(Compressor[Spectra]):
         for (name, offer), option in zip(cuts.items(), chosen, strict=True):
             cut = offer[option]
             spectrum = cut.spectrum
-            dense = count_parameters(modules[name])
+            module = model.get_submodule(name)
+            dense = count_parameters(module)
             gone = spectrum.dense("params") - spectrum.cost(cut.rank, "params") if cut.rank else 0
             full = min(spectrum.rows, spectrum.columns)
             layers.append(
                 LayerPlan(
                     name=name,
-                    kind=type(modules[name]).__name__,
+                    kind=type(module).__name__,
                     kept=cut.rank or full,
                     total=full,
                     params=dense - gone,
                     params_dense=dense,
-                    shape=weight_shape(modules[name]),
+                    shape=weight_shape(module),
                     scheme=spectrum.scheme if cut.rank else None,
                 )
             )
@@ -303,20 +307,21 @@ def _factorised(model: nn.Module, plan: Plan) -> list[tuple[str, Factorable, int
         reason = unsound(module, tied) or _unfit(module)
         if reason is not None:
             raise BadInput(f"the plan is for another model: {layer.name!r} {reason}")
-        assert isinstance(module, Factorable)  # _unfit has seen to it
+        factorable = _as_factorable(module)
         scheme = layer.scheme or "channel"  # plans from before there was a choice
-        if scheme not in SCHEMES or (scheme == "spatial" and not isinstance(module, nn.Conv2d)):
+        if scheme not in SCHEMES or (scheme == "spatial" and not isinstance(factorable, nn.Conv2d)):
             raise BadInput(f"the plan is for another model: {layer.name!r} has no scheme {scheme!r}")
-        _, rows, columns = matrices(module, scheme).shape
+        _, rows, columns = matrices(factorable, scheme).shape
         most = (rows * columns - 1) // (rows + columns)
         if not 1 <= layer.kept <= most:
             raise BadInput(f"the plan asks for rank {layer.kept} of {layer.name!r}: at most {most}")
-        found.append((layer.name, module, layer.kept, scheme))
+        found.append((layer.name, factorable, layer.kept, scheme))
     return found
 
 
 def _unfit(module: nn.Module) -> str | None:
     """Return why a layer of a known type cannot be factorised, or None."""
+    module = untransposed(module)
     if not isinstance(module, Factorable):
         return "is a transposed convolution"
     if not isinstance(module, nn.Linear) and module.groups == module.in_channels > 1:
@@ -328,9 +333,13 @@ def _unfit(module: nn.Module) -> str | None:
 
 
 def _factorable(model: nn.Module, name: str) -> Factorable:
-    module = model.get_submodule(name)
-    assert isinstance(module, Factorable)  # _unfit has seen to it
-    return module
+    return _as_factorable(model.get_submodule(name))
+
+
+def _as_factorable(module: nn.Module) -> Factorable:
+    layer = untransposed(module)
+    assert isinstance(layer, Factorable)  # _unfit has seen to it
+    return layer
 
 
 def _span(weights: Tensor) -> Tensor | None:

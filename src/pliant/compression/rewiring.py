@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from pliant.layers import Inputs, count_calls, largest_sound, line, named_layers, obstacle, run, tied_parameters
+from pliant.layers import (
+    Inputs,
+    count_calls,
+    largest_sound,
+    line,
+    named_layers,
+    obstacle,
+    other_matrices,
+    run,
+    tied_parameters,
+)
 
 
 def replaceable(
@@ -17,6 +27,8 @@ def replaceable(
     substitute: Callable[[nn.Module], nn.Module],
 ) -> tuple[list[str], tuple[tuple[str, str], ...]]:
     """Return the names of the convolution and linear layers that can be replaced, and (name, reason) of all others.
+
+    Among the others is every module that holds matrices and is no such layer.
 
     Args:
         model: in the mode in which it is tried; not changed.
@@ -48,7 +60,8 @@ def replaceable(
 
     sound, failed = largest_sound(candidates, fault)
     reasons.update(failed)
-    return sound, tuple((name, reasons[name]) for name, _ in named_layers(model) if name in reasons)
+    refused = [(name, reasons[name]) for name, _ in named_layers(model) if name in reasons]
+    return sound, (*refused, *other_matrices(model))
 
 
 def unsound(module: nn.Module, tied: frozenset[int]) -> str | None:

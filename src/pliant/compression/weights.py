@@ -17,7 +17,17 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.errors import BadInput
-from pliant.layers import Example, as_inputs, count_calls, count_parameters, named_layers, obstacle, tied_parameters
+from pliant.layers import (
+    Example,
+    as_inputs,
+    count_calls,
+    count_parameters,
+    named_layers,
+    obstacle,
+    other_matrices,
+    tied_parameters,
+    untransposed,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +58,7 @@ class _Zeroing(Compressor[Weights]):
                 layers.append(name)
             else:
                 refused.append((name, reason))
-        return Weights(parameter_shapes(model), tuple(refused), tuple(layers))
+        return Weights(parameter_shapes(model), (*refused, *other_matrices(model)), tuple(layers))
 
     def _unfit(self, module: nn.Module) -> str | None:
         """Return why a layer cannot be acted on, or None."""
@@ -100,9 +110,9 @@ class Magnitude(_Zeroing):
 class SemiStructured(_Zeroing):
     """Keep the ``n`` largest magnitudes of every ``m`` consecutive input channels, the pattern of sparse kernels.
 
-    Blocks run along dim 1 of the weight, for each filter and each kernel position; among equals the lower index
-    is kept. Layers whose number of input channels per group ``m`` does not divide are refused by name, and so
-    are transposed convolutions. Raises BadInput unless 1 <= n < m.
+    Blocks run along dim 1 of the weight (dim 0 of a ``Conv1D``), for each filter and each kernel position; among
+    equals the lower index is kept. Layers whose number of input channels per group ``m`` does not divide are refused
+    by name, and so are transposed convolutions. Raises BadInput unless 1 <= n < m.
 
     Source: Mishra et al. 2021, "Accelerating sparse deep neural networks" (2:4).
     """
@@ -118,7 +128,7 @@ class SemiStructured(_Zeroing):
     def _unfit(self, module: nn.Module) -> str | None:
         if isinstance(module, _ConvTransposeNd):
             return "is a transposed convolution"
-        channels = weight_shape(module)[1]
+        channels = weight_shape(untransposed(module))[1]
         return f"has {channels} input channels, which {self.m} does not divide" if channels % self.m else None
 
     def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
@@ -127,7 +137,7 @@ class SemiStructured(_Zeroing):
 
     def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
         for layer in plan.layers:
-            weight = _weight(model, layer.name)
+            weight = _weight(model, layer.name, by_rows=True)
             blocks = weight.abs().unflatten(1, (-1, self.m)).movedim(2, -1)
             stays = largest(blocks, self.n).movedim(-1, 2).flatten(1, 2)
             weight.masked_fill_(~stays, 0.0)
@@ -184,9 +194,10 @@ def weight_plan(
     )
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """Return the layer's weight without its gradient history, sharing its memory."""
-    weight = model.get_submodule(name)._parameters.get("weight")
+def _weight(model: nn.Module, name: str, *, by_rows: bool = False) -> Tensor:
+    """Return the layer's weight without its gradient history, sharing its memory; ``by_rows``: filters first."""
+    module = model.get_submodule(name)
+    weight = (untransposed(module) if by_rows else module)._parameters.get("weight")
     if weight is None:
         raise BadInput(f"the plan is for another model: {name!r} has no weight of its own")
     return weight.detach()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pliant.compression.base import inputs_of
 from pliant.compression.factored import Factorable
 from pliant.errors import BadInput
-from pliant.layers import as_inputs, line, map_tensors, run
+from pliant.layers import as_inputs, line, map_tensors, run, untransposed
 
 # A moment of s rows takes 8·s² bytes and its decomposition about 10·s³ operations: 134 MB and minutes at 4096.
 MAX_WIDTH = 4096
@@ -48,7 +48,7 @@ def output_moments(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(spans, 0)
 
-    def add(name: str, module: Factorable, _: object, output: Tensor) -> None:
+    def add(name: str, module: nn.Module, _: object, output: Tensor) -> None:
         total, count = _second_moment(module, output, spans[name])
         sums[name] = sums[name] + total if name in sums else total
         counts[name] += count
@@ -72,18 +72,20 @@ def output_moments(
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-def _second_moment(module: Factorable, output: Tensor, span: Tensor | None) -> tuple[Tensor, int]:
+def _second_moment(module: nn.Module, output: Tensor, span: Tensor | None) -> tuple[Tensor, int]:
     """Return Σ z zᵀ over all positions of one output, and their number."""
-    if isinstance(module, nn.Linear):
+    layer = untransposed(module)
+    assert isinstance(layer, Factorable)  # the caller has seen to it
+    if isinstance(layer, nn.Linear):
         groups, flat = 1, output.detach().flatten(0, -2) if output.dim() > 1 else output.detach().unsqueeze(0)
     else:
-        groups, channel = module.groups, output.dim() - len(module.kernel_size) - 1
+        groups, channel = layer.groups, output.dim() - len(layer.kernel_size) - 1
         flat = output.detach().movedim(channel, -1).flatten(0, -2)
     total = 0
     for part in flat.split(max(1, _CHUNK // flat.shape[1])):
         y = part.double()
-        if module.bias is not None:
-            y = y - module.bias.detach().double()
+        if layer.bias is not None:
+            y = y - layer.bias.detach().double()
         z = y.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, positions, m)
         if span is not None:
             z = z @ span.to(z.device)
