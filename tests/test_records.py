@@ -231,9 +231,9 @@ def test_a_damaged_line_is_an_error_that_names_file_and_line(path: Path, line: b
 
 def test_another_kind_of_file_is_neither_read_nor_changed(path: Path) -> None:
     path.write_text("# Notes\nnot a record")
-    with pytest.raises(DamagedFile, match="is this a file of records"):
+    with pytest.raises(DamagedFile, match="is this the right file"):
         append_record(path, FULL)
-    with pytest.raises(DamagedFile, match="is this a file of records"):
+    with pytest.raises(DamagedFile, match="is this the right file"):
         read_records(path)
     assert path.read_text() == "# Notes\nnot a record"
 

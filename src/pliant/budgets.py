@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pliant import measuring
 from pliant.compression import Chain, Compressor, Plan, reestimate_batchnorm
 from pliant.compression.base import Analysis
 from pliant.errors import BadInput, Refused
-from pliant.layers import Example, as_inputs
+from pliant.layers import Example
 
 SMALLEST = 1 - 2**-30  # the ratio of the smallest network there is; a ratio of 1 would ask for none
 
@@ -83,7 +83,8 @@ def compress_to(
     Args:
         model: a trained network; not changed.
         compressor: how to compress; its ratio is of no account.
-        example_inputs: what the model takes. Costs are counted and measured on it.
+        example_inputs: what the model takes: a tensor, a tuple of tensors or a dict of keyword arguments. Costs are
+            counted and measured on it.
         keep_params: share of all the model's parameters that may stay, in (0, 1].
         keep_macs: share of the multiply-accumulates. What to remove is then chosen by them.
         max_bytes: of the safetensors file.
@@ -186,18 +187,10 @@ def _meter(
             raise BadInput("max_drop needs accuracy: a function from a network to its accuracy on validation data")
         dense = accuracy(model)
         return lambda plan: dense - accuracy(compressor.apply(model, plan, analysis=analysis))
-    example = _one_tensor(example_inputs, budget)
     if budget.kind == "max_latency_ms":
-        return lambda plan: 1e3 * measuring.latencies([compressor.skeleton(model, plan)], example)[0]
-    whole = measuring.macs(model, example)
-    return lambda plan: measuring.macs(compressor.skeleton(model, plan), example) / whole
-
-
-def _one_tensor(example_inputs: Example, budget: Budget) -> Tensor:
-    inputs = as_inputs(example_inputs)
-    if not isinstance(inputs, tuple) or len(inputs) != 1:
-        raise BadInput(f"{budget.kind} is measured on networks that take one tensor")
-    return inputs[0]
+        return lambda plan: 1e3 * measuring.latencies([compressor.skeleton(model, plan)], example_inputs)[0]
+    whole = measuring.macs(model, example_inputs)
+    return lambda plan: measuring.macs(compressor.skeleton(model, plan), example_inputs) / whole
 
 
 def _reachable(compressor: Compressor[Any], budget: Budget, least: float, smallest: Plan) -> str:

@@ -12,9 +12,9 @@ from rich.console import Console
 from pliant.budgets import one_budget
 from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
-from pliant.files import making_folder, write_text
+from pliant.files import making_folder, remove_leftovers, write_text
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config, write_plan
-from pliant.sweeping import describe
+from pliant.sweeping import PATTERN, check_pattern, describe
 from pliant.trials import Trial, check_names, pattern_compressor
 
 
@@ -28,10 +28,11 @@ def compress_run(
     max_latency_ms: float | None = None,
     max_drop: float | None = None,
     allocation: str = "global",
-    pattern: str = "2:4",
+    pattern: str | None = None,
     calibration: int = 2048,
     precision: str = "auto",
     whiten: bool = True,
+    scheme: str = "channel",
     out: str | None = None,
 ) -> Path:
     """Compress a trained network to one size, without retraining, and write it to a folder.
@@ -52,14 +53,17 @@ def compress_run(
         max_drop: instead of a ratio, how much accuracy on the validation images may be lost, such as 0.01.
         allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
             keeps the same share of its energy (energy).
-        pattern: N:M for nm, instead of the ratio.
+        pattern: N:M for nm, instead of the ratio; by default 2:4.
         calibration: training images for whitening and the BatchNorm re-estimation.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
+        scheme: for rank, how convolutions are factorised: k×k then 1×1 (channel), k×1 then 1×k (spatial), or whichever
+            loses less (best). The latter two cannot be whitened: they need whiten false.
         out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run.
 
     Raises:
         BadInput: an unknown name, a value out of range, two sizes, or the folder exists.
+        Busy: another process is making the folder.
         DamagedFile: the run folder or its data cannot be read.
         Refused: nothing can be removed from this network, or the budget is out of reach.
     """
@@ -74,6 +78,8 @@ def compress_run(
     budget = None if all(limit is None for limit in limits.values()) else one_budget(**limits)
     if budget is not None and (ratio is not None or compressor == "nm"):
         raise BadInput(f"{'a pattern' if compressor == 'nm' else '--ratio'} and --{budget.kind} exclude each other")
+    check_pattern(compressor, pattern, ratio=ratio)
+    pattern = pattern or PATTERN
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
     if compressor == "nm":
@@ -82,12 +88,13 @@ def compress_run(
     source = Run.open(run)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
     folder = Path(out) if out else source.path.resolve().with_name(f"{source.name}-{compressor}-{label}")
+    remove_leftovers(folder)
     if folder.exists():
-        raise BadInput(f"{folder} exists: choose another --out, or remove it")
+        raise BadInput(f"--out: {folder} exists: choose another --out, or remove it")
     if (source.path / PLAN).exists():
         raise BadInput(f"{run} is compressed already: give the run folder it was made from")
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    trial = Trial(source, compressor, whiten=whiten, **options)
+    trial = Trial(source, compressor, whiten=whiten, scheme=scheme, **options)
     with making_folder(folder) as fresh:  # first, for a place that cannot be written to is soon noticed
         network, plan, record = trial.measure(**size) if budget is None else trial.fit(budget)
         save_weights(network, fresh / WEIGHTS)

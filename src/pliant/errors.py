@@ -26,6 +26,10 @@ class Diverged(PliantError):
     """Training met a loss or gradient that is NaN or infinite."""
 
 
+class Busy(PliantError):
+    """Another process is working on the same folder or file."""
+
+
 class Refused(PliantError):
     """Nothing can be removed from a model, or a budget cannot be reached."""
 

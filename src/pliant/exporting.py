@@ -22,7 +22,7 @@ from torch import nn
 
 from pliant.compression import Plan
 from pliant.errors import BadInput, unknown
-from pliant.files import making_folder, sha256, write_text
+from pliant.files import making_folder, remove_leftovers, sha256, write_text
 from pliant.layers import Example
 from pliant.measuring import parameters
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, load, read_shape, save_weights, versions, write_plan
@@ -107,7 +107,7 @@ def export_run(
 
 
 def check_request(folder: Path, formats: Sequence[str], overwrite: bool) -> None:
-    """Raise BadInput for what can be seen to fail before any work."""
+    """Raise BadInput for what can be seen to fail before any work, Busy if another process is making the folder."""
     if isinstance(formats, str):
         raise BadInput(f"formats must be a list such as [{formats!r}], not a string")
     if not formats:
@@ -117,6 +117,7 @@ def check_request(folder: Path, formats: Sequence[str], overwrite: bool) -> None
             raise unknown("format", str(name), FORMATS)
     if "onnx" in formats:
         require_onnx()
+    remove_leftovers(folder)
     if folder.is_dir() and (not any(folder.iterdir()) or (overwrite and (folder / MANIFEST).is_file())):
         return
     if folder.is_dir() and (folder / MANIFEST).is_file():

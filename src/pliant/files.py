@@ -1,13 +1,27 @@
-"""Writing files so that nobody ever sees half of one, and telling them apart. Standard library only."""
+"""Writing files so that nobody ever sees half of one, one process at a time, and telling them apart.
+
+A process may be killed at any moment. What it leaves then is called ``.NAME.*.tmp`` or ``.NAME.lock``, beside the file
+or folder NAME that it was working on; nothing reads it, and the next process that writes NAME removes it. Standard
+library only.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from pliant.errors import Busy
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextlib.contextmanager
@@ -18,20 +32,22 @@ def replacing(path: str | Path) -> Iterator[Path]:
     The folder must exist. On an error the temporary file is removed and the error goes on.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _sync(temporary)
-        # mkstemp makes private files; a result is as readable as any file this user makes.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with locked(path, wait=True):
+        _remove_leftovers(path)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            sync(temporary)
+            # mkstemp makes private files; a result is as readable as any file this user makes.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -40,25 +56,91 @@ def making_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
     Missing parents are made. A folder of that name is an OSError, unless it is empty or ``replace`` is True: then the
     former one is removed once the new one has its name. On an error the temporary folder is removed, the former one
-    stays and the error goes on.
+    stays and the error goes on. Raises Busy if another process is making the same folder.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as room:
-        fresh, former = Path(room, "new"), Path(room, "former")
-        fresh.mkdir()  # with the permissions of any folder that this user makes; the room around it is private
-        yield fresh
-        for file in fresh.rglob("*"):
-            _sync(file)
-        if replace and path.exists():
-            path.rename(former)
+    make_folders(path.parent)
+    with locked(path):
+        _remove_leftovers(path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as room:
+            fresh, former = Path(room, "new"), Path(room, "former")
+            fresh.mkdir()  # with the permissions of any folder that this user makes; the room around it is private
+            yield fresh
+            for file in (*fresh.rglob("*"), fresh):
+                sync(file)
+            if replace and path.exists():
+                path.rename(former)
+            try:
+                fresh.rename(path)
+            except OSError:
+                if former.exists():
+                    former.rename(path)
+                raise
+            sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from working on ``path`` for a while: a file or folder, there or not. Its folder must exist.
+
+    What holds the lock is the file ``.NAME.lock`` beside it. The system releases it when the process ends, however
+    that comes about. There are no such locks on Windows.
+
+    Raises:
+        Busy: another process is working on it; with ``wait``, that is waited for.
+    """
+    path = Path(path).resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    handle = _take(lock, path, wait)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _take(lock: Path, path: Path, wait: bool) -> int:
+    """Return an open handle of a lock file that no other process holds."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        if sys.platform == "win32":
+            return handle
         try:
-            fresh.rename(path)
-        except OSError:
-            if former.exists():
-                former.rename(path)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.fstat(handle).st_nlink:
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise Busy(f"{path} is in use: another process is writing it; wait for that one, or stop it") from None
+        except BaseException:
+            os.close(handle)
             raise
-        _sync(path.parent)
+        os.close(handle)  # its former holder has removed it meanwhile
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what killed processes left beside ``path``. Raises Busy if another process is working on it."""
+    path = Path(path)
+    if path.parent.is_dir():
+        with locked(path):
+            _remove_leftovers(path)
+
+
+def is_empty(folder: Path) -> bool:
+    """Tell whether a folder is absent, or holds nothing but what killed processes left."""
+    return not folder.exists() or (folder.is_dir() and not any(not _is_leftover(entry) for entry in folder.iterdir()))
+
+
+def make_folders(path: str | Path) -> None:
+    """Make a folder and its missing parents, so that they outlive a loss of power. An existing folder is fine."""
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in (path, *path.parents):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -82,7 +164,8 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of what is in a folder, is on disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no handle to a folder
     descriptor = os.open(path, os.O_RDONLY)
@@ -90,3 +173,19 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix in (".tmp", ".lock")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside ``path``, which is locked by this one."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # as the module tempfile makes them
+    for left in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]:
+        if not left.is_dir():
+            left.unlink(missing_ok=True)
+            continue
+        if (left / "former").exists() and not path.exists():
+            (left / "former").rename(path)  # killed between two renamings: the former folder still counts
+        shutil.rmtree(left)

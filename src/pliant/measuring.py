@@ -25,7 +25,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.errors import BadInput, unknown
-from pliant.layers import count_parameters
+from pliant.layers import Example, Inputs, as_inputs, call, count_parameters, map_tensors, tensors_of
 from pliant.tracing import Portable, onnx_session, reason
 
 BACKENDS = ("eager", "compile", "onnx")
@@ -84,36 +84,40 @@ def file_bytes(model: nn.Module) -> int:
     return len(safetensors.torch.save(state_tensors(model)))
 
 
-def macs(model: nn.Module, example_input: Tensor) -> int:
-    """Return the multiply-accumulates of one forward pass, per image of the example input (N, C, H, W).
+def macs(model: nn.Module, example_inputs: Example) -> int:
+    """Return the multiply-accumulates of one forward pass, per sample of the example.
+
+    ``example_inputs``: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes; the number of
+    samples is the first dimension of the first tensor.
 
     Counted for convolutions, matrix products and attention on a copy without data, so it costs next to nothing; a
     network that needs real numbers in its forward is run once.
     """
+    inputs = as_inputs(example_inputs)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see the encoder's fused kernels
     try:
         try:
             with torch.device("meta"):
-                flops = _flops(copy.deepcopy(model).to("meta"), example_input.to("meta"))
+                flops = _flops(copy.deepcopy(model).to("meta"), map_tensors(lambda x: x.to("meta"), inputs))
         except (RuntimeError, NotImplementedError):
             # oneDNN's fused LSTM is one operation that the counter does not know.
             with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
-                flops = _flops(copy.deepcopy(model), example_input)
+                flops = _flops(copy.deepcopy(model), inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return flops // 2 // len(example_input)
+    return flops // 2 // len(tensors_of(inputs)[0])
 
 
-def _flops(model: nn.Module, example_input: Tensor) -> int:
+def _flops(model: nn.Module, inputs: Inputs) -> int:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model.eval()(example_input)
+        call(model.eval(), inputs)
     return int(counter.get_total_flops())
 
 
 def latencies(
-    models: Sequence[nn.Module], example_input: Tensor, *, seconds: float = 0.05, rounds: int = 3
+    models: Sequence[nn.Module], example_inputs: Example, *, seconds: float = 0.05, rounds: int = 3
 ) -> list[float]:
     """Return the seconds per forward pass of each model, the median over ``rounds`` that take turns.
 
@@ -121,16 +125,18 @@ def latencies(
 
     Args:
         models: on the example's device.
-        example_input: one batch.
+        example_inputs: one batch: a tensor, a tuple of tensors or a dict of keyword arguments.
         seconds: least time per measurement.
         rounds: measurements per model.
     """
+    inputs = as_inputs(example_inputs)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for model in models:
             stack.enter_context(eval_mode(model))
-        calls = [lambda model=model: model(example_input) for model in models]
+        calls = [functools.partial(model, *args, **kwargs) for model in models]
         times = _take_turns(calls, seconds=seconds, rounds=rounds, threads=threads)
     return [statistics.median(series) for series in times]
 
@@ -162,7 +168,7 @@ class Latency:
 
 def backend_latencies(
     models: Mapping[str, nn.Module],
-    example_input: Tensor,
+    example_inputs: Example,
     *,
     backends: Sequence[str] = BACKENDS,
     threads: Sequence[int] = (1, 2),
@@ -177,7 +183,7 @@ def backend_latencies(
 
     Args:
         models: by name; they are copied.
-        example_input: one batch.
+        example_inputs: one batch: a tensor, a tuple of tensors or a dict of keyword arguments.
         backends: "eager" (plain torch), "compile" (torch.compile) and "onnx" (ONNX Runtime).
         threads: numbers of threads of one operation.
         seconds: least time per measurement.
@@ -188,9 +194,10 @@ def backend_latencies(
             raise unknown("backend", backend, BACKENDS)
     if rounds < 2:
         raise BadInput(f"rounds must be at least 2 to show a spread, got {rounds}")
+    batch = len(tensors_of(as_inputs(example_inputs))[0])
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        portables = {name: Portable(model, example_input) for name, model in models.items()}
+        portables = {name: Portable(model, example_inputs) for name, model in models.items()}
         files = {name: Path(folder, f"{index}.onnx") for index, name in enumerate(models)}
         for count in threads:
             if "compile" in backends:
@@ -206,7 +213,7 @@ def backend_latencies(
                 times = _take_turns(list(calls.values()), seconds=seconds, rounds=rounds, threads=count)
             measured = dict(zip(calls, times, strict=True))
             rows += [
-                Latency(*key, count, len(example_input), tuple(measured.get(key, ())), skipped.get(key, ""))
+                Latency(*key, count, batch, tuple(measured.get(key, ())), skipped.get(key, ""))
                 for key in itertools.product(models, backends)
             ]
     return rows

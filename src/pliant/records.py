@@ -3,30 +3,21 @@
 A sweep appends a :class:`Record` per (run, compressor, ratio) to a JSON Lines file; reports and comparisons
 read such files and nothing else. This module needs the standard library only, so that records can be read on
 any machine.
-
-A process may be stopped at any moment: a line is either whole, or it is recognisable as cut, being the last
-one and without a newline. Reading ignores a cut line, appending drops it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import errno
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from pliant.errors import BadInput, DamagedFile
-
-if sys.platform != "win32":
-    import fcntl
-
+from pliant.errors import BadInput
+from pliant.lines import append_line, read_lines
 
 Key = tuple[str | float, ...]
 
@@ -43,11 +34,11 @@ class LayerCount(TypedDict):
 
 
 class Cost(TypedDict):
-    """What the training cost, beside SGD on the same machine: its run took ``seconds``.
+    """What the training cost, beside SGD on the same machine.
 
-    A step took ``step_s`` seconds (``step_s_sgd``: one of SGD, measured in turns) and the training held ``memory`` bytes
-    for weights, gradients, the optimizer's state and its step's own tensors (``memory_sgd``). ``equal`` tells what the
-    run was granted as much of as SGD: ``"epochs"`` or ``"time"``.
+    The run took ``seconds``, a step ``step_s`` seconds (``step_s_sgd``: one of SGD, timed in turns). ``memory`` bytes
+    hold the weights, their gradients and what the optimizer keeps (``memory_sgd``: SGD's). ``equal`` tells what the run
+    was granted as much of as SGD: ``"epochs"`` or ``"time"``.
     """
 
     equal: str
@@ -113,7 +104,7 @@ class Record:
     allocation: str = ""
     """How the ratio was spread over the layers, for example ``"uniform"``; empty where there is no choice."""
     pattern: str = ""
-    """N:M pattern such as ``"2:4"``; empty for compressors that take a ratio."""
+    """Pattern such as ``"2:4"``; empty for compressors that take a ratio."""
     ratio_removed: float | None = None
     """Share of the compressible parameters that was really removed; None if it was not recorded."""
     val_top1_raw: float | None = None
@@ -132,7 +123,7 @@ class Record:
     weights: str = ""
     """SHA-256 (hexadecimal) of the run's ``model.safetensors``; empty if unknown."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Settings of the training run: k, radius, rescale, epochs, ..."""
+    """Settings of the training run, such as k, radius, rescale and epochs."""
     created: str = ""
     """Time of the measurement, ISO 8601."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -233,46 +224,8 @@ _REQUIRED = tuple(
 
 
 def append_record(path: str | Path, record: Record) -> None:
-    """Append ``record`` to the JSON Lines file at ``path`` and wait until it is on disk.
-
-    The file and its folder are made if needed. The line goes out in one write under a file lock (except on
-    Windows), so several processes may append to one file. A line that an earlier process left cut is dropped.
-
-    Raises:
-        DamagedFile: the unfinished last line is no cut record; what may be another file is not written to.
-        OSError: the disk is full or the file cannot be written; it keeps its former records and length.
-    """
-    path = Path(path)
-    line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+", buffering=0) as file:  # unbuffered: write() below is one system call
-        if sys.platform != "win32":
-            fcntl.flock(file, fcntl.LOCK_EX)  # released on close
-        file.seek(0)
-        content = file.readall()
-        tail = _last_line(path, content)
-        if tail and _is_cut(tail):
-            file.truncate(len(content) - len(tail))
-        elif tail:
-            line = b"\n" + line
-        length = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(length)
-            raise
-
-
-def check_appendable(path: str | Path) -> None:
-    """Make the folder of ``path`` if needed and raise OSError if :func:`append_record` could not write to the file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.open("ab").close()
-    else:
-        tempfile.TemporaryFile(dir=path.parent).close()
+    """Append ``record`` to the JSON Lines file at ``path`` and wait until it is on disk."""
+    append_line(path, record.to_dict())
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -282,51 +235,7 @@ def read_records(path: str | Path) -> list[Record]:
         DamagedFile: there is no such file, or a line is not a record; the message names file and line. (A cut
             last line is ignored.)
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise DamagedFile(f"{path}: expected a file of records, got {error.strerror}; make one with a sweep") from None
-    tail = _last_line(path, content)
-    if tail and _is_cut(tail):
-        content = content[: -len(tail)]
-    records = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(Record.from_dict(_parse(line)))
-        except ValueError as error:  # JSON, UTF-8 and BadInput all raise it
-            raise DamagedFile(f"{path}:{number}: {error}; mend or delete this line") from None
-    return records
-
-
-def _last_line(path: Path, content: bytes) -> bytes:
-    """Return what follows the last newline: nothing, a record without newline, or the beginning of one."""
-    tail = content[content.rfind(b"\n") + 1 :]
-    if tail.strip() and not tail.startswith(b"{"):
-        raise DamagedFile(f"{path}: expected lines of JSON, got {tail[:20]!r} at the end; is this a file of records?")
-    return tail
-
-
-def _is_cut(tail: bytes) -> bool:
-    """Tell whether an unterminated line is incomplete: no mere beginning of a JSON object is valid JSON."""
-    try:
-        json.loads(tail)
-    except ValueError:
-        return True
-    return False
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    values = json.loads(line.decode(), parse_constant=_no_constant)
-    if not isinstance(values, dict):
-        raise BadInput(f"expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _no_constant(name: str) -> None:
-    raise BadInput(f"expected finite numbers, got {name}")
+    return read_lines(path, Record.from_dict, "records")
 
 
 def _check_text(name: str, value: object, *, may_be_empty: bool) -> None:

@@ -28,12 +28,13 @@ from torch import nn
 import pliant
 from pliant.compression import Plan, skeleton
 from pliant.data import ImageData, load_data
-from pliant.errors import DamagedFile
+from pliant.errors import BadInput, DamagedFile
 from pliant.files import sha256, write_bytes, write_text
+from pliant.lines import read_lines
 from pliant.measuring import state_tensors
 from pliant.models import build_model
 
-CONFIG, SHAPE, WEIGHTS, PLAN = "config.yaml", "shape.json", "model.safetensors", "plan.json"
+CONFIG, SHAPE, WEIGHTS, PLAN, LOG = "config.yaml", "shape.json", "model.safetensors", "plan.json", "train.jsonl"
 _REQUIRED = ("data", "model", "method", "seed")
 _KINDS: dict[str, Any] = {
     "data": str,
@@ -54,13 +55,15 @@ class Run:
     Args:
         path: the folder.
         config: the settings of the training, as in config.yaml.
+        loaded: the data set that they name, if it is in memory already.
     """
 
     path: Path
     config: dict[str, Any]
+    loaded: ImageData | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
+    def open(cls, path: str | Path, loaded: ImageData | None = None) -> Run:
         """Read a run folder; raises DamagedFile if it is none."""
         path = Path(path)
         file = path / CONFIG
@@ -68,7 +71,7 @@ class Run:
             config = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise DamagedFile(f"{path} is not a run folder: it has no {CONFIG}; make one with pliant train") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
             raise DamagedFile(f"{file} is damaged: {' '.join(str(error).split())}") from None
         missing = [key for key in _REQUIRED if not isinstance(config, dict) or key not in config]
         if missing:
@@ -76,7 +79,7 @@ class Run:
         for key, kinds in _KINDS.items():
             if key in config and not isinstance(config[key], kinds):
                 raise DamagedFile(f"{file} is damaged: {key} is {config[key]!r}")
-        return cls(path, config)
+        return cls(path, config, loaded)
 
     @property
     def name(self) -> str:
@@ -86,6 +89,8 @@ class Run:
     @cached_property
     def data(self) -> ImageData:
         """The data set the network was trained on."""
+        if self.loaded is not None:
+            return self.loaded
         return load_data(self.config["data"], self.config.get("data_dir"), image_size=self.config.get("image_size"))
 
     @cached_property
@@ -93,16 +98,24 @@ class Run:
         """SHA-256 of the trained weights, hexadecimal."""
         return sha256(self._weights())
 
+    @property
+    def seconds(self) -> float:
+        """What the epochs took, with their validation; raises DamagedFile if the log is none."""
+        return sum(read_lines(self.path / LOG, _seconds, "epochs"))
+
     def build(self) -> nn.Module:
         """Return the network, newly initialised; the global random state is left as it is."""
         num_classes, image_shape = read_shape(self.path)
         with torch.random.fork_rng(devices=[]):
-            return build_model(
-                self.config["model"],
-                num_classes=num_classes,
-                image_shape=image_shape,
-                width=self.config.get("width", 1.0),
-            )
+            try:
+                return build_model(
+                    self.config["model"],
+                    num_classes=num_classes,
+                    image_shape=image_shape,
+                    width=self.config.get("width", 1.0),
+                )
+            except BadInput as error:
+                raise BadInput(f"{self.path}: {error}") from error
 
     def load(self) -> nn.Module:
         """Return the trained network in eval mode, on the CPU; raises DamagedFile for weights that do not fit."""
@@ -115,6 +128,13 @@ class Run:
         if not path.is_file():
             raise DamagedFile(f"{path} is missing: training is not complete; finish it with pliant train --resume")
         return path
+
+
+def _seconds(entry: dict[str, Any]) -> float:
+    seconds = entry.get("seconds")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0:
+        raise BadInput(f"an epoch needs its seconds, got {seconds!r}")
+    return float(seconds)
 
 
 def load(path: str | Path) -> nn.Module:
@@ -146,16 +166,26 @@ def rebuild(model: nn.Module, folder: str | Path) -> nn.Module:
     plan = read_plan(folder / PLAN) if (folder / PLAN).exists() else None
     if not (folder / WEIGHTS).is_file():
         raise DamagedFile(f"{folder} has no {WEIGHTS}: give a folder that pliant export or pliant compress wrote")
-    small = copy.deepcopy(model) if plan is None else skeleton(model, plan)
+    small = copy.deepcopy(model) if plan is None else _compressed(model, plan, folder / PLAN)
     load_weights(small, folder / WEIGHTS)
     return small.cpu().eval()
+
+
+def _compressed(model: nn.Module, plan: Plan, path: Path) -> nn.Module:
+    try:
+        return skeleton(model, plan)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except Exception as error:  # what is kept of a layer may be wrong in as many ways as there are compressors
+        reason = (str(error).splitlines() or [""])[0]
+        raise DamagedFile(f"{path} is damaged ({type(error).__name__}: {reason})") from error
 
 
 def read_plan(path: Path) -> Plan:
     """Read a compression plan; raises DamagedFile if it is none."""
     try:
         return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 raise the one, thousands of brackets the other
         raise DamagedFile(f"{path} is damaged: {error}") from None
     except DamagedFile as error:
         raise DamagedFile(f"{path}: {error}") from None
@@ -181,7 +211,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     differing = [
         name
         for name in expected.keys() | tensors.keys()
-        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
+        if name not in expected
+        or name not in tensors
+        or expected[name].shape != tensors[name].shape
+        or expected[name].is_floating_point() != tensors[name].is_floating_point()
     ]
     if differing:
         shown = ", ".join(sorted(differing)[:3])
@@ -196,7 +229,7 @@ def read_shape(folder: Path) -> tuple[int, tuple[int, int, int]]:
         num_classes, (channels, height, width) = int(shape["num_classes"]), map(int, shape["image_shape"])
     except FileNotFoundError:
         raise DamagedFile(f"{folder / SHAPE} is missing: restore it, or train anew") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DamagedFile(f"{folder / SHAPE} is damaged: {error}") from None
     return num_classes, (channels, height, width)
 

@@ -26,10 +26,18 @@ def read_image_folder(request: Request) -> Raw:
     number = {name: label for label, name in enumerate(classes)}
     splits = []
     for files in found:
-        rows = ((str(file), {"bytes": None, "path": str(file)}) for _, file in files)
+        rows = ((str(file), {"bytes": _content(file), "path": None}) for _, file in files)
         images = decode(rows, len(files), request.image_size)
         splits.append(Split(images, torch.tensor([number[name] for name, _ in files])))
     return matched(request.name, splits, classes)
+
+
+def _content(file: Path) -> bytes:
+    # Read here: an image that cannot be decoded would leave its file open.
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DamagedFile(f"{file} cannot be read ({error.strerror})") from error
 
 
 def _class_files(folder: Path) -> list[tuple[str, Path]]:
