@@ -5,9 +5,7 @@ from __future__ import annotations
 import html.parser
 import io
 import json
-import math
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,95 +16,10 @@ import pytest
 from rich.console import Console
 
 from pliant.errors import BadInput, DamagedFile
-from pliant.records import Record
-from pliant.reporting import render, report, summary_table
+from pliant.records import LayerCount, Record
+from pliant.reporting import comparison_markdown, render, report, summary_table
 
-RATIOS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
-# Where a method's accuracy has fallen halfway to chance, as a removed share; and its dense accuracy.
-METHODS = {"sgd": (0.45, 0.921), "sfw-rank": (0.93, 0.906), "sfw-filters": (0.85, 0.898)}
-EASE = {"rank": 1.0, "rank-whitened": 1.1, "filters": 0.85, "weights": 1.05}
-SIZES = {"resnet20": (272_474, 40_813_184), "lenet": (61_706, 416_520)}
-
-
-def sample(method: str, compressor: str, ratio: float, *, seed: int = 0, pattern: str = "", **changes: Any) -> Record:
-    """Return a record as a sweep makes it: SGD falls off early, the constrained trainings late."""
-    model = changes.get("model", "resnet20")
-    params, macs = SIZES[model]
-    half, dense = METHODS[method]
-    dense += 0.003 * (seed - 1)
-    half *= EASE.get(compressor, 1.0)
-    fall = 1 / (1 + math.exp(14 * (ratio - half))) * (1 + math.exp(-14 * half))
-    top1 = 0.1 + (dense - 0.1) * min(1.0, fall) + 0.03 * ratio * math.sin(7 * seed + 9 * ratio)
-    raw = 0.1 + (top1 - 0.1) * (1 - ratio) ** 0.5
-    stays = compressor in ("weights", "nm")
-    left = params if stays else round(params * (1 - 0.97 * ratio))
-    values: dict[str, Any] = {
-        "run": f"{method}-{model}-{seed}",
-        "method": method,
-        "model": model,
-        "data": "cifar10",
-        "seed": seed,
-        "compressor": compressor,
-        "allocation": "" if compressor == "nm" else "global",
-        "pattern": pattern,
-        "ratio": ratio,
-        "ratio_removed": ratio,
-        "top1": top1,
-        "top1_raw": raw,
-        "top1_dense": dense,
-        "val_top1": top1,
-        "params": left,
-        "params_dense": params,
-        "nonzero": round(params * (1 - 0.97 * ratio)),
-        "nonzero_dense": params,
-        "macs": macs if stays else round(macs * (1 - 0.9 * ratio)),
-        "macs_dense": macs,
-        "bytes": 4 * left + 9_000,
-        "bytes_dense": 4 * params + 9_000,
-        "latency_s": 0.031 if stays else 0.031 * (1 - 0.6 * ratio),
-        "latency_dense_s": 0.031,
-        "latency_batch": 64,
-        "versions": {"torch": "2.13.0", "numpy": "2.4.6", "pliant": "0.1.0"},
-        "weights": f"{sum(map(ord, method)) + seed:064x}",
-        "config": {"epochs": 60, "seed": seed, "optimizer": {"lr": 0.1, "momentum": 0.9, "radius": 10}},
-        "created": "2026-01-02T03:04:05+00:00",
-    }
-    if ratio and not stays:
-        values["layers"] = [
-            {
-                "name": f"stage{1 + index // 3}.block{index % 3}.conv1",
-                "kind": "filters" if compressor == "filters" else "rank",
-                "kept": max(1, round(16 * 2 ** (index // 3) * (1 - ratio) ** (0.4 + 0.15 * index))),
-                "total": 16 * 2 ** (index // 3),
-                "params": round(2304 * 4 ** (index // 3) * (1 - ratio)),
-                "params_dense": 2304 * 4 ** (index // 3),
-            }
-            for index in range(9)
-        ]
-        values["refused"] = [["fc", "the classifier's outputs are the classes"]]
-    return Record(**(values | changes))
-
-
-def sweep(methods: tuple[str, ...] = tuple(METHODS), seeds: int = 3, **changes: Any) -> list[Record]:
-    """Return the records of a whole benchmark."""
-    runs = [(method, seed) for method in methods for seed in range(seeds)]
-    records = [
-        sample(method, compressor, ratio, seed=seed, **changes)
-        for method, seed in runs
-        for compressor in EASE
-        for ratio in RATIOS
-    ]
-    patterns = (("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75))
-    return records + [
-        sample(method, "nm", ratio, seed=seed, pattern=pattern, **changes)
-        for method, seed in runs
-        for pattern, ratio in patterns
-    ]
-
-
-def write(path: Path, records: list[Record]) -> Path:
-    path.write_text("".join(json.dumps(record.to_dict()) + "\n" for record in records), encoding="utf-8")
-    return path
+from .measurements import HOSTILE, cost, line, sample, sweep, write
 
 
 class Page(html.parser.HTMLParser):
@@ -143,7 +56,12 @@ class Page(html.parser.HTMLParser):
 
 def curves(records: list[Record]) -> list[dict[str, Any]]:
     sections = Page(render(records)).data["sections"]
-    return [curve for section in sections for panel in section["panels"] for curve in panel["curves"]]
+    views = [view for section in sections for panel in section["panels"] for view in panel["views"].values()]
+    return [curve for view in views for curve in view["curves"]]
+
+
+def counts(layer: LayerCount) -> list[int]:
+    return [layer["kept"], layer["total"], layer["params"], layer["params_dense"]]
 
 
 def printed(records: list[Record], width: int = 100) -> str:
@@ -224,6 +142,33 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         report(records, tmp_path)
 
 
+def test_a_comparison_is_printed_and_written_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [*line("sgd", 0, 0.6, cost=cost()), *line("sfw-rank", 0, 0.7, cost=cost(step=1.2))]
+    records = write(tmp_path / "records.jsonl", found)
+    table = tmp_path / "docs" / "table.md"
+    table.parent.mkdir()
+    table.write_text("old")
+    report(records, tmp_path / "report.html", markdown=table)
+    assert table.read_text(encoding="utf-8") == comparison_markdown(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "sfw-rank (ours) 1 70.0 +10.0 70.0" in printed
+    with pytest.raises(BadInput, match="--markdown"):
+        report(records, tmp_path / "report.html", markdown=tmp_path)
+
+
+def test_the_commands_name_the_runs_beside_the_records_or_where_one_says(tmp_path: Path) -> None:
+    records = write(tmp_path / "records.jsonl", line("sgd", 0, 0.6))
+
+    def named(**options: Any) -> str:
+        page = Page(report(records, tmp_path / "report.html", **options).read_text(encoding="utf-8"))
+        (view,) = page.data["sections"][0]["panels"][0]["views"].values()
+        name: str = view["curves"][0]["networks"][0]["command"][2]
+        return name
+
+    assert named() == f"{tmp_path}/runs/sgd-0"
+    assert named(runs="elsewhere") == "elsewhere/sgd-0"
+
+
 # --------------------------------------------------------------------------------------------------- the table
 
 
@@ -260,7 +205,7 @@ def test_seeds_make_one_curve_with_mean_and_spread() -> None:
     assert step["label"] == "50%"
     assert step["top1"] == pytest.approx({"mean": 0.65, "low": 0.5, "high": 0.85})
     assert step["top1_raw"] == pytest.approx({"mean": 0.3, "low": 0.3, "high": 0.3})
-    assert [record["top1"] for record in step["records"]] == tops
+    assert "accuracy 65.0 % (50.0 to 85.0, 3 runs)" in step["tip"]
 
 
 def test_a_run_counts_once_in_the_dense_accuracy() -> None:
@@ -323,13 +268,14 @@ def test_models_and_data_sets_stand_in_sections_and_trainings_keep_their_colour(
     records = sweep(("sfw-rank",), seeds=1, model="lenet", data="digits") + sweep(seeds=1)
     data = Page(render(records)).data
     assert len(data["sections"]) == 2
-    assert data["trainings"] == ["sgd", "sfw-rank", "sfw-filters"]
+    assert [training["name"] for training in data["trainings"]] == ["sgd", "sfw-rank", "sfw-filters"]
+    assert [training["ours"] for training in data["trainings"]] == [False, True, True]
 
 
 def test_a_pattern_is_one_step_even_if_it_removed_different_shares() -> None:
     records = [sample("sgd", "nm", ratio, seed=seed, pattern="2:4") for seed, ratio in enumerate((0.5, 0.49))]
     (curve,) = curves(records)
-    assert [(step["label"], len(step["records"])) for step in curve["steps"]] == [("2:4", 2)]
+    assert [step["label"] for step in curve["steps"]] == ["2:4"]
 
 
 @pytest.mark.parametrize("records", [[sample("sgd", "rank", 0.5)], [sample("sgd", "rank", 0.0)]])
@@ -343,7 +289,7 @@ def test_the_page_holds_layers_reasons_settings_and_versions() -> None:
     page = Page(render(records))
     (view,) = page.data["sections"][0]["layers"]
     assert view["steps"] == ["30%", "70%"]
-    assert view["layers"][0]["cells"] == [record.layers[0] for record in records[1:]]
+    assert view["layers"][0]["cells"] == [counts(record.layers[0]) for record in records[1:]]
     for text in ("the classifier's outputs are the classes", "optimizer.momentum", "torch 2.13.0", "31.00 ms"):
         assert text in page.text
 
@@ -353,7 +299,7 @@ def test_a_layer_that_a_plan_left_alone_is_an_empty_cell() -> None:
     some = replace(some, layers=some.layers[1:])
     (view,) = Page(render([some, every])).data["sections"][0]["layers"]
     cells = {layer["name"]: layer["cells"] for layer in view["layers"]}
-    assert cells[every.layers[0]["name"]] == [None, every.layers[0]]
+    assert cells[every.layers[0]["name"]] == [None, counts(every.layers[0])]
 
 
 # ---------------------------------------------------------------------------------------- the page as a file
@@ -370,9 +316,6 @@ def test_the_page_loads_nothing_from_anywhere() -> None:
     assert page.count("script") == 3
 
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&<!--"
-
-
 def test_hostile_text_stays_text() -> None:
     layer = sample("sgd", "rank", 0.5).layers[0]
     plain = replace(sample("sgd", "rank", 0.5), config={"epochs": 60}, layers=[layer])
@@ -385,39 +328,7 @@ def test_hostile_text_stays_text() -> None:
     hostile["layers"] = [{**layer, "name": HOSTILE, "kind": HOSTILE}]
     page = Page(render([replace(plain, **hostile)]))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags]
-    assert page.data["trainings"] == [HOSTILE]
-    tip = page.data["sections"][0]["panels"][0]["curves"][0]["steps"][0]["records"][0]["tip"]
+    assert [training["name"] for training in page.data["trainings"]] == [HOSTILE]
+    (view,) = page.data["sections"][0]["panels"][0]["views"].values()
+    tip = view["curves"][0]["steps"][0]["tip"]
     assert set(re.findall(r"<[^>]*>", tip)) == {"<b>", "</b>", "<br>"}
-
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
-def test_a_browser_draws_the_page_without_errors(tmp_path: Path) -> None:
-    assert BROWSER is not None
-    out = tmp_path / "report.html"
-    # After the page: choose the raw accuracies, hide one training, sort by the third column.
-    clicks = """<script>
-document.querySelector("input[value=top1_raw]").click();
-document.querySelector("[data-training=sgd]").click();
-document.querySelectorAll(".numbers th button")[2].click();
-</script>"""
-    out.write_text(render(sweep(seeds=2)).replace("</body>", f"{clicks}</body>"), encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    command += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=10000"]
-    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", out.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert [line for line in result.stderr.splitlines() if ":CONSOLE" in line] == []
-    page = Page(result.stdout)
-    assert sum("main-svg" in (attrs.get("class") or "") for _, attrs in page.tags) >= 6
-    raw = sample("sfw-rank", "rank", 0.5, seed=0).top1_raw, sample("sfw-rank", "rank", 0.5, seed=1).top1_raw
-    means = re.search(r'<table class="means" id="means-0-1">.*?</table>', result.stdout, re.DOTALL)
-    assert means is not None
-    assert f">{50 * sum(raw):.1f}<" in means[0]
-    assert "sgd" not in means[0]
-    assert page.count("select") == 1
-    order = re.search(r"<tbody>\s*<tr>(.*?)</tr>", result.stdout.partition('class="numbers"')[2], re.DOTALL)
-    assert order is not None
-    assert 'data-order="0.0"' in order[1]

@@ -1,9 +1,12 @@
 """Curves: what a sweep measured, sorted into what can be compared. Plain data, made of records alone.
 
-Records with the same model and data make a *section*; in it, runs that differ only in their seed make a *training*;
-a training under one compressor and allocation makes a *curve*; curves whose compressors are of one family share a
-*panel*, the figures and the table that compare them. Along a curve, the records of all runs that were asked for the
-same size make a *step*. Neither torch nor numpy is loaded.
+Records with the same model and data make a *section*. Its *views* compare what was granted the same: as many epochs as
+SGD, or as much time. In a view, runs that differ only in their seed make a *training*; a training under one compressor
+and allocation makes a *curve*; curves of one compressor share a *panel*, the figures and the table that compare them.
+Along a curve, the records of all runs that were asked for the same size make a *step*.
+
+A network that was trained again after it was compressed is a reference "with retraining"; it is no rival of those that
+were not. Neither torch nor numpy is loaded.
 """
 
 from __future__ import annotations
@@ -11,10 +14,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
 from pliant.records import Record
+
+VIEWS = {"epochs": "same number of epochs", "time": "same training time"}
+"""What the trainings of a view were granted as much of, by the ``equal`` of their cost."""
+ANCHOR = "sgd"
+"""The method that all costs are measured against."""
+TIME_SLACK = 1.1
+"""A training whose step takes at most this much longer than SGD's has, with the same epochs, the same time."""
+OURS = "sfw-"
+"""How the names of this package's own methods begin."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,16 @@ class Curve:
         return not zeroed and self.family not in ("weights", "nm")
 
     @property
+    def retrained(self) -> bool:
+        """Whether its networks were trained again after compression."""
+        return retraining_of(self.records[0]) is not None
+
+    @property
+    def ours(self) -> bool:
+        """Whether the method is one of this package's own."""
+        return self.records[0].method.startswith(OURS)
+
+    @property
     def runs(self) -> dict[tuple[str, str], list[Record]]:
         """The records of every run."""
         return grouped(self.records, run_of)
@@ -58,49 +80,110 @@ class Curve:
 
 @dataclass(frozen=True)
 class Section:
-    """All that was measured with one model on one data set."""
+    """All that was measured with one model on one data set; ``views`` has the curves of each of :data:`VIEWS`."""
 
     model: str
     data: str
     records: list[Record]
-    curves: list[Curve]
+    views: dict[str, list[Curve]]
+
+    @property
+    def curves(self) -> list[Curve]:
+        """The curves of all views."""
+        return [curve for curves in self.views.values() for curve in curves]
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of guessing; None if no record tells it."""
+        return next((record.chance for record in self.records if record.chance is not None), None)
 
 
 def sections_of(records: Iterable[Record]) -> list[Section]:
     """Return the records by data set and model, sorted by their names, as sections."""
     by_setting = grouped(records, lambda record: (record.data, record.model))
-    return [Section(model, data, found, _curves(found)) for (data, model), found in sorted(by_setting.items())]
+    return [
+        Section(model, data, found, {name: _curves(seen, name) for name, seen in _views(found).items()})
+        for (data, model), found in sorted(by_setting.items())
+    ]
 
 
-def _curves(records: list[Record]) -> list[Curve]:
+def _views(records: list[Record]) -> dict[str, list[Record]]:
+    """Return the records by view. Those without cost count as of equal epochs; some are in both, see TIME_SLACK."""
+    views = grouped(records, lambda record: record.cost["equal"] if record.cost else "epochs")
+    if "time" in views:
+        own = set(map(_what, views["time"]))
+        runs = grouped(views.get("epochs", []), run_of).values()
+        same = [record for run in runs if _is_as_fast_as_sgd(run) for record in run if _what(record) not in own]
+        views["time"] = same + views["time"]
+    return {name: views[name] for name in VIEWS if name in views}
+
+
+def _what(record: Record) -> tuple[object, ...]:
+    return record.method, retraining_of(record), record.seed, record.compressor, record.allocation
+
+
+def _is_as_fast_as_sgd(run: list[Record]) -> bool:
+    # A comparison that was stopped and goes on times the steps of a run again.
+    times = [record.cost["step_s"] / record.cost["step_s_sgd"] for record in run if record.cost is not None]
+    return median(times) <= TIME_SLACK if times else run[0].method == ANCHOR
+
+
+def _curves(records: list[Record], view: str) -> list[Curve]:
     """Return the curves sorted by compressor and allocation, trainings in the order of the records."""
-    names = _training_names(records)
-    by_curve = grouped(records, lambda r: (r.compressor, r.allocation, names[r.method, _settings(r)]))
-    curves = [Curve(name, compressor, how, found) for (compressor, how, name), found in by_curve.items()]
-    known = {family: place for place, (family, _) in enumerate(_PANEL_TITLES)}
-    return sorted(curves, key=lambda c: (known.get(c.family, len(known)), c.compressor, c.allocation))
+    # With the same time, a slower machine or seed has fewer epochs; it is the same training.
+    left_out = _NO_SETTINGS | ({"epochs"} if view == "time" else set())
+    settings = [(record, _settings(record, left_out)) for record in records]
+    names = _training_names(settings)
+    by_curve = grouped(settings, lambda pair: (pair[0].compressor, pair[0].allocation, names[_training(*pair)]))
+    curves = [
+        Curve(name, compressor, how, [record for record, _ in found])
+        for (compressor, how, name), found in by_curve.items()
+    ]
+    return sorted(curves, key=lambda curve: (*_place(curve.compressor), curve.allocation))
 
 
-def _training_names(records: list[Record]) -> dict[tuple[str, frozenset[str]], str]:
-    """Name every (method, settings) after the method and those settings that differ between its trainings."""
+Settings = frozenset[str]
+Training = tuple[str, str | None, Settings]
+
+
+def _training(record: Record, settings: Settings) -> Training:
+    return record.method, retraining_of(record), settings
+
+
+def _training_names(records: list[tuple[Record, Settings]]) -> dict[Training, str]:
+    """Name every training: after the method, where its settings never compete under one compressor and allocation.
+
+    In a comparison they do not, for settings are chosen for each compressor. Where they do compete, the settings that
+    differ between the method's trainings are added.
+    """
     names = {}
-    for method, found in grouped(records, lambda record: record.method).items():
-        trainings = grouped(found, _settings)
+    for found in grouped(records, lambda pair: _training(*pair)[:2]).values():
+        method, retraining, _ = _training(*found[0])
+        trainings = grouped(found, lambda pair: pair[1])
         shared = frozenset.intersection(*trainings)
+        rivals = grouped(found, lambda pair: (pair[0].compressor, pair[0].allocation))
+        compete = any(len({settings for _, settings in same}) > 1 for same in rivals.values())
         for settings in trainings:
             own = ", ".join(sorted(settings - shared))
-            names[method, settings] = f"{method} ({own})" if own else method
+            name = f"{method} ({own})" if compete and own else method
+            names[method, retraining, settings] = (
+                name if retraining is None else f"{name} with retraining, {retraining}"
+            )
     return names
 
 
+def retraining_of(record: Record) -> str | None:
+    """Return the schedule of the training after compression, None if there was none."""
+    schedule = record.config.get("retraining")
+    return None if schedule is None else str(schedule)
+
+
 # Entries of a run's config that say which run it is or where it ran, not how it was trained.
-_NO_SETTINGS = frozenset({"seed", "run", "name", "out", "data_dir", "tensorboard"})
+_NO_SETTINGS = frozenset({"seed", "run", "name", "out", "data_dir", "tracker"})
 
 
-def _settings(record: Record) -> frozenset[str]:
-    return frozenset(
-        f"{name}={value}" for name, value in flat(record.config) if name.split(".")[-1] not in _NO_SETTINGS
-    )
+def _settings(record: Record, left_out: frozenset[str]) -> Settings:
+    return frozenset(f"{name}={value}" for name, value in flat(record.config) if name.split(".")[-1] not in left_out)
 
 
 class Axis(NamedTuple):
@@ -131,12 +214,33 @@ _PANEL_TITLES = {
 
 
 class Panel(NamedTuple):
-    """Curves that are compared with each other."""
+    """Curves of one compressor, which are compared with each other within a view."""
 
-    title: str
+    compressor: str
     removes: bool
-    axes: tuple[Axis, ...]
-    curves: list[Curve]
+    views: dict[str, list[Curve]]
+
+    @property
+    def curves(self) -> list[Curve]:
+        """The curves of all views."""
+        return [curve for curves in self.views.values() for curve in curves]
+
+    @property
+    def title(self) -> str:
+        """What the compressor does, in words."""
+        family, _, variant = self.compressor.partition("-")
+        title = _PANEL_TITLES.get((family, self.removes), family if self.removes else f"{family}, zeroed")
+        return f"{title}, {variant}" if variant else title
+
+    @property
+    def chip(self) -> str:
+        """The compressor in a word or two."""
+        return self.compressor if self.removes else f"{self.compressor} (zeros)"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """What the accuracy is shown against; the first is what sizes are chosen by."""
+        return _AXES_REMOVED if self.removes else _AXES_ZEROED
 
     @property
     def variants(self) -> list[str]:
@@ -145,7 +249,7 @@ class Panel(NamedTuple):
 
     @property
     def patterned(self) -> bool:
-        """Whether the steps are N:M patterns instead of ratios."""
+        """Whether the sizes are N:M patterns; between these there is nothing."""
         return any(record.pattern for curve in self.curves for record in curve.records)
 
     @property
@@ -155,17 +259,33 @@ class Panel(NamedTuple):
 
 
 def panels_of(section: Section) -> list[Panel]:
-    """Return the curves of a section as panels: by the family of the compressor and whether parameters leave."""
-    by_family = grouped(section.curves, lambda curve: (curve.family, curve.removes))
-    return [
-        Panel(
-            _PANEL_TITLES.get((family, removes), family if removes else f"{family}, zeroed"),
-            removes,
-            _AXES_REMOVED if removes else _AXES_ZEROED,
-            curves,
-        )
-        for (family, removes), curves in by_family.items()
+    """Return the curves of a section as panels: by compressor and whether parameters leave."""
+    placed = [(name, curve) for name, curves in section.views.items() for curve in curves]
+    by_compressor = grouped(placed, lambda item: (item[1].compressor, item[1].removes))
+    panels = [
+        Panel(compressor, removes, {n: [c for _, c in of] for n, of in grouped(found, lambda item: item[0]).items()})
+        for (compressor, removes), found in by_compressor.items()
     ]
+    return sorted(panels, key=lambda panel: (*_place(panel.compressor), not panel.removes))
+
+
+def _place(compressor: str) -> tuple[int, str]:
+    """Return by what compressors are sorted: the known families first, in the order of their titles."""
+    families = [family for family, _ in _PANEL_TITLES]
+    family = compressor.partition("-")[0]
+    return families.index(family) if family in families else len(families), compressor
+
+
+def points_of(records: Iterable[Record], axis: Axis, accuracy: str) -> list[tuple[float, float]]:
+    """Return pairs (removed share, accuracy) of a run, the dense network among them.
+
+    Args:
+        records: of one run.
+        axis: what the share is of.
+        accuracy: ``"top1"`` or ``"top1_raw"``.
+    """
+    found = [(max(0.0, 1 - axis.share(record)), getattr(record, accuracy)) for record in records]
+    return found if any(share == 0 for share, _ in found) else [(0.0, next(iter(records)).top1_dense), *found]
 
 
 Item = TypeVar("Item")

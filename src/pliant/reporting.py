@@ -1,10 +1,11 @@
-"""Reports: what a sweep measured, as one table in the terminal and one HTML page.
+"""Reports: what a sweep or a comparison measured, as tables and one HTML page.
 
 The page is a single file that needs no network: text, figures and plotly.js lie inside. It is made of records
 alone, so that it can be rebuilt wherever they are; neither torch nor numpy is loaded.
 
-``pliant.curves`` decides what is compared: sections, panels and curves. Here they become text and numbers; on the
-page a training has a colour, and ``templates/report.js`` draws the figures from plain data.
+``pliant.curves`` decides what is compared, ``pliant.standings`` how it compares, ``pliant.tables`` has the tables for
+the terminal and for documents. Here all becomes plain data; on the page a training has a colour, and
+``templates/report.js`` draws the figures and finds the command that makes a network of some size.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ import html
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import jinja2
 from plotly.offline import get_plotlyjs
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from pliant.areas import LEVEL, SLACK, Estimate
 from pliant.curves import (
+    TIME_SLACK,
+    VIEWS,
     Axis,
     Curve,
+    Panel,
     Section,
     flat,
     grouped,
@@ -40,74 +42,61 @@ from pliant.curves import (
 )
 from pliant.errors import BadInput
 from pliant.files import write_text
-from pliant.records import Record, read_records
+from pliant.records import LayerCount, Record, read_records
+from pliant.standings import ACCURACIES, KEPT, Standing, standings
+from pliant.tables import comparison_markdown, comparison_table, percent, summary_table
+
+__all__ = ["comparison_markdown", "comparison_table", "render", "report", "summary_table"]
 
 
-def report(records: str | Path | Sequence[str | Path], out: str | Path = "report.html") -> Path:
-    """Write a page about the records, print :func:`summary_table` and the page's path, and return the path.
+def report(
+    records: str | Path | Sequence[str | Path],
+    out: str | Path = "report.html",
+    markdown: str | Path | None = None,
+    runs: str | None = None,
+) -> Path:
+    """Write a page about the records, print a table and the page's path, and return the path.
+
+    The table compares the methods if the records tell what the trainings cost, else it lists the accuracies.
 
     Args:
-        records: one or several files of records. Of records with the same :meth:`Record.key` the last counts.
+        records: one or several files of records. Of several records of one measurement the last counts.
         out: the page, a self-contained HTML file of about 5 MB. An existing one is replaced, whole or not at all.
+        markdown: file for the comparison as Markdown tables, replaced alike; none is written without it.
+        runs: folder of the run folders, for the commands on the page; by default runs beside the first records.
 
     Raises:
-        BadInput: the files hold no records, or ``out`` is a folder.
+        BadInput: the files hold no records, or ``out`` or ``markdown`` is a folder.
         DamagedFile: a file is missing or a line of it is not a record.
         OSError: the page cannot be written.
     """
     out = Path(out)
     if out.is_dir():
         raise BadInput(f"expected a file name for the report, got the folder {out}; try {out / 'report.html'}")
-    paths = [records] if isinstance(records, str | Path) else list(records)
+    if markdown is not None and Path(markdown).is_dir():
+        raise BadInput(f"expected a file name for --markdown, got the folder {markdown}")
+    paths = [Path(path) for path in ([records] if isinstance(records, str | Path) else records)]
     latest = {record.key(): record for path in paths for record in read_records(path)}
     if not latest:
         where = ", ".join(map(str, paths)) or "an empty list of files"
         raise BadInput(f"expected records to report, got none in {where}; make some with `pliant sweep`")
     found = list(latest.values())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render(found))
+    pages = {out: render(found, str(paths[0].parent / "runs") if runs is None else runs)}
+    if markdown is not None:
+        pages[Path(markdown)] = comparison_markdown(found)
+    for path, text in pages.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
     # A pipe or a file has no width to keep to, so that lines stay whole there.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
-    console.print(summary_table(found))
+    costly = any(record.cost is not None for record in found)
+    console.print(comparison_table(found) if costly else summary_table(found))
     console.print(f"Report: {out}", soft_wrap=True)
     return out
 
 
-def summary_table(records: Iterable[Record]) -> Table:
-    """Return the test accuracy of every curve at every ratio: in %, BatchNorm re-estimated, mean over the runs.
-
-    Rows are grouped by model and data set, then by compressor and allocation. The columns are the number of runs,
-    the dense accuracy, then one per removed share or N:M pattern. Ten of these fit into 100 characters.
-    """
-    sections = sections_of(records)
-    steps = steps_of(record for section in sections for record in section.records if record.ratio > 0)
-    table = Table(
-        title="Test accuracy (%) by removed share",
-        caption="BatchNorm re-estimated; mean over the runs.",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("training", overflow="fold")
-    for header in ("runs", "dense", *steps):
-        table.add_column(header, justify="right", no_wrap=True)
-    for section in sections:
-        table.add_section()
-        table.add_row(Text(f"{section.model} on {section.data}", style="bold"))
-        for variant, curves in grouped(section.curves, lambda curve: curve.variant).items():
-            table.add_row(Text(f"  {variant}", style="italic"))
-            for curve in curves:
-                at = steps_of(curve.records)
-                means = [_percent(fmean(r.top1 for r in at[step])) if step in at else "-" for step in steps]
-                cells = [f"    {curve.training}", str(len(curve.runs)), _percent(curve.dense), *means]
-                table.add_row(*map(Text, cells))
-    return table
-
-
-def render(records: Sequence[Record]) -> str:
-    """Return the page about ``records`` (at least one) as HTML."""
+def render(records: Sequence[Record], runs: str = "runs") -> str:
+    """Return the page about ``records`` (at least one) as HTML; ``runs`` is the folder of the run folders."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pliant", "templates"),
         autoescape=True,
@@ -116,17 +105,25 @@ def render(records: Sequence[Record]) -> str:
         lstrip_blocks=True,
     )
     sections = sections_of(records)
-    trainings = list(dict.fromkeys(curve.training for section in sections for curve in section.curves))
+    trainings = {curve.training: curve for section in sections for curve in section.curves}
     versions = Counter(tuple(sorted(record.versions.items())) for record in records)
     return environment.get_template("report.html.j2").render(
         runs=len(grouped(records, run_of)),
         trainings=trainings,
+        retrained=any(curve.retrained for curve in trainings.values()),
+        views={name: title for name, title in VIEWS.items() if any(name in section.views for section in sections)},
+        level=LEVEL,
+        time_slack=TIME_SLACK,
         measurements=len(records),
         sections=[
             {
                 "section": section,
                 "names": {curve.training for curve in section.curves},
+                "guessing": section.chance is not None,
+                "repeated": any(panel.repeated for panel in panels_of(section)),
                 "panels": panels_of(section),
+                # What the choice of a size may be restricted to: a panel, by its place.
+                "families": [(index, panel.chip) for index, panel in enumerate(panels_of(section))],
                 "batches": sorted({record.latency_batch for record in section.records}),
                 "layered": any(record.layers for record in section.records),
                 "rows": [[cell(record) for _, cell in _COLUMNS] for record in section.records],
@@ -140,8 +137,12 @@ def render(records: Sequence[Record]) -> str:
         created=sorted(record.created[:10] for record in records if record.created),
         data={
             # A training keeps its colour, its place in this list, through the whole page.
-            "trainings": trainings,
-            "sections": [_section_data(section) for section in sections],
+            "trainings": [
+                {"name": name, "ours": curve.ours, "retrained": curve.retrained} for name, curve in trainings.items()
+            ],
+            "slack": SLACK,
+            "kept": KEPT,
+            "sections": [_section_data(section, runs) for section in sections],
         },
         plotlyjs=get_plotlyjs(),
     )
@@ -150,7 +151,7 @@ def render(records: Sequence[Record]) -> str:
 # -------------------------------------------------------------------------------------- the data of the figures
 
 
-def _section_data(section: Section) -> dict[str, Any]:
+def _section_data(section: Section, runs: str) -> dict[str, Any]:
     """Return what the page draws in a section; the script's first lines describe the same structure."""
     best = max(max(record.top1, record.top1_raw, record.top1_dense) for record in section.records)
     return {
@@ -158,18 +159,51 @@ def _section_data(section: Section) -> dict[str, Any]:
         "top": min(100, 10 * math.ceil(10 * best)),
         "panels": [
             {
+                "compressor": panel.compressor,
+                "title": panel.title,
+                "removes": panel.removes,
+                "patterned": panel.patterned,
                 "axes": [axis.title for axis in panel.axes],
                 "variants": panel.variants,
                 "steps": list(steps_of(record for curve in panel.curves for record in curve.records)),
-                "curves": [_curve_data(curve, panel.axes) for curve in panel.curves],
+                "views": {name: _view_data(panel, name, section.chance, runs) for name in panel.views},
             }
             for panel in panels_of(section)
         ],
-        "layers": [view for curve in section.curves for view in _layer_views(curve)],
+        # A run that is in both views is shown once.
+        "layers": list({view["title"]: view for curve in section.curves for view in _layer_views(curve)}.values()),
     }
 
 
-def _curve_data(curve: Curve, axes: Sequence[Axis]) -> dict[str, Any]:
+def _view_data(panel: Panel, view: str, chance: float | None, runs: str) -> dict[str, Any]:
+    curves = panel.views[view]
+    return {
+        "curves": [_curve_data(curve, panel, runs) for curve in curves],
+        "standings": {
+            accuracy: [_standing_data(s, curves.index(s.curve)) for s in standings(panel, view, chance, accuracy)]
+            for accuracy in ACCURACIES
+        },
+    }
+
+
+def _standing_data(standing: Standing, curve: int) -> dict[str, Any]:
+    return {
+        "curve": curve,
+        "areas": [_estimate_data(area) for area in standing.areas],
+        "other": _estimate_data(standing.other),
+        "versus": None if standing.versus is None else _estimate_data(standing.versus),
+        "is_baseline": standing.is_baseline,
+        "is_best": standing.is_best,
+        "kept": standing.kept,
+        "cost": None if standing.cost is None else standing.cost._asdict(),
+    }
+
+
+def _estimate_data(value: Estimate) -> dict[str, Any]:
+    return value._asdict()
+
+
+def _curve_data(curve: Curve, panel: Panel, runs: str) -> dict[str, Any]:
     return {
         "training": curve.training,
         "variant": curve.variant,
@@ -179,20 +213,20 @@ def _curve_data(curve: Curve, axes: Sequence[Axis]) -> dict[str, Any]:
             {
                 "label": step,
                 "pattern": records[0].pattern,
-                "shares": [fmean(map(axis.share, records)) for axis in axes],
+                "shares": [fmean(map(axis.share, records)) for axis in panel.axes],
                 "top1": _spread([record.top1 for record in records]),
                 "top1_raw": _spread([record.top1_raw for record in records]),
-                "records": [
-                    {
-                        "shares": [axis.share(record) for axis in axes],
-                        "top1": record.top1,
-                        "top1_raw": record.top1_raw,
-                        "tip": _tip(curve, record),
-                    }
-                    for record in records
-                ],
+                "tip": _tip(curve, step, records),
             }
             for step, records in steps_of(curve.records).items()
+        ],
+        "networks": [
+            {
+                "run": records[0].run,
+                "command": _command(records[0], runs),
+                "points": _points(records, panel.axes[0]),
+            }
+            for records in curve.runs.values()
         ],
     }
 
@@ -201,19 +235,61 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"mean": fmean(values), "low": min(values), "high": max(values)}
 
 
-def _tip(curve: Curve, record: Record) -> str:
+def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
+    """Return the sizes of a run: the share removed, both accuracies, validation, and what was asked for."""
+    points = [
+        {
+            "removed": max(0.0, 1 - axis.share(record)),
+            "top1": record.top1,
+            "top1_raw": record.top1_raw,
+            "val": record.val_top1,
+            "ratio": record.ratio,
+            "pattern": record.pattern,
+        }
+        for record in records
+    ]
+    if not any(point["removed"] == 0 for point in points):
+        dense = records[0].top1_dense
+        points.append({"removed": 0.0, "top1": dense, "top1_raw": dense, "val": None, "ratio": 0.0, "pattern": ""})
+    return points
+
+
+def _command(record: Record, runs: str) -> list[str] | None:
+    """Return the words of the command that compresses a run as a record tells, but the size; None if none does."""
+    compressor, _, variant = record.compressor.partition("-")
+    if "retraining" in record.config or variant not in ("", "whitened"):
+        return None
+    words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
+    if "rank" in compressor.split("+") and not variant:
+        words += ["--whiten", "false"]
+    if record.allocation not in ("", "global"):
+        words += ["--allocation", record.allocation]
+    if (calibration := record.config.get("calibration", 2048)) != 2048:
+        words += ["--calibration", str(calibration)]
+    return words
+
+
+def _tip(curve: Curve, step: str, records: list[Record]) -> str:
     """Return the text beside a point, in the subset of HTML that plotly.js knows."""
-    speed = record.latency_dense_s / record.latency_s
+    tops = [record.top1 for record in records]
+    several = len(records) > 1
+    spread = f" ({percent(min(tops))} to {percent(max(tops))}, {len(records)} runs)" if several else ""
+
+    def mean(name: str) -> float:
+        return fmean(getattr(record, name) for record in records)
+
+    def size(name: str, unit: str = "") -> str:
+        return f"{_human(round(mean(name)), unit)} ({percent(mean(name) / mean(f'{name}_dense'))} %)"
+
     lines = [
-        f"<b>{html.escape(curve.training)}</b> · {html.escape(record.run)}",
-        f"{html.escape(curve.variant)} · {html.escape(step_of(record))}",
-        f"accuracy {_percent(record.top1)} % · raw {_percent(record.top1_raw)} %"
-        f" · dense {_percent(record.top1_dense)} %",
-        f"parameters {_human(record.params)} ({_percent(record.params / record.params_dense)} %),"
-        f" non-zero {_human(record.nonzero)}",
-        f"MACs {_human(record.macs)} ({_percent(record.macs / record.macs_dense)} %)",
-        f"file {_human(record.bytes, 'B')} ({_percent(record.bytes / record.bytes_dense)} %)",
-        f"latency {_milliseconds(record)} ms, batch {record.latency_batch} ({speed:.2f}× as fast)",
+        f"<b>{html.escape(curve.training)}</b>{'' if several else f' · {html.escape(records[0].run)}'}",
+        f"{html.escape(curve.variant)} · {html.escape(step)}",
+        f"accuracy {percent(mean('top1'))} %{spread}",
+        f"raw {percent(mean('top1_raw'))} % · dense {percent(mean('top1_dense'))} %",
+        f"parameters {size('params')}, non-zero {_human(round(mean('nonzero')))}",
+        f"MACs {size('macs')} · file {size('bytes', 'B')}",
+        f"latency {1e3 * mean('latency_s'):.2f} ms, batch {records[0].latency_batch}"
+        f" ({mean('latency_dense_s') / mean('latency_s'):.2f}× as fast)",
     ]
     return "<br>".join(lines)
 
@@ -221,13 +297,13 @@ def _tip(curve: Curve, record: Record) -> str:
 def _layer_views(curve: Curve) -> list[dict[str, Any]]:
     """Return a table per run of the curve: what every layer kept at every step."""
     views = []
-    for (run, _), records in curve.runs.items():
+    for records in curve.runs.values():
         steps = sorted((record for record in records if record.layers), key=lambda record: record.ratio)
         names = dict.fromkeys((layer["name"], layer["kind"]) for record in steps for layer in record.layers)
         if names:
             views.append(
                 {
-                    "title": f"{run} · {curve.variant}",
+                    "title": f"{records[0].run} · {curve.variant}",
                     "steps": [step_of(record) for record in steps],
                     "layers": [
                         {
@@ -235,7 +311,7 @@ def _layer_views(curve: Curve) -> list[dict[str, Any]]:
                             "kind": kind,
                             # A layer may be missing at a step, where the plan left it alone.
                             "cells": [
-                                next((layer for layer in record.layers if layer["name"] == name), None)
+                                next((_counts(layer) for layer in record.layers if layer["name"] == name), None)
                                 for record in steps
                             ],
                         }
@@ -244,6 +320,10 @@ def _layer_views(curve: Curve) -> list[dict[str, Any]]:
                 }
             )
     return views
+
+
+def _counts(layer: LayerCount) -> list[int]:
+    return [layer["kept"], layer["total"], layer["params"], layer["params_dense"]]
 
 
 # ---------------------------------------------------------------------------------------- the table of numbers
@@ -258,20 +338,20 @@ class Cell(NamedTuple):
 
 
 def _accuracy(name: str) -> Callable[[Record], Cell]:
-    return lambda record: Cell(_percent(getattr(record, name)), "", getattr(record, name))
+    return lambda record: Cell(percent(getattr(record, name)), "", getattr(record, name))
 
 
 def _size(name: str, unit: str = "") -> Callable[[Record], Cell]:
     def cell(record: Record) -> Cell:
         size = getattr(record, name)
         share = size / getattr(record, f"{name}_dense")
-        return Cell(_human(size, unit), f"{_percent(share)}%", size)
+        return Cell(_human(size, unit), f"{percent(share)}%", size)
 
     return cell
 
 
 def _nonzero(record: Record) -> Cell:
-    return Cell(_human(record.nonzero), f"{_percent(nonzero_share(record))}%", record.nonzero)
+    return Cell(_human(record.nonzero), f"{percent(nonzero_share(record))}%", record.nonzero)
 
 
 def _latency(record: Record) -> Cell:
@@ -281,7 +361,7 @@ def _latency(record: Record) -> Cell:
 
 def _removed(record: Record) -> Cell:
     real = record.ratio_removed
-    return Cell(step_of(record), "" if real is None else f"{_percent(real)}%", record.ratio)
+    return Cell(step_of(record), "" if real is None else f"{percent(real)}%", record.ratio)
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Record], Cell]], ...] = (
@@ -298,10 +378,6 @@ _COLUMNS: tuple[tuple[str, Callable[[Record], Cell]], ...] = (
     ("File", _size("bytes", "B")),
     ("Latency", _latency),
 )
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
 
 
 def _milliseconds(record: Record) -> str:
