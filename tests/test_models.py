@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.errors import BadInput
-from pliant.models import MODELS, BasicBlock, PreActBlock, build_model
+from pliant.models import MODELS, BasicBlock, Bottleneck, PreActBlock, build_model
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 ANY_SIZE = sorted(set(MODELS) - {"vit_tiny"})
@@ -57,6 +57,7 @@ def test_cifar_resnets_have_the_parameters_of_the_paper(name, depth):
         ("resnet20", (3, 32, 32), 272_474),
         ("resnet18", (3, 32, 32), 11_173_962),
         ("wrn28_10", (3, 32, 32), 36_479_194),
+        ("resnet50", (3, 224, 224), 25_557_032),
         # 14,728,266 with biases on the convolutions, which BatchNorm makes idle.
         ("vgg16", (3, 32, 32), 14_728_266 - 4_224),
         # DeiT-Ti has 5,717,416; less the class token and its position.
@@ -64,7 +65,7 @@ def test_cifar_resnets_have_the_parameters_of_the_paper(name, depth):
     ],
 )
 def test_parameter_counts_of_the_literature(name, image_shape, parameters):
-    num_classes = 1000 if name == "vit_tiny" else 10
+    num_classes = 1000 if image_shape[1] == 224 else 10
     assert count(on_meta(name, num_classes=num_classes, image_shape=image_shape)) == parameters
 
 
@@ -78,12 +79,28 @@ def test_multiply_adds_of_the_literature(name, macs):
     assert counter.get_total_flops() / 2e6 == pytest.approx(macs, rel=2e-3)
 
 
+def test_multiply_adds_of_resnet50_on_large_images():
+    # 4.09e9 of convolutions and the classifier, with the stride in the 3×3 convolutions.
+    with FlopCounterMode(display=False) as counter:
+        on_meta("resnet50", num_classes=1000)(torch.empty(1, 3, 32, 32, device="meta"))
+        small_images = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        large = on_meta("resnet50", num_classes=1000, image_shape=(3, 224, 224))
+        large(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(4.09, rel=2e-3)
+    assert small_images / 2e6 == pytest.approx(1300, rel=0.02)  # the published count for 32×32 images
+
+
 def test_residual_blocks_equal_their_formulas():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
     basic = BasicBlock(3, 5, stride=2)
     residual = basic.bn2(basic.conv2(basic.bn1(basic.conv1(x)).relu()))
     torch.testing.assert_close(basic(x), (residual + basic.downsample(x)).relu())
+    deep = Bottleneck(3, 5, stride=2)
+    residual = deep.bn1(deep.conv1(x)).relu()
+    residual = deep.bn3(deep.conv3(deep.bn2(deep.conv2(residual)).relu()))
+    torch.testing.assert_close(deep(x), (residual + deep.downsample(x)).relu())
     wide = PreActBlock(3, 5, stride=2)
     active = wide.bn1(x).relu()
     residual = wide.conv2(wide.bn2(wide.conv1(active)).relu())

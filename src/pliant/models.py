@@ -63,9 +63,13 @@ def build_model(name: str, *, num_classes: int, image_shape: ImageShape, width: 
     if min(image_shape[1:]) < MIN_SIDE:
         raise BadInput(
             f"model {name!r} needs images of at least {MIN_SIDE}×{MIN_SIDE} pixels, "
-            f"got {image_shape[1]}×{image_shape[2]}: resize them"
+            f"got {image_shape[1]}×{image_shape[2]}: resize them by image_size"
         )
-    return MODELS[name](num_classes=num_classes, image_shape=image_shape, width=width)
+    try:
+        return MODELS[name](num_classes=num_classes, image_shape=image_shape, width=width)
+    except (RuntimeError, TypeError, OverflowError) as error:  # what torch raises for sizes beyond memory and integers
+        size = f"at width {width:g} for images of shape {tuple(image_shape)}"
+        raise BadInput(f"model {name!r} cannot be built {size}: {str(error).splitlines()[0]}") from error
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -166,6 +170,36 @@ def resnet(
     )
 
 
+def resnet50(*, num_classes: int, image_shape: ImageShape, width: float) -> nn.Module:
+    """ResNet-50 (He et al. 2015) with bottleneck blocks whose 3×3 convolution has the stride, as is usual today.
+
+    Images of 128 pixels and more go through the 7×7 stem of stride 2 and the max-pool, smaller ones through the stem
+    of :func:`resnet`.
+    """
+    stem, *inner = (_scaled(c, width) for c in (64, 64, 128, 256, 512))
+    large = min(image_shape[1:]) >= 128
+    if large:
+        conv1 = nn.Conv2d(image_shape[0], stem, 7, stride=2, padding=3, bias=False)
+    else:
+        conv1 = _conv3x3(image_shape[0], stem)
+    stages: dict[str, nn.Module] = {}
+    c_in = stem
+    for index, (c, blocks) in enumerate(zip(inner, (3, 4, 6, 3), strict=True), start=1):
+        first = Bottleneck(c_in, c, stride=1 if index == 1 else 2)
+        c_in = Bottleneck.EXPANSION * c
+        stages[f"layer{index}"] = nn.Sequential(first, *(Bottleneck(c_in, c) for _ in range(blocks - 1)))
+    return _named(
+        conv1=conv1,
+        bn1=nn.BatchNorm2d(stem),
+        relu=nn.ReLU(),
+        **({"maxpool": nn.MaxPool2d(3, stride=2, padding=1)} if large else {}),
+        **stages,
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(c_in, num_classes),
+    )
+
+
 def wide_resnet(
     depth: int,
     widen: int,
@@ -219,6 +253,35 @@ class BasicBlock(nn.Module):
         """Return relu(shortcut(x) + residual(x))."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
+        return F.relu(self.downsample(x) + y)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions beside a shortcut: (B, c_in, H, W) to (B, 4c, ⌈H/stride⌉, ⌈W/stride⌉)."""
+
+    EXPANSION = 4
+
+    def __init__(self, c_in: int, c: int, stride: int = 1) -> None:
+        super().__init__()
+        c_out = self.EXPANSION * c
+        self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.conv2 = _conv3x3(c, c, stride)
+        self.bn2 = nn.BatchNorm2d(c)
+        self.conv3 = nn.Conv2d(c, c_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(c_out)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False),
+                nn.BatchNorm2d(c_out),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(shortcut(x) + residual(x))."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
         return F.relu(self.downsample(x) + y)
 
 
@@ -409,6 +472,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": partial(resnet, (16, 32, 64), 3),
     "resnet56": partial(resnet, (16, 32, 64), 9),
     "resnet18": partial(resnet, (64, 128, 256, 512), 2),
+    "resnet50": resnet50,
     "vgg16": vgg16,
     "wrn28_10": partial(wide_resnet, 28, 10),
     "vit_tiny": vit_tiny,
