@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pliant
 from pliant import measuring
 from pliant.budgets import Budget, compress_to, fit, one_budget
-from pliant.compression import Chain, Compressor, FilterPruning, Int8, LowRank, Magnitude, SemiStructured
+from pliant.compression import Chain, Compressor, FilterPruning, HeadPruning, Int8, LowRank, Magnitude, SemiStructured
 from pliant.errors import BadInput, Refused
 from pliant.models import build_model
 
@@ -201,3 +201,66 @@ def test_bad_budgets(options: dict[str, Any], message: str) -> None:
 def test_public_name_and_one_budget() -> None:
     assert pliant.compress_to is compress_to
     assert one_budget(keep_params=None, max_bytes=5) == Budget("max_bytes", 5)
+
+
+# --- networks of several inputs -----------------------------------------------------------------------------
+
+
+def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    ids = torch.randint(0, 50, (3, 6))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_macs_of_a_dict_of_tensors_are_those_of_one_sample_by_hand() -> None:
+    model, inputs = gpt2()
+    block = 32 * 3 * 32 + 32 * 32 + 2 * 32 * 4 * 32  # queries, keys and values; what joins the heads; two of the MLP
+    attention = 2 * 6 * 6 * 32
+    assert measuring.macs(model, inputs) == 2 * (6 * block + attention) + 6 * 32 * 50
+    assert measuring.macs(model, {"input_ids": inputs["input_ids"][:1]}) == measuring.macs(model, inputs)
+    assert measuring.macs(model, (inputs["input_ids"],)) == measuring.macs(model, inputs)
+
+
+@pytest.mark.parametrize("compressor", [FilterPruning(), HeadPruning(), LowRank()], ids=str)
+def test_budgets_hold_for_a_network_of_keyword_arguments(compressor: Compressor[Any]) -> None:
+    model, inputs = gpt2()
+    small = compress_to(model, compressor, inputs, keep_macs=0.9)
+    assert 0.85 <= measuring.macs(small, inputs) / measuring.macs(model, inputs) <= 0.9
+    with torch.no_grad():
+        assert small(**inputs).logits.shape == model(**inputs).logits.shape
+    loose = compress_to(model, compressor, inputs, max_latency_ms=1e9)
+    assert measuring.parameters(loose) == measuring.parameters(model)
+    with pytest.raises(Refused, match="max_latency_ms=1e-09 is out of reach"):
+        compress_to(model, compressor, inputs, max_latency_ms=1e-9)
+
+
+def test_calibration_batches_may_be_dicts_too() -> None:
+    model, inputs = gpt2()
+    plain = compress_to(model, LowRank(), inputs, keep_macs=0.7)
+    whitened = compress_to(model, LowRank(), inputs, keep_macs=0.7, calibration=[inputs])
+    assert 0.65 <= measuring.macs(whitened, inputs) / measuring.macs(model, inputs) <= 0.7
+    with torch.no_grad():
+        error, plain_error = ((n(**inputs).logits - model(**inputs).logits).norm() for n in (whitened, plain))
+    assert error < plain_error
+
+
+class Sum(nn.Module):
+    """Two inputs, of which the second is read by a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(8, 32), nn.Linear(4, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head((self.left(x) + self.right(y)).relu())
+
+
+def test_budgets_hold_for_a_network_of_two_tensors() -> None:
+    torch.manual_seed(0)
+    model, inputs = Sum(), (torch.randn(5, 8), torch.randn(5, 4))
+    assert measuring.macs(model, inputs) == 32 * (8 + 4 + 3)
+    small = compress_to(model, FilterPruning(), inputs, keep_macs=0.5)
+    assert measuring.macs(small, inputs) == 16 * (8 + 4 + 3)

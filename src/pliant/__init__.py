@@ -13,7 +13,9 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from pliant.ball import NormBall as NormBall
+    from pliant.blocks import transformer_rules as transformer_rules
     from pliant.budgets import compress_to as compress_to
+    from pliant.comparing import compare as compare
     from pliant.compression import Chain as Chain
     from pliant.compression import FilterPruning as FilterPruning
     from pliant.compression import HeadPruning as HeadPruning
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from pliant.data import load_data as load_data
     from pliant.demonstration import demo as demo
     from pliant.errors import BadInput as BadInput
+    from pliant.errors import Busy as Busy
     from pliant.errors import DamagedFile as DamagedFile
     from pliant.errors import Diverged as Diverged
     from pliant.errors import PliantError as PliantError
@@ -63,7 +66,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ball": ["NormBall"],
+    "blocks": ["transformer_rules"],
     "budgets": ["compress_to"],
+    "comparing": ["compare"],
     "compression": [
         "Chain",
         "FilterPruning",
@@ -80,7 +85,7 @@ _HOMES = {
     "constraints": ["KSchedule", "constrain", "filters", "l2", "rank", "semi_structured", "weights"],
     "data": ["Loader", "load_data"],
     "demonstration": ["demo"],
-    "errors": ["BadInput", "DamagedFile", "Diverged", "PliantError", "Refused"],
+    "errors": ["BadInput", "Busy", "DamagedFile", "Diverged", "PliantError", "Refused"],
     "exporting": ["export"],
     "models": ["build_model"],
     "norms": ["Blocks", "Channels", "KSparse", "KSupport", "Lp", "Norm", "Rows", "Spectral"],

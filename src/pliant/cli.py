@@ -1,4 +1,4 @@
-"""The command line: pliant train | sweep | report | compress | export | demo.
+"""The command line: pliant train | sweep | report | compare | compress | export | demo.
 
 Every verb is a Python function; its flags are the function's parameters, and the same settings can come from a YAML
 file with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
@@ -10,17 +10,20 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
 import pliant
-from pliant.errors import PliantError
+from pliant.errors import BadInput, PliantError
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ VERBS = {
     "train": Verb("training", "train", "train one network, with SGD, SFW or one of their rivals", prints_path=True),
     "sweep": Verb("sweeping", "sweep", "compress trained networks at many ratios and measure", "runs", True, True),
     "report": Verb("reporting", "report", "turn records into a table and an HTML page", "records", True),
+    "compare": Verb("comparing", "compare", "compare methods fairly, as a suite says", "suite"),
     "compress": Verb("compressing", "compress_run", "compress a trained network to one size", "run"),
     "export": Verb("exporting", "export_run", "write a network for other programs", "folder", prints_path=True),
     "demo": Verb("demonstration", "demo", "all of this on small images, in about a minute"),
@@ -54,13 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(arguments)
     except PliantError as error:
         return _fail(str(error))
-    except UnicodeDecodeError as error:
-        return _fail(f"expected a text file in UTF-8, got other bytes ({error.reason} at byte {error.start})")
     except KeyboardInterrupt:
         return _fail("interrupted; a training goes on with --resume, a sweep with the same command", code=130)
     except OSError as error:
         reason = error.strerror or str(error)
         return _fail(f"{error.filename}: {reason}" if error.filename else reason)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        return _fail("not enough memory: take a smaller network (--width), images (--image_size) or --batch_size")
 
 
 def _run(arguments: list[str]) -> int:
@@ -77,11 +83,32 @@ def _run(arguments: list[str]) -> int:
     function: Callable[..., Any] = getattr(importlib.import_module(f"pliant.{verb.module}"), verb.function)
     parser = make_parser(name, verb, function)
     switches = {n for n, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
-    settings = vars(parser.parse_args(_with_values(rest, switches)))
-    path = function(**{key: value for key, value in settings.items() if key != "config"})
-    if verb.prints_path:
+    _check_files(rest, verb)
+    # Without the defaults: a function may want to know what was given.
+    given = vars(parser.parse_args(_with_values(rest, switches), defaults=False))
+    path = function(**{name: value for name, value in given.items() if name != "config"})
+    if verb.prints_path and os.environ.get("RANK", "0") == "0":  # torchrun starts many processes
         print(path)
     return 0
+
+
+def _check_files(arguments: list[str], verb: Verb) -> None:
+    """Raise BadInput for a file of settings that is no mapping in YAML: the parser would not name the file."""
+    for index, argument in enumerate(arguments):
+        flag, _, name = argument.partition("=")
+        name = name or (arguments[index + 1] if index + 1 < len(arguments) else "")
+        if flag != "--config" or not Path(name).is_file():
+            continue
+        try:
+            settings = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
+            raise BadInput(f"--config {name} is no YAML file in UTF-8: {' '.join(reason.split())}") from None
+        if not isinstance(settings, dict):
+            raise BadInput(f"--config {name}: expected settings such as 'seed: 1', got {type(settings).__name__}")
+        given = settings.get(verb.positional, "") if verb.positional else ""
+        if not all(isinstance(part, str) for part in (given if isinstance(given, list) else [given])):
+            raise BadInput(f"--config {name}: {verb.positional} expects text, got {given!r}")
 
 
 def make_parser(name: str, verb: Verb, function: Callable[..., Any]) -> Parser:
@@ -121,9 +148,15 @@ def _one_line(message: str, known: list[str]) -> str:
         expected = re.findall(r"Expected (?:an? )?([^.\n]+)", message)
         kinds = " or ".join(dict.fromkeys(_kind(kind) for kind in expected))
         if value and kinds:
-            return f"--{wrong[1]} expects {kinds}, got {value[1].strip()!r}"
+            # From the command line any text is text; in YAML 2:4 is the number 124, of minutes and seconds.
+            hint = "; in a YAML file, put text such as 2:4 in quotes" if "text" in kinds else ""
+            return f"--{wrong[1]} expects {kinds}, got {value[1].strip()!r}{hint}"
     if missing := re.search(r"File does not exist: '?([^']+)'?", message):
-        return f"there is no file {missing[1]}"
+        return f"--config: there is no file {missing[1]}"
+    if other := re.search(r"Path is not a file: '?([^']+)'?", message):
+        return f"--config expects a YAML file, got {other[1]}"
+    if alone := re.search(r"argument (--\w+)\S*: expected one argument", message):
+        return f"{alone[1]} expects a value, got none"
     return " ".join(message.split())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,7 @@ from pliant.compression import (
     reestimate_batchnorm,
 )
 from pliant.compression.base import ALLOCATIONS, check_choice
+from pliant.compression.factored import SCHEMES
 from pliant.data import Loader
 from pliant.errors import BadInput
 from pliant.methods import parse_pattern
@@ -58,6 +60,10 @@ class Trial:
             augmented.
         precision: of the accuracy's forward passes, as in training; "auto" is the run's own.
         whiten: whether rank looks at the calibration images.
+        scheme: how rank factorises convolutions, as :class:`LowRank` says; only "channel" can be whitened.
+
+    Raises:
+        BadInput: an unknown name, a value out of range, or options that exclude each other.
     """
 
     def __init__(
@@ -69,13 +75,16 @@ class Trial:
         calibration: int = 2048,
         precision: str = "auto",
         whiten: bool = True,
+        scheme: str = "channel",
     ) -> None:
         check_names(compressor, allocation)
+        _check_scheme(compressor, scheme, whiten)
         if calibration < 2:
             raise BadInput(f"--calibration must be at least 2 images, got {calibration}")
         self.run = run
         self.compressor = compressor
         self.whiten = whiten and "rank" in compressor.split("+")
+        self.scheme = scheme
         self.allocation = "" if compressor == "nm" else allocation
         self.calibration = calibration
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +95,8 @@ class Trial:
     @property
     def name(self) -> str:
         """The compressor as records name it: with its variant."""
-        return f"{self.compressor}-whitened" if self.whiten else self.compressor
+        variant = "whitened" if self.whiten else self.scheme.removeprefix("channel")
+        return f"{self.compressor}-{variant}" if variant else self.compressor
 
     def key(self, ratio: float, pattern: str = "") -> Key:
         """Return the :meth:`Record.key` that the record of this ratio or pattern has, without measuring."""
@@ -100,14 +110,32 @@ class Trial:
             config=self._settings,
         )
 
-    def measure(self, ratio: float, pattern: str = "") -> tuple[nn.Module, Plan, Record]:
+    def measure(
+        self, ratio: float, pattern: str = "", refine: Callable[[nn.Module], nn.Module] | None = None
+    ) -> tuple[nn.Module, Plan, Record]:
         """Compress to a ratio (nm: a pattern, or ratio 0 for none) and measure.
 
         Returns the compressed network with re-estimated BatchNorm statistics, in eval mode, the plan and the record.
+        With ``refine``, what it makes of the compressed network is measured instead of that.
         """
+        compressor, plan = self._planned(ratio, pattern)
+        return self._measured(compressor, plan, plan.ratio_removed if pattern else ratio, pattern, refine)
+
+    def validate(self, ratio: float, pattern: str = "") -> tuple[float, float]:
+        """Compress as :meth:`measure` does; return the removed share of all parameters and the validation accuracy.
+
+        Where parameters become zeros instead of leaving, it is the share of the non-zeros. Test images are not seen.
+        """
+        compressor, plan = self._planned(ratio, pattern)
+        small = self._settled(compressor.apply(self.dense, plan, analysis=self._analysis(compressor)))
+        left = measuring.parameters(small) / measuring.parameters(self.dense)
+        if left == 1:
+            left = measuring.nonzero(small) / measuring.nonzero(self.dense)
+        return 1 - left, self._accuracy(small, "val")
+
+    def _planned(self, ratio: float, pattern: str) -> tuple[Compressor[Any], Plan]:
         compressor = self._compressor(ratio, pattern)
-        plan = compressor.plan(self.dense, self._images(2), analysis=self._analysis(compressor))
-        return self._measured(compressor, plan, plan.ratio_removed if pattern else ratio, pattern)
+        return compressor, compressor.plan(self.dense, self._images(2), analysis=self._analysis(compressor))
 
     def fit(self, budget: budgets.Budget) -> tuple[nn.Module, Plan, Record]:
         """Compress to a budget and measure; returns what :meth:`measure` does. Costs are those of one image."""
@@ -131,9 +159,17 @@ class Trial:
         return reestimate_batchnorm(network, self._calibration_images)
 
     def _measured(
-        self, compressor: Compressor[Any], plan: Plan, ratio: float, pattern: str, **settings: str
+        self,
+        compressor: Compressor[Any],
+        plan: Plan,
+        ratio: float,
+        pattern: str,
+        refine: Callable[[nn.Module], nn.Module] | None = None,
+        **settings: str,
     ) -> tuple[nn.Module, Plan, Record]:
         raw = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
+        if refine is not None:
+            raw = refine(raw)
         small = self._settled(raw)
         one = self._images(LATENCY_BATCH)
         latency, latency_dense = measuring.latencies([small, self.dense], one)
@@ -209,7 +245,7 @@ class Trial:
         if name == "int8":
             return Int8()
         if name == "rank":
-            return LowRank(allocation=self.allocation, whiten=self.whiten)
+            return LowRank(allocation=self.allocation, whiten=self.whiten, scheme=self.scheme)
         kinds: dict[str, Any] = {"filters": FilterPruning, "heads": HeadPruning, "weights": Magnitude}
         compressor: Compressor[Any] = kinds[name](allocation=self.allocation)
         return compressor
@@ -227,12 +263,23 @@ def check_names(compressor: str, allocation: str) -> None:
     if len(links) == 1:
         check_choice("compressor", compressor, COMPRESSORS)
     for link in links if len(links) > 1 else ():
-        check_choice("link of a chain", link, LINKS)
+        check_choice("compressor in a chain", link, LINKS)
     if "int8" in links and links.index("int8") < len(links) - 1:
         raise BadInput(
-            f"int8 is the last link of a chain, for nothing compresses eight-bit weights; got {compressor!r}"
+            f"int8 is the last compressor of a chain, for nothing compresses eight-bit weights; got {compressor!r}"
         )
     check_choice("allocation", allocation, ALLOCATIONS)
+
+
+def _check_scheme(compressor: str, scheme: str, whiten: bool) -> None:
+    """Raise BadInput for an unknown scheme, or one that the compressor or whitening has no use for."""
+    check_choice("scheme", scheme, (*SCHEMES, "best"))
+    if scheme == "channel":
+        return
+    if "rank" not in compressor.split("+"):
+        raise BadInput(f"--scheme {scheme} is for the compressor rank; {compressor} has no such choice")
+    if whiten:
+        raise BadInput(f"--scheme {scheme} cannot be whitened: give --whiten false with it")
 
 
 def pattern_compressor(pattern: str) -> SemiStructured:

@@ -1,0 +1,289 @@
+"""Comparing: methods × seeds under the same compressors, each with settings found on the validation images.
+
+For every task and method of a suite: train all trials, choose for each family the one with the largest area under its
+validation curve, train that with every seed, measure. Whatever is complete is kept: a comparison that was stopped, or
+whose suite has grown, goes on with the same command.
+
+OUT/suite.yaml      the suite
+    trials.jsonl    one line per trial and family: the settings, the validation curve and its area
+    records.jsonl   the measurements of the chosen settings, for `pliant report`
+    runs/           the trainings
+    report.html, report.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from pliant.curves import TIME_SLACK, grouped
+from pliant.errors import BadInput, unknown
+from pliant.files import locked, make_folders, write_text
+from pliant.jobs import Job, Line, Outcome, data_of, perform
+from pliant.lines import append_line, read_lines
+from pliant.records import Record, append_record, read_records
+from pliant.rehearsing import rehearse
+from pliant.reporting import report
+from pliant.suites import Entrant, Suite
+from pliant.sweeping import describe
+
+TRIALS, RECORDS = "trials.jsonl", "records.jsonl"
+
+
+def compare(
+    suite: str,
+    out: str | None = None,
+    data_dir: str | None = None,
+    methods: str | None = None,
+    ray: str | None = None,
+    dry_run: bool = False,
+) -> Path | None:
+    """Compare methods as a suite says, and write their records and a report.
+
+    Args:
+        suite: a YAML file, or a shipped one: tiny, fashion, cifar16, cifar or paper.
+        out: folder of the comparison; by default comparisons/NAME. What it holds already is not made again.
+        data_dir: folder of the data files; digits needs none.
+        methods: only these of the suite, separated by commas.
+        ray: address of a Ray cluster to train on, or auto; without it, train here, one run after the other.
+        dry_run: only a few steps of every method on images made of noise, to see that everything runs; nothing is kept.
+
+    Raises:
+        BadInput: the suite names something unknown, or its runs exist with other settings.
+        DamagedFile: the suite, data or earlier results cannot be read.
+    """
+    read = Suite.open(suite)
+    if methods is not None:
+        read = _only(read, methods.split(","))
+    if data_dir is not None:
+        place = str(Path(data_dir).expanduser().resolve())
+        read = dataclasses.replace(read, tasks={name: {**t, "data_dir": place} for name, t in read.tasks.items()})
+    if dry_run:
+        rehearse(read)
+        return None
+    folder = Path(out or f"comparisons/{read.name}")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--out {folder}: it is a file, but the folder of the comparison is expected")
+    each = _here if ray is None else _on_ray(ray)
+    for task in read.tasks.values():
+        data_of(task)  # for its errors, before anything is written
+    make_folders(folder)
+    with locked(folder):
+        Comparison(read, folder, each).run()
+        return report([folder / RECORDS], folder / "report.html", markdown=folder / "report.md")
+
+
+Performer = Callable[[list[Job], Path], Iterator[tuple[Job, Iterable[Line]]]]
+
+
+class Comparison:
+    """A suite and what is already there of it.
+
+    Args:
+        suite: what to compare.
+        folder: where.
+        each: performs jobs and gives their lines, in any order.
+    """
+
+    def __init__(self, suite: Suite, folder: Path, each: Performer) -> None:
+        self.suite = suite
+        self.folder = folder
+        self.each = each
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        trials = folder / TRIALS
+        self.trials = read_lines(trials, Outcome.from_dict, "trials") if trials.exists() else []
+        self.records = read_records(folder / RECORDS) if (folder / RECORDS).exists() else []
+
+    def run(self) -> None:
+        """Do what is missing: the search, then the chosen settings seed by seed, then what needs these."""
+        write_text(self.folder / "suite.yaml", self.suite.text)
+        self._perform("search", [job for job in self._search() if not self._searched(job)])
+        for seed in self.suite.seeds:
+            self._perform(f"seed {seed}", self._missing(self._chosen(seed)))
+        self._perform("retraining", self._missing(self._retrainings()))
+        if "time" in self.suite.equal:
+            self._perform("equal time", self._missing(self._equal_time()))
+
+    # --- what is to be done ---
+
+    def _search(self) -> Iterator[Job]:
+        for task in self.suite.tasks:
+            for entrant in self.suite.methods:
+                for trial in entrant.trials:
+                    yield self._job(task, entrant, trial, self.suite.seeds[0], entrant.families, search=True)
+
+    def _chosen(self, seed: int) -> Iterator[Job]:
+        """Yield the runs of the best trials; one for several families where they agree."""
+        for task in self.suite.tasks:
+            for entrant in self.suite.methods:
+                best = {family: self._best(task, entrant, family) for family in entrant.families}
+                for trial in entrant.trials:
+                    families = tuple(family for family, chosen in best.items() if chosen == trial)
+                    if families:
+                        yield self._job(task, entrant, trial, seed, families)
+
+    def _retrainings(self) -> Iterator[Job]:
+        """Yield the reference with retraining, under each schedule, at the suite's sizes for it."""
+        wanted = self.suite.retraining
+        if wanted is None:
+            return
+        for seed in self.suite.seeds:
+            for job in self._chosen(seed):
+                if job.label == wanted.method:
+                    families = {family: wanted.measures(of) for family, of in job.families.items()}
+                    again = dataclasses.replace(job, families=families, retraining_epochs=wanted.epochs)
+                    for schedule in wanted.schedules:
+                        yield dataclasses.replace(again, retraining=schedule)
+
+    def _equal_time(self) -> Iterator[Job]:
+        """Yield runs of fewer epochs for the methods whose steps take longer than SGD's."""
+        for seed in self.suite.seeds:
+            for job in self._chosen(seed):
+                ratio = None if job.settings["method"] == "sgd" else self._step_ratio(job)
+                if ratio is not None and ratio > TIME_SLACK:
+                    epochs = max(1, int(job.settings["epochs"] / ratio + 0.5))
+                    yield dataclasses.replace(job, settings={**job.settings, "epochs": epochs}, equal="time")
+
+    def _job(
+        self,
+        task: str,
+        entrant: Entrant,
+        trial: dict[str, Any],
+        seed: int,
+        families: tuple[str, ...],
+        search: bool = False,
+    ) -> Job:
+        return Job(
+            task=task,
+            label=entrant.label,
+            trial=trial,
+            settings=self.suite.settings(task, entrant, trial, seed),
+            families={family: self.suite.families[family] for family in families},
+            calibration=self.suite.calibration,
+            search=search,
+        )
+
+    # --- what is there ---
+
+    def _searched(self, job: Job) -> bool:
+        found = [outcome for outcome in self.trials if outcome.run == job.training]
+        for outcome in found:
+            job.check(outcome.config, self.folder / TRIALS)
+        return {outcome.family for outcome in found} >= set(job.families)
+
+    def _missing(self, jobs: Iterable[Job]) -> list[Job]:
+        """Return the jobs with something left to measure, without what is measured already."""
+        diverged = {outcome.run for outcome in self.trials if outcome.area is None}
+        measured = grouped(self.records, lambda record: record.run)
+        missing = []
+        for job in jobs:
+            done = measured.get(job.name, [])
+            for record in done:
+                job.check(record.config, self.folder / RECORDS)
+            rest = job.without(
+                {(r.compressor, r.allocation, 0.0 if r.pattern else round(r.ratio, 6), r.pattern) for r in done}
+            )
+            if rest.families and job.training not in diverged:
+                missing.append(rest)
+        return missing
+
+    def _best(self, task: str, entrant: Entrant, family: str) -> dict[str, Any] | None:
+        """Return the trial with the largest area under its validation curve; None if all diverged."""
+        jobs = {job.training: job for job in self._search() if (job.task, job.label) == (task, entrant.label)}
+        areas = {
+            outcome.run: outcome.area
+            for outcome in self.trials
+            if outcome.run in jobs and outcome.family == family and outcome.area is not None
+        }
+        return jobs[max(areas, key=lambda run: areas[run])].trial if areas else None
+
+    def _step_ratio(self, job: Job) -> float | None:
+        """Return how much longer a step takes than SGD's, over all seeds; None if that was not measured."""
+        runs = {dataclasses.replace(job, settings={**job.settings, "seed": seed}).name for seed in self.suite.seeds}
+        ratios = [r.cost["step_s"] / r.cost["step_s_sgd"] for r in self.records if r.run in runs and r.cost]
+        return median(ratios) if ratios else None
+
+    # --- doing it ---
+
+    def _perform(self, stage: str, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        self._say(f"{stage}: {len(jobs)} trainings")
+        started = time.perf_counter()
+        for done, (job, lines) in enumerate(self.each(jobs, self.folder), start=1):
+            for line in lines:
+                self._keep(line)
+            seconds = time.perf_counter() - started
+            left = seconds / done * (len(jobs) - done) / 60
+            self._say(f"{stage} {done}/{len(jobs)}  {job.name}  {seconds / 60:.1f} min, about {left:.0f} min left")
+
+    def _keep(self, line: Line) -> None:
+        if isinstance(line, Record):
+            append_record(self.folder / RECORDS, line)
+            self.records.append(line)
+            self._say(describe(line))
+            return
+        append_line(self.folder / TRIALS, line.to_dict())
+        self.trials.append(line)
+        found = line.error if line.area is None else f"area {line.area:.1%} on the validation images"
+        self._say(f"{line.run}  {line.family}: {found}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text)
+
+
+def _here(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
+    for job in jobs:
+        yield job, perform(job, folder)
+
+
+def _on_ray(address: str) -> Performer:
+    """Return what performs jobs on a Ray cluster, whose machines train in folders of their own."""
+    try:
+        import ray
+    except ImportError:
+        raise BadInput("--ray needs a package: pip install 'pliant[ray]'") from None
+    if ":" in address:
+        _check_reachable(address)
+    try:
+        ray.init(address=None if address == "local" else address, ignore_reinit_error=True)
+    except (ConnectionError, ValueError) as error:
+        raise BadInput(f"--ray {address}: {' '.join(str(error).split())}") from None
+
+    @ray.remote(max_retries=3)
+    def remote(job: Job, folder: Path) -> list[Line]:
+        return list(perform(job, folder))
+
+    def each(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
+        waiting = {remote.remote(job, folder.resolve()): job for job in jobs}
+        while waiting:
+            (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+            yield waiting.pop(done), ray.get(done)
+
+    return each
+
+
+def _check_reachable(address: str) -> None:
+    """Raise BadInput if nothing answers at HOST:PORT: Ray itself goes on trying for a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise BadInput(f"--ray {address} cannot be reached ({error}): start Ray there, or give its HOST:PORT") from None
+
+
+def _only(suite: Suite, labels: list[str]) -> Suite:
+    known = [entrant.label for entrant in suite.methods]
+    for label in labels:
+        if label not in known:
+            raise unknown("method of this suite", label, known)
+    retraining = suite.retraining if suite.retraining and suite.retraining.method in labels else None
+    methods = tuple(entrant for entrant in suite.methods if entrant.label in labels)
+    return dataclasses.replace(suite, methods=methods, retraining=retraining)

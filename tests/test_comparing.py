@@ -1,0 +1,260 @@
+"""Comparisons: the search sees validation images only, what is there is not made again, and every error has a name."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pliant import comparing, jobs
+from pliant.comparing import Comparison, compare
+from pliant.errors import BadInput, Busy, DamagedFile
+from pliant.files import locked
+from pliant.jobs import Job, Outcome, perform
+from pliant.lines import read_lines
+from pliant.records import Record, read_records
+from pliant.suites import Measure, Suite
+
+CONTENT: dict[str, Any] = {
+    "settings": {"data": "digits", "model": "resnet8", "width": 0.25, "epochs": 1, "precision": "fp32"},
+    "seeds": [0, 1],
+    "families": {
+        "filters": [{"compressor": "filters", "ratios": [0, 0.5]}],
+        "rank": [
+            {"compressor": "rank", "ratios": [0, 0.5]},
+            {"compressor": "rank", "whiten": False, "ratios": [0, 0.5]},
+        ],
+    },
+    "methods": {
+        "sgd": {"families": ["filters", "rank"], "trials": [{"lr": 0.1}, {"lr": 0.001}]},
+        "ours": {"method": "sfw-rank", "families": ["rank"], "trials": [{"k": 0.1}, {"k": 0.5}]},
+    },
+    "retraining": {"method": "sgd", "schedules": ["LLR"], "epochs": 1, "ratios": [0.5]},
+    "calibration": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that was stopped after its third training and then went on."""
+    folder = tmp_path_factory.mktemp("comparison")
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump(CONTENT), encoding="utf-8")
+    suite = Suite.open(file)
+    (folder / "out").mkdir()
+
+    def stopping(wanted: list[Job], where: Path) -> Iterator[tuple[Job, Any]]:
+        for count, job in enumerate(wanted):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield job, perform(job, where)
+
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(suite, folder / "out", stopping).run()
+    assert compare(str(file), out=str(folder / "out")) == folder / "out" / "report.html"
+    return folder / "out"
+
+
+def outcomes(folder: Path) -> list[Outcome]:
+    return read_lines(folder / "trials.jsonl", Outcome.from_dict, "trials")
+
+
+def records(folder: Path) -> list[Record]:
+    return read_records(folder / "records.jsonl")
+
+
+def test_every_trial_is_searched_once_per_family(finished: Path):
+    found = [(outcome.run, outcome.family) for outcome in outcomes(finished)]
+    assert sorted(found) == sorted(
+        [(f"sgd,lr={lr},seed=0", family) for lr in (0.1, 0.001) for family in ("filters", "rank")]
+        + [(f"ours,k={k},seed=0", "rank") for k in (0.1, 0.5)]
+    )
+
+
+def test_the_trial_with_the_largest_validation_area_is_measured(finished: Path):
+    for label, family in (("sgd", "filters"), ("sgd", "rank"), ("ours", "rank")):
+        found = [o for o in outcomes(finished) if (o.label, o.family) == (label, family)]
+        best = max(found, key=lambda outcome: outcome.area)
+        others = {o.run for o in found} - {best.run}
+        measured = {r.run for r in records(finished) if r.method == label and r.compressor.startswith(family)}
+        assert best.run in measured
+        assert not others & measured
+
+
+def test_every_seed_and_size_is_measured_once(finished: Path):
+    plain = [r for r in records(finished) if not r.config.get("retraining")]
+    points = [(r.method, r.seed, r.compressor, r.ratio) for r in plain]
+    assert sorted(points) == sorted(
+        (method, seed, compressor, ratio)
+        for method, compressors in (("sgd", ("filters", "rank", "rank-whitened")), ("ours", ("rank", "rank-whitened")))
+        for seed in (0, 1)
+        for compressor in compressors
+        for ratio in (0.0, 0.5)
+    )
+
+
+def test_records_tell_what_the_training_cost(finished: Path):
+    for record in records(finished):
+        assert record.cost is not None
+        assert record.cost["equal"] == "epochs"
+        assert record.chance == 0.1
+    memory = {r.method: r.cost["memory"] / r.cost["memory_sgd"] for r in records(finished) if r.cost}
+    assert memory["sgd"] == 1
+    assert 1 <= memory["ours"] < 1.5  # the bases of the singular subspaces, where the weights are not tiny
+
+
+def test_the_reference_with_retraining_is_marked(finished: Path):
+    again = [r for r in records(finished) if r.config.get("retraining")]
+    assert {r.run.endswith("+LLR") for r in again} == {True}
+    assert {(r.method, r.config["retraining"], r.config["retraining_epochs"]) for r in again} == {("sgd", "LLR", 1)}
+    assert {(r.compressor, r.ratio, r.seed) for r in again} == {
+        (compressor, ratio, seed)
+        for compressor in ("filters", "rank-whitened")
+        for ratio in (0.0, 0.5)
+        for seed in (0, 1)
+    }
+
+
+def test_a_finished_comparison_is_not_made_again(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    before = (finished / "records.jsonl").read_bytes(), (finished / "trials.jsonl").read_bytes()
+    monkeypatch.setattr(comparing, "perform", lambda *_: pytest.fail("something was made again"))
+    compare(str(finished.parent / "small.yaml"), out=str(finished))
+    assert before == ((finished / "records.jsonl").read_bytes(), (finished / "trials.jsonl").read_bytes())
+
+
+def changed(finished: Path, tmp_path: Path, **changes: Any) -> str:
+    file = tmp_path / "changed.yaml"
+    file.write_text(yaml.safe_dump({**CONTENT, **changes}), encoding="utf-8")
+    return str(file)
+
+
+def test_a_suite_may_grow(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[str] = []
+
+    def noted(job: Job, *_: object) -> Iterator[Record]:
+        made.append(job.name)
+        yield from ()
+
+    monkeypatch.setattr(comparing, "perform", noted)
+    monkeypatch.setattr(comparing, "report", lambda *_, **__: None)
+    compare(changed(finished, tmp_path, seeds=[0, 1, 2]), out=str(finished))
+    assert made
+    assert all("seed=2" in name for name in made)
+
+
+def test_results_of_other_settings_are_refused(finished: Path, tmp_path: Path):
+    other = changed(finished, tmp_path, settings={**CONTENT["settings"], "epochs": 2})
+    with pytest.raises(BadInput, match=r"holds .* with epochs 1, the suite says 2: choose another --out"):
+        compare(other, out=str(finished))
+
+
+def test_a_second_process_is_refused(finished: Path):
+    with locked(finished), pytest.raises(Busy):
+        compare(str(finished.parent / "small.yaml"), out=str(finished))
+
+
+def test_some_methods_alone(finished: Path):
+    with pytest.raises(BadInput, match="unknown method of this suite 'our': did you mean 'ours'"):
+        compare(str(finished.parent / "small.yaml"), out=str(finished), methods="sgd,our")
+
+
+def test_a_missing_ray_is_said(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(BadInput, match=r"pip install 'pliant\[ray\]'"):
+        compare(str(finished.parent / "small.yaml"), out=str(finished), ray="auto")
+
+
+def test_a_damaged_line_of_trials_is_named(tmp_path: Path):
+    (tmp_path / "trials.jsonl").write_text(json.dumps({"task": "", "label": 3}) + "\n")
+    with pytest.raises(DamagedFile, match=r"trials.jsonl:1: a trial needs label, got 3"):
+        Comparison(Suite.from_dict("small", CONTENT), tmp_path, lambda *_: iter(()))
+
+
+# --- one job ----------------------------------------------------------------------------------------------------------
+
+
+def a_job(**changes: Any) -> Job:
+    suite = Suite.from_dict("small", CONTENT)
+    entrant = suite.methods[0]
+    job = Job("", "sgd", entrant.trials[0], suite.settings("", entrant, entrant.trials[0], 0), suite.families)
+    return dataclasses.replace(job, calibration=64, **changes)
+
+
+def test_the_search_does_not_see_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    original = jobs.Loader
+
+    def watched(data: Any, split: str, *rest: Any, **options: Any) -> Any:
+        asked.append(split)
+        return original(data, split, *rest, **options)
+
+    for module in ("pliant.trials", "pliant.training", "pliant.jobs"):
+        monkeypatch.setattr(f"{module}.Loader", watched)
+    list(perform(a_job(search=True), tmp_path))
+    assert "val" in asked
+    assert "test" not in asked
+
+
+def test_a_training_that_diverges_is_an_outcome_without_area(tmp_path: Path):
+    job = a_job(search=True)
+    settings = {**job.settings, "lr": 1e30, "warmup": 0.0}
+    lines = list(perform(dataclasses.replace(job, settings=settings), tmp_path))
+    assert [(line.family, line.area) for line in lines if isinstance(line, Outcome)] == [
+        ("filters", None),
+        ("rank", None),
+    ]
+    assert all("train with a smaller --lr" in line.error for line in lines if isinstance(line, Outcome))
+
+
+def test_what_is_measured_is_left_out():
+    rank = (Measure("rank", ((0.0, ""), (0.5, ""))), Measure("nm", ((0.0, ""), (0.0, "2:4"))))
+    job = a_job(families={"mixed": rank})
+    rest = job.without({("rank-whitened", "global", 0.0, ""), ("nm", "", 0.0, "2:4"), ("nm", "", 0.0, "")})
+    assert rest.families == {"mixed": (Measure("rank", ((0.5, ""),)),)}
+    assert not job.without({m.key(*p) for m in rank for p in m.points}).families
+
+
+def test_names_tell_trials_views_and_tasks_apart():
+    job = a_job()
+    assert job.training == "sgd,lr=0.1,seed=0"
+    assert dataclasses.replace(job, task="digits").training == "digits-sgd,lr=0.1,seed=0"
+    timed = dataclasses.replace(job, equal="time", settings={**job.settings, "epochs": 7})
+    assert timed.training == "sgd,lr=0.1,epochs=7,seed=0"
+    assert dataclasses.replace(job, retraining="FT").name == "sgd,lr=0.1,seed=0+FT"
+
+
+def test_a_retrained_network_is_trained_again(tmp_path: Path):
+    measure = {"filters": (Measure("filters", ((0.5, ""),)),)}
+    plain = list(perform(a_job(families=measure), tmp_path))
+    again = list(perform(a_job(families=measure, retraining="LLR", retraining_epochs=3), tmp_path))
+    assert isinstance(plain[0], Record)
+    assert isinstance(again[0], Record)
+    assert plain[0].params == again[0].params
+    assert again[0].val_top1 != plain[0].val_top1
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_records(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ray = pytest.importorskip("ray", reason="the extra pliant[ray] is not installed")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    small = {**CONTENT, "seeds": [0], "methods": {"ours": CONTENT["methods"]["ours"]}}
+    small.pop("retraining")
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(small), encoding="utf-8")
+    try:
+        compare(str(file), out=str(tmp_path / "out"), ray="local")
+    finally:
+        ray.shutdown()
+
+    def told(found: list[Record]) -> dict[Any, Any]:
+        return {(r.run, r.compressor, r.ratio): (r.top1, r.top1_raw, r.val_top1, r.params, r.weights) for r in found}
+
+    here = told(records(finished))
+    there = told(records(tmp_path / "out"))
+    assert there
+    assert there.items() <= here.items()

@@ -1,0 +1,123 @@
+"""Suites: what is read, what is refused, and that the shipped ones are sound."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pliant.errors import BadInput, DamagedFile
+from pliant.suites import SHIPPED, Suite
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    return {
+        "settings": {"data": "digits", "epochs": 2},
+        "seeds": [0, 1],
+        "families": {"rank": [{"compressor": "rank", "ratios": [0, 0.5]}]},
+        "methods": {
+            "sgd": {"families": ["rank"], "trials": [{"lr": 0.1}, {"lr": 0.05}]},
+            "ours": {"method": "sfw-rank", "families": ["rank"], "trials": {"k": [0.1, 0.2]}},
+        },
+        **changes,
+    }
+
+
+def read(**changes: Any) -> Suite:
+    return Suite.from_dict("small", content(**changes))
+
+
+def test_settings_come_from_the_suite_then_the_task_then_the_trial():
+    suite = read(tasks={"a": {"epochs": 3}, "b": {}})
+    settings = suite.settings("a", suite.methods[0], {"lr": 0.7}, seed=5)
+    assert (settings["epochs"], settings["data"], settings["lr"]) == (3, "digits", 0.7)
+    assert (settings["method"], settings["seed"]) == ("sgd", 5)
+    assert suite.settings("b", suite.methods[1], {}, seed=5)["epochs"] == 2
+
+
+def test_a_mapping_of_lists_is_a_grid():
+    grid = {"families": ["rank"], "trials": {"lr": [0.1, 0.2], "weight_decay": [0.0, 0.1]}}
+    assert read(methods={"sgd": grid}).methods[0].trials == (
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.1, "weight_decay": 0.1},
+        {"lr": 0.2, "weight_decay": 0.0},
+        {"lr": 0.2, "weight_decay": 0.1},
+    )
+
+
+def test_patterns_stand_beside_the_dense_network():
+    families = {"nm": [{"compressor": "nm", "patterns": ["2:4", "1:4"]}]}
+    suite = read(families=families, methods={"sgd": {"families": ["nm"]}})
+    assert suite.families["nm"][0].points == ((0.0, ""), (0.0, "2:4"), (0.0, "1:4"))
+
+
+METHODS = content()["methods"]
+RANK = content()["families"]["rank"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tusks": {}}, "unknown entry of a suite 'tusks': did you mean 'tasks'"),
+        ({"methods": {**METHODS, "muon": {"families": ["rank"]}}}, "number of trials; here: sgd 2, ours 2, muon 1"),
+        ({"methods": {"sdg": {"families": ["rank"]}}}, "unknown method of methods.sdg 'sdg': did you mean 'sgd'"),
+        ({"methods": {"sgd": {"families": ["rang"]}}}, "family of methods.sgd .*'rang'"),
+        ({"methods": {"sgd": {}}}, "methods.sgd lacks families"),
+        ({"methods": {"sgd": {"families": ["rank"], "trials": [{"lr": 1}, {"lr": 1}]}}}, "the same settings twice"),
+        ({"methods": {"sgd": {"families": ["rank"], "trials": [{"k": 3}]}}}, "methods.sgd: --k is not a setting"),
+        ({"methods": {"sgd": {"families": ["rank"], "trials": [{"lr": -1}]}}}, "methods.sgd: --lr must be positive"),
+        ({"methods": {"sgd": {"families": ["rank"], "trials": [{"lr": "x"}]}}}, "methods.sgd: --lr expects"),
+        ({"methods": {"sgd": {"families": ["rank"], "trials": [{"seed": 1}]}}}, "may not set seed"),
+        ({"methods": {"s/d": {"method": "sgd", "families": ["rank"]}}}, "name of a method has letters"),
+        ({"settings": {"epoch": 3}}, "unknown setting in settings 'epoch': did you mean 'epochs'"),
+        ({"tasks": []}, "expected names and values for tasks"),
+        ({"seeds": []}, "at least one entry for seeds"),
+        ({"seeds": [0, 0]}, "different integers"),
+        ({"seeds": [True]}, "different integers"),
+        ({"families": {"rank": [{"compressor": "rang", "ratios": [0]}]}}, "'rang'"),
+        ({"families": {"rank": [{"compressor": "rank"}]}}, "nm takes patterns"),
+        ({"families": {"rank": [{"compressor": "rank", "ratios": [0.5]}]}}, "starts with 0"),
+        ({"families": {"rank": [{"compressor": "rank", "ratios": [0, 2]}]}}, "ratio"),
+        ({"families": {"rank": [{"compressor": "nm", "patterns": ["5:4"]}]}}, "N:M"),
+        ({"equal": ["time"]}, "starts with epochs"),
+        ({"equal": ["epochs", "money"]}, "'money'"),
+        ({"calibration": 1}, "at least 2 images"),
+        ({"retraining": {"method": "sgd", "schedules": ["LLR"], "epochs": 0, "ratios": [0.5]}}, "retraining.epochs"),
+        ({"retraining": {"method": "muon", "schedules": ["LLR"], "epochs": 1, "ratios": [0.5]}}, "'muon'"),
+        ({"retraining": {"method": "sgd", "schedules": ["XYZ"], "epochs": 1, "ratios": [0.5]}}, "'XYZ'"),
+    ],
+)
+def test_what_is_wrong_is_said(changes, message):
+    with pytest.raises(BadInput, match=message):
+        read(**changes)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], "text", {1: 2}])
+def test_what_is_no_suite_is_refused(value):
+    with pytest.raises(BadInput, match="expected names and values"):
+        Suite.from_dict("small", value)
+
+
+def test_files_that_are_no_suites(tmp_path: Path):
+    with pytest.raises(BadInput, match="unknown suite 'tinny': did you mean 'tiny'"):
+        Suite.open("tinny")
+    with pytest.raises(DamagedFile, match="expected a suite"):
+        Suite.open(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(DamagedFile, match="damaged"):
+        Suite.open(tmp_path / "broken.yaml")
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(content(seeds=[])))
+    with pytest.raises(BadInput, match=r"wrong.yaml: .*seeds"):
+        Suite.open(tmp_path / "wrong.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+def test_shipped_suites_are_sound(name):
+    suite = Suite.open(name)
+    assert suite.text == (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "sgd" in {entrant.label for entrant in suite.methods}  # the anchor
+    assert len(suite.seeds) >= 3
+
+
+def test_five_suites_are_shipped():
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"tiny", "fashion", "cifar16", "cifar", "paper"}
