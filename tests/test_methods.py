@@ -210,7 +210,7 @@ def test_other_parameters_may_have_a_learning_rate_of_their_own(method: str) -> 
 def test_k_of_numuon_is_a_share_of_each_matrix_and_falls() -> None:
     chosen = settings("numuon", k=0.25, k_start=1.0)
     optimizer = make_optimizer(net(), chosen)
-    schedule = make_k_schedule(optimizer, chosen, steps=2)
+    schedule = make_k_schedule(optimizer, chosen, steps=4)
     assert schedule is not None
     seen = []
     for _ in range(3):

@@ -6,20 +6,25 @@ checkpoint saves. The order of the images depends on (seed, epoch) alone, so a r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
+import os
 import time
 import typing
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,23 +35,55 @@ from pliant.baselines import merged
 from pliant.constraints import check_k
 from pliant.data import ImageData, Loader, load_data
 from pliant.display import Display
-from pliant.errors import BadInput, DamagedFile, Diverged, unknown
-from pliant.files import write_bytes, write_text
+from pliant.errors import BadInput, Busy, DamagedFile, Diverged, unknown
+from pliant.files import is_empty, locked, make_folders, remove_leftovers, sync, write_bytes, write_text
 from pliant.measuring import eval_mode, evaluate, resolve_precision
-from pliant.methods import METHODS, RESCALES, VERTICES, make_k_schedule, make_optimizer, parse_pattern, with_defaults
+from pliant.methods import (
+    METHODS,
+    RECIPES,
+    RESCALES,
+    VERTICES,
+    make_k_schedule,
+    make_optimizer,
+    parse_pattern,
+    with_defaults,
+)
 from pliant.models import build_model
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, versions, write_config, write_shape
 from pliant.sfw import SFW
+from pliant.trackers import start_trackers, tracker_names
 
 CHECKPOINT = Path("checkpoint") / "last.pt"
+LOG, ENVIRONMENT = "train.jsonl", "env.json"
+LARGEST_STEP = 0.1  # lr of a training so short that it cannot replace its weights as often as wanted
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
     "linear": lambda t: 1 - t,
     "step": lambda t: 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
     "constant": lambda t: 1.0,
 }
+Arguments = ParamSpec("Arguments")
+# What processes wait for each other. They do the same work, and only the main one writes files: who waits that long,
+# waits for one that hangs. (One that ends breaks its connections, and torchrun ends the others.)
+PATIENCE = timedelta(minutes=1)
 
 
+def _checking_what_is_given(function: Callable[Arguments, Path]) -> Callable[Arguments, Path]:
+    """Let ``train`` refuse what contradicts a run to resume, defaults too if they are given and not left out."""
+
+    @functools.wraps(function)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Path:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        given = dict(bound.arguments)
+        bound.apply_defaults()
+        if bound.arguments["resume"]:
+            check_resumable(given, bound.arguments)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_checking_what_is_given
 def train(
     data: str = "digits",
     data_dir: str | None = None,
@@ -54,12 +91,16 @@ def train(
     model: str = "resnet8",
     width: float = 1.0,
     method: str = "sgd",
+    recipe: str | None = None,
     k: int | float | None = None,
     radius: float | None = None,
     vertices: str | None = None,
+    coupled: bool | None = None,
+    turnover: float | None = None,
     rescale: str | None = None,
     pattern: str | None = None,
     k_start: int | float | None = None,
+    anneal: float | None = None,
     strength: float | None = None,
     every: int | None = None,
     energy: float | None = None,
@@ -78,7 +119,9 @@ def train(
     precision: str = "auto",
     channels_last: bool = True,
     seed: int = 0,
-    tensorboard: bool = False,
+    deterministic: bool = False,
+    checkpoint_steps: int | None = None,
+    tracker: str | None = None,
     out: str | None = None,
     resume: bool = False,
 ) -> Path:
@@ -88,20 +131,26 @@ def train(
         data: digits, fashion-mnist, cifar10, cifar100, image-folder, parquet or hub:OWNER/NAME.
         data_dir: folder of the data files; digits needs none.
         image_size: resize all images to this many pixels a side.
-        model: mlp, lenet5, resnet8, resnet20, resnet56, resnet18, vgg16, wrn28_10, vit_tiny or package.module:callable.
+        model: mlp, lenet5, resnet8, resnet20, resnet56, resnet18, resnet50, vgg16, wrn28_10, vit_tiny or
+            package.module:callable.
         width: factor on all channel counts.
         method: sgd, sfw-filters, sfw-rank, sfw-weights, sfw-nm, or one to compare with (docs/baselines.md): k-sparse,
             ssl, glt, pat-filters, pat-rank, cram-filters, cram-rank, cram-weights, nuc, cat, trp, lorita, condlr,
-            spectral-decay, q3r, muon, numuon, scion. The settings from k to other_lr belong to some methods only;
+            spectral-decay, q3r, muon, numuon, scion. The settings from recipe to other_lr belong to some methods only;
             those not given, and lr, are the method's own, and config.yaml tells them.
+        recipe: of the sfw methods: default; gradient for steps as long as SGD's with a constant k; or paper, which is
+            that with balls on all parameters.
         k: filters, singular directions or weights per layer that one step may use (condlr: rank of the weights; q3r:
             rank to go to): 3 is a count, 0.1 a share.
         radius: size of the balls, relative to the weights at initialisation (scion: as published).
         vertices: the kind of SFW's balls: support or sparse.
+        coupled: give channels that residual connections tie together one ball (sfw-filters).
+        turnover: how often the training replaces the weights, instead of lr: the sum of its convex steps (sfw-filters,
+            sfw-rank without rescale).
         rescale: what SFW multiplies lr by: gradient, fast-gradient, diameter or none.
         pattern: N:M for sfw-nm.
-        k_start: anneal k from here to k over the first half of the training; without it (numuon: if it is k) k is
-            constant.
+        k_start: anneal k from here to k; without it (numuon: if it is k) k is constant.
+        anneal: share of the training over which k goes from k_start to k.
         strength: factor of what the method adds to SGD: of its penalty, threshold, decay or perturbation.
         every: steps between two decompositions (trp, q3r).
         energy: share of the squared singular values that trp may leave out.
@@ -120,7 +169,10 @@ def train(
         precision: fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware has it.
         channels_last: memory format of the network and the images.
         seed: of the initialisation, the order of the images and the augmentation.
-        tensorboard: also log to RUN/tensorboard.
+        deterministic: refuse operations whose result may differ from run to run on the same machine. Without it, only
+            some on a GPU do.
+        checkpoint_steps: also write a checkpoint every so many steps within an epoch, for long epochs.
+        tracker: where to log besides RUN/train.jsonl: tensorboard, wandb, mlflow, trackio, or several with commas.
         out: run folder; by default runs/DATA-MODEL-METHOD-seedN.
         resume: go on from the last checkpoint of the run folder, with its settings.
 
@@ -128,21 +180,66 @@ def train(
         BadInput: a setting is unknown or out of range, or the run folder exists.
         DamagedFile: data files or the checkpoint cannot be read.
         Diverged: the loss or a gradient became NaN or infinite; the last good checkpoint is kept.
+        Busy: another process trains in this folder.
     """
     given = {name: value for name, value in locals().items() if name not in ("out", "resume")}
-    settings, folder = _settings_and_folder(given, out, resume)
+    return train_run(*_settings_and_folder(given, out, resume))
+
+
+def train_run(settings: dict[str, Any], folder: Path, data: ImageData | None = None) -> Path:
+    """Train in a folder, going on from its checkpoint if there is one; do nothing if the training is complete.
+
+    Args:
+        settings: all arguments of :func:`train` but ``out`` and ``resume``; a folder with a checkpoint has the same.
+        folder: the run folder; made if needed.
+        data: what ``settings`` name, if it is in memory already.
+    """
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINT).exists():
         return folder  # complete, and its checkpoint was deleted
-    session = Session(settings)
-    if not (folder / SHAPE).exists():
-        _start_folder(folder, session)
-    elif (folder / CHECKPOINT).exists():
-        session.restore(folder / CHECKPOINT)
-    with warnings.catch_warnings():
+    fresh = is_empty(folder)
+    session = Session(settings, data)
+    processes = session.accelerator
+    processes.wait_for_everyone()  # until now all have looked at the folder, from now on the main process writes to it
+    main = processes.is_main_process
+    make_folders(folder.parent)
+    lock = locked(folder) if main else contextlib.nullcontext()
+    with lock, _deterministic(settings["deterministic"]), warnings.catch_warnings():
+        if main:
+            if is_empty(folder) != fresh:
+                raise Busy(f"{folder} was made or removed by another process meanwhile: choose another --out")
+            for name in (CONFIG, ENVIRONMENT, SHAPE, LOG, CHECKPOINT, WEIGHTS):
+                remove_leftovers(folder / name)
+            if not (folder / SHAPE).exists():
+                _start_folder(folder, session)
+        processes.wait_for_everyone()
+        if (folder / CHECKPOINT).exists():
+            session.restore(folder / CHECKPOINT)
         # Nothing is lost when newly initialised weights are scaled into small balls.
         warnings.filterwarnings("ignore", message=".* started outside of their balls")
         session.run(folder)
+    processes.wait_for_everyone()  # whoever returns may read the weights
     return folder
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch use deterministic algorithms alone for a while, and say which operation has none."""
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads this when it is first used; without it, its products may differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    except RuntimeError as error:
+        if "use_deterministic_algorithms" not in str(error):
+            raise
+        raise BadInput(f"--deterministic: {str(error).partition(',')[0]}; train without it") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class Session:
@@ -150,9 +247,10 @@ class Session:
 
     Args:
         settings: the arguments of :func:`train` but ``out`` and ``resume``.
+        data: what they name, if it is in memory already.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], data: ImageData | None = None) -> None:
         check_settings(settings)
         settings = with_defaults(settings)
         self.method = METHODS[settings["method"]]
@@ -167,9 +265,10 @@ class Session:
             mixed_precision="no" if accelerator_precision == "fp32" else accelerator_precision,
             cpu=_device().type == "cpu",
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         self.settings = {**settings, "precision": accelerator_precision}
-        self.data = load_data(settings["data"], settings["data_dir"], image_size=settings["image_size"])
+        self.data = data or load_data(settings["data"], settings["data_dir"], image_size=settings["image_size"])
         torch.manual_seed(settings["seed"])
         self.model = build_model(
             settings["model"],
@@ -190,33 +289,43 @@ class Session:
             seed=settings["seed"],
         )
         self.steps = len(self.loader) * settings["epochs"]
-        self.optimizer: Optimizer = make_optimizer(self.model, settings)
+        if settings["lr"] is None:
+            settings |= {"lr": turnover_lr(settings, self.steps), "turnover": None}
+            self.settings |= {"lr": settings["lr"], "turnover": None}
+        images, _ = next(iter(Loader(self.data, "val", 2)))
+        self.optimizer: Optimizer = make_optimizer(self.model, settings, images.to(self.accelerator.device))
         self.scheduler = LambdaLR(self.optimizer, learning_rate(settings, self.steps))
-        self.k_schedule = make_k_schedule(self.optimizer, settings, max(1, self.steps // 2))
+        self.k_schedule = make_k_schedule(self.optimizer, settings, self.steps)
         self.epoch = 0
+        self.batches = 0  # of the current epoch that are done
+        self.sums = (0.0, 0, 0)  # over these batches: loss, correct answers, images
 
     def run(self, folder: Path) -> None:
         """Train from the current epoch to the last one; write the log, the checkpoints and at last the weights."""
         settings = self.settings
         network, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         validation = Loader(self.data, "val", 512)
-        log = Log(folder, keep=self.epoch, tensorboard=settings["tensorboard"])
-        with Display(f"{folder.name}", self.steps, done=self.epoch * len(self.loader)) as display, log:
+        main = self.accelerator.is_main_process
+        log = Log(folder, keep=self.epoch, settings=settings) if main else None
+        done = self.epoch * len(self.loader) + self.batches
+        with Display(folder.name, self.steps, done=done, quiet=not main) as display, log or contextlib.nullcontext():
             for epoch in range(self.epoch, settings["epochs"]):
                 started = time.perf_counter()
                 loss, accuracy = self._train_epoch(network, optimizer, epoch, folder, display)
                 self._refuse_non_finite_weights(folder)
-                self.epoch = epoch + 1
+                self.epoch, self.batches, self.sums = epoch + 1, 0, (0.0, 0, 0)
                 entry = {
                     "epoch": self.epoch,
                     "lr": self.scheduler.get_last_lr()[0],
                     "loss": loss,
                     "train_top1": accuracy,
-                    "val_top1": evaluate(self.model, validation, self.accelerator.device, settings["precision"]),
+                    "val_top1": self._validate(validation),
                     "gap": self.optimizer.gap().item() if isinstance(self.optimizer, SFW) else None,
                     "seconds": time.perf_counter() - started,
                 }
-                log.write(entry)  # before the checkpoint: resuming drops a line too many, but could not make up for one
+                if log is not None:
+                    # Before the checkpoint: resuming drops a line too many, but could not make up for one.
+                    log.write(entry)
                 self.save(folder / CHECKPOINT)
                 display.epoch(entry, settings["epochs"])
             if self.accelerator.is_main_process:
@@ -225,40 +334,109 @@ class Session:
     def _train_epoch(
         self, network: nn.Module, optimizer: Any, epoch: int, folder: Path, display: Display
     ) -> tuple[float, float]:
-        """Go once over the training images; return the mean loss and the accuracy on the way."""
+        """Go over the training images that are left; return the mean loss and the accuracy over the whole epoch."""
+        every = self.settings["checkpoint_steps"]
         network.train()
         self.loader.set_epoch(epoch)
-        total_loss, total_correct, count = 0.0, 0, 0
-        for images, labels in self.loader:
-            optimizer.zero_grad()  # here, not after the step: the gap of an epoch may need the last gradient
-            loss, correct = self._gradients(network, images, labels)
-            if not math.isfinite(loss):
-                raise self._diverged(f"the loss became {loss}", folder)
+        total_loss, total_correct, count = self.sums
+        for images, labels in itertools.islice(self.loader, self.batches, None):
             try:
-                if self.method.passes == 1:
-                    optimizer.step()
-                else:
-                    optimizer.step(functools.partial(self._second_pass, network, optimizer, images, labels))
+                loss, correct = self.step(network, optimizer, images, labels)
             except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 raise self._diverged(str(error), folder) from None
-            self.scheduler.step()
-            if self.k_schedule is not None:
-                self.k_schedule.step()
             total_loss += loss * len(labels)
             total_correct += correct
             count += len(labels)
             display.step(total_loss / count, total_correct / count)
+            self.batches += 1
+            self.sums = (total_loss, total_correct, count)
+            if every and self.batches % every == 0 and self.batches < len(self.loader):
+                self._refuse_non_finite_weights(folder)
+                self.save(folder / CHECKPOINT)
         return total_loss / count, total_correct / count
 
-    def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Add the gradients of a batch to those at hand; return its mean loss and the number of correct answers."""
-        loss, correct = 0.0, 0
-        parts = min(self.settings["accumulate"], max(1, len(labels) // 2))  # BatchNorm needs two images
-        for part, target in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-            part_loss, part_correct = self._backward(network, part, target, share=len(target) / len(labels))
-            loss += part_loss
-            correct += part_correct
+    def step(self, network: nn.Module, optimizer: Any, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """Take one step; return the mean loss of the batch and the number of correct answers, both from before it.
+
+        Args:
+            network: the model, as Accelerate prepared it.
+            optimizer: as Accelerate prepared it.
+            images: a batch, (B, C, H, W).
+            labels: (B,).
+
+        Raises:
+            FloatingPointError: the loss or a gradient is NaN or infinite.
+            torch.linalg.LinAlgError: a decomposition met such a value.
+        """
+        optimizer.zero_grad()  # here, not after the step: the gap of an epoch may need the last gradient
+        loss, correct = self._gradients(network, images, labels)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss}")
+        if self.method.passes == 1:
+            optimizer.step()
+        else:
+            optimizer.step(functools.partial(self._second_pass, network, optimizer, images, labels))
+        self.scheduler.step()
+        if self.k_schedule is not None:
+            self.k_schedule.step()
         return loss, correct
+
+    def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """Add the gradients of a batch to those at hand; return its mean loss and the number of correct answers.
+
+        Each process computes its part of the batch. Gradients are means over processes: a part counts as many times
+        its share as there are processes.
+        """
+        count, processes = len(labels), self.accelerator.num_processes
+        images, labels, weight = self._own_part(images, labels)
+        loss, correct = 0.0, 0.0
+        parts = min(self.settings["accumulate"], max(1, len(labels) // 2))  # BatchNorm needs two images
+        for i, (part, target) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
+            last = i == parts - 1  # then the processes add up what they have
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(network):
+                share = weight * processes * len(target) / count
+                part_loss, part_correct = self._backward(network, part, target, share)
+            loss += part_loss / processes
+            correct += weight * part_correct
+        loss, correct = self._over_processes(loss, correct)
+        return loss, round(correct)
+
+    def _own_part(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return this process's part of a batch and whether it counts (1 or 0).
+
+        A batch with less than two images for each process has fewer parts; the others compute the first one, too, so
+        that all take part in the sums, but theirs does not count.
+        """
+        parts = min(self.accelerator.num_processes, max(1, len(labels) // 2))
+        index = self.accelerator.process_index
+        own = index if index < parts else 0
+        return images.tensor_split(parts)[own], labels.tensor_split(parts)[own], float(own == index)
+
+    def _over_processes(self, *numbers: float) -> list[float]:
+        """Return the sum of each number over processes."""
+        if self.accelerator.num_processes == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64).to(self.accelerator.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def _validate(self, batches: Loader) -> float:
+        """Return the accuracy of the model, each process classifying its share of the images."""
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        device, precision = self.accelerator.device, self.settings["precision"]
+        if processes == 1:
+            return evaluate(self.model, batches, device, precision)
+        counts = [0]
+
+        def own() -> Iterator[tuple[Tensor, Tensor]]:
+            for images, labels in batches:
+                if len(labels) > index:
+                    counts.append(len(labels[index::processes]))
+                    yield images[index::processes], labels[index::processes]
+
+        accuracy = evaluate(self.model, own(), device, precision) if len(batches.split) > index else 0.0
+        correct, count = self._over_processes(accuracy * sum(counts), sum(counts))
+        return round(correct) / count
 
     def _second_pass(self, network: nn.Module, optimizer: Any, images: Tensor, labels: Tensor) -> float:
         """Compute the gradients anew at other weights; BatchNorm's statistics stay those of the true ones."""
@@ -286,6 +464,8 @@ class Session:
             return
         state = {
             "epoch": self.epoch,
+            "batches": self.batches,
+            "sums": self.sums,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -293,7 +473,7 @@ class Session:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        path.parent.mkdir(exist_ok=True)
+        make_folders(path.parent)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_bytes(path, buffer.getvalue())
@@ -301,6 +481,9 @@ class Session:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint; raises DamagedFile if it cannot be read."""
         try:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not look at the checksums
+                    raise ValueError(f"checksum of {damaged}")
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -312,15 +495,23 @@ class Session:
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
             if type(state["epoch"]) is not int or not 0 <= state["epoch"] <= self.settings["epochs"]:
                 raise ValueError(f"epoch {state['epoch']!r}")
-            self.epoch = state["epoch"]
+            batches = state.get("batches", 0)
+            if type(batches) is not int or not 0 <= batches < len(self.loader):
+                raise ValueError(f"batches {batches!r}")
+            total_loss, total_correct, count = state.get("sums", self.sums)
+            self.epoch, self.batches = state["epoch"], batches
+            self.sums = (float(total_loss), int(total_correct), int(count))
         except Exception as error:  # a damaged file fails in as many ways as it can be damaged
             raise DamagedFile(
                 f"{path} is damaged ({type(error).__name__}): restore it, or delete the run folder and train anew"
             ) from error
 
     def _refuse_non_finite_weights(self, folder: Path) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
+        if self.accelerator.num_processes > 1:
+            for buffer in self.model.buffers():  # each process has BatchNorm's statistics of its images: take the first
+                torch.distributed.broadcast(buffer, 0)
+        for name, tensor in self.model.state_dict().items():  # BatchNorm's statistics may overflow before the weights
+            if not tensor.isfinite().all():
                 raise self._diverged(f"{name} became NaN or infinite", folder)
 
     def _diverged(self, what: str, folder: Path) -> Diverged:
@@ -332,59 +523,64 @@ class Session:
 
 
 class Log:
-    """train.jsonl, one line per epoch, and TensorBoard if wanted.
+    """train.jsonl, one line per epoch, and the trackers that are wanted.
 
     Args:
         folder: the run folder.
         keep: keep the lines of this many epochs, when a training is resumed.
-        tensorboard: also write RUN/tensorboard.
+        settings: of the run; ``tracker`` names the trackers.
     """
 
-    def __init__(self, folder: Path, *, keep: int, tensorboard: bool) -> None:
-        self.path = folder / "train.jsonl"
-        self._writer: Any = None
+    def __init__(self, folder: Path, *, keep: int, settings: dict[str, Any]) -> None:
+        self.path = folder / LOG
         lines = (
             self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             if self.path.exists()
             else []
         )
-        write_text(self.path, "".join(lines[:keep]))
-        if tensorboard:
-            self._writer = _summary_writer(folder / "tensorboard", keep)
+        write_text(self.path, "".join(line for line in lines[:keep] if line.endswith("\n")))
+        self._trackers = start_trackers(tracker_names(settings["tracker"]), folder, settings, done=keep)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one epoch."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        if self._writer is not None:
-            for name, value in entry.items():
-                if name != "epoch" and value is not None:
-                    self._writer.add_scalar(name, value, entry["epoch"])
+        sync(self.path)  # the checkpoint that follows must not be on disk without this line
+        values = {name: value for name, value in entry.items() if name != "epoch" and value is not None}
+        for tracker in self._trackers:
+            tracker.log(values, step=entry["epoch"])
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise BadInput for a setting that is unknown or out of range."""
-    for name, known in (("rescale", RESCALES), ("vertices", VERTICES), ("schedule", SCHEDULES)):
+    for name, known in (("recipe", RECIPES), ("rescale", RESCALES), ("vertices", VERTICES), ("schedule", SCHEDULES)):
         if settings[name] is not None and settings[name] not in known:
             raise unknown(name, settings[name], known)
     if settings["pattern"] is not None:
         parse_pattern(settings["pattern"])
+    tracker_names(settings["tracker"])
     for name in ("k", "k_start"):
         if settings[name] is not None:
-            check_k(settings[name])
-    for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("every", 1), ("factors", 2)):
+            try:
+                check_k(settings[name])
+            except BadInput as error:
+                raise BadInput(f"--{name}: {error}") from None
+    counts = {"epochs": 1, "batch_size": 1, "accumulate": 1, "every": 1, "factors": 2, "checkpoint_steps": 1}
+    for name, least in counts.items():
         if settings[name] is not None and settings[name] < least:
             raise BadInput(f"--{name} must be at least {least}, got {settings[name]}")
     if not 0 <= settings["seed"] < 2**63:
         raise BadInput(f"--seed must be an integer from 0 to 2^63 - 1, got {settings['seed']}")
-    for name in ("lr", "other_lr", "radius", "width"):
+    if settings["anneal"] is not None and not 0 < settings["anneal"] <= 1:
+        raise BadInput(f"--anneal must lie in (0, 1], got {settings['anneal']}")
+    for name in ("lr", "other_lr", "radius", "turnover", "width"):
         if settings[name] is not None and not (settings[name] > 0 and math.isfinite(settings[name])):
             raise BadInput(f"--{name} must be positive and finite, got {settings[name]}")
     for name in ("momentum", "warmup", "energy"):
@@ -395,7 +591,7 @@ def check_settings(settings: dict[str, Any]) -> None:
             raise BadInput(f"--{name} must be >= {smallest} and finite, got {settings[name]}")
 
 
-def _check_kinds(settings: dict[str, Any]) -> None:
+def check_kinds(settings: dict[str, Any]) -> None:
     """Raise BadInput for a setting of the wrong type, such as null, or text where a number is due."""
     hints = typing.get_type_hints(train)
     for name, value in settings.items():
@@ -434,48 +630,79 @@ def learning_rate(settings: dict[str, Any], steps: int) -> Callable[[int], float
     return factor
 
 
+def turnover_lr(settings: dict[str, Any], steps: int) -> float:
+    """Return the largest lr of a training whose convex weights sum to ``turnover``; :data:`LARGEST_STEP` at most.
+
+    It has three significant digits, as one would choose it.
+    """
+    factor = learning_rate(settings, steps)
+    lr = float(settings["turnover"]) / sum(factor(step) for step in range(steps))
+    return min(LARGEST_STEP, float(f"{lr:.3g}"))
+
+
 def _settings_and_folder(given: dict[str, Any], out: str | None, resume: bool) -> tuple[dict[str, Any], Path]:
     """Return the settings to train with and the run folder; a resumed run brings its own settings."""
-    _check_kinds(given)
+    check_kinds(given)
     if given["data_dir"] is not None:
         given["data_dir"] = str(Path(given["data_dir"]).expanduser().resolve())
-    data, model = (given[name].replace("/", "-").replace(":", "-") for name in ("data", "model"))
-    folder = Path(out or f"runs/{data}-{model}-{given['method']}-seed{given['seed']}")
-    occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if occupied and not resume:
-        raise BadInput(f"{folder} exists: go on with --resume, or choose another --out")
-    if not occupied:
+    folder = _run_folder(given, out)
+    if is_empty(folder):
         return given, folder
+    if not resume:
+        raise BadInput(f"--out: {folder} exists: go on with --resume, or choose another one")
     if (folder / PLAN).exists():
         raise BadInput(f"{folder} holds a compressed network, not a run: choose another --out")
-    saved = Run.open(folder).config
-    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    return _saved_settings(folder), folder
+
+
+def check_resumable(given: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Raise BadInput if what was given to :func:`train` beside ``resume`` contradicts the run in the folder.
+
+    Args:
+        given: the arguments that were given; None and "auto" contradict nothing.
+        arguments: all of them, defaults included.
+    """
+    check_kinds({name: value for name, value in arguments.items() if name not in ("out", "resume")})
+    folder = _run_folder(arguments, arguments["out"])
+    if is_empty(folder) or (folder / PLAN).exists():
+        return
+    saved = _saved_settings(folder)
     for name, value in given.items():
-        if name not in saved:
-            raise DamagedFile(f"{folder / CONFIG} is damaged: it lacks {name}")
-        if value not in (defaults[name], saved[name]):
+        if name == "data_dir" and value is not None:
+            value = str(Path(value).expanduser().resolve())
+        if name not in saved or value in (None, "auto"):
+            continue
+        # An integer k is a count and a float a share.
+        if value != saved[name] or (name in ("k", "k_start") and type(value) is not type(saved[name])):
             raise BadInput(
                 f"--{name} {value} contradicts {saved[name]!r} of {folder}: leave it out, or start another run"
             )
-    settings = {name: saved[name] for name in given}
-    _check_kinds(settings)
-    return settings, folder
+
+
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run; those that came after it was made are as they were by default."""
+    saved = Run.open(folder).config
+    parameters = inspect.signature(train).parameters.items()
+    settings = {name: saved.get(name, p.default) for name, p in parameters if name not in ("out", "resume")}
+    try:
+        check_kinds(settings)
+        check_settings(settings)
+    except BadInput as error:
+        raise DamagedFile(f"{folder / CONFIG} is damaged: {error}") from None
+    return settings
+
+
+def _run_folder(given: dict[str, Any], out: str | None) -> Path:
+    data, model = (given[name].replace("/", "-").replace(":", "-") for name in ("data", "model"))
+    return Path(out or f"runs/{data}-{model}-{given['method']}-seed{given['seed']}")
 
 
 def _start_folder(folder: Path, session: Session) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     write_config(folder / CONFIG, session.settings)  # first: with it alone, the run can be resumed
-    write_shape(folder, session.data.num_classes, session.data.image_shape)
-    write_text(folder / "env.json", json.dumps(versions(), indent=2) + "\n")
+    write_text(folder / ENVIRONMENT, json.dumps(versions(), indent=2) + "\n")
+    write_shape(folder, session.data.num_classes, session.data.image_shape)  # last: with it, the folder is started
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _summary_writer(path: Path, purge_after: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("--tensorboard needs a package: pip install 'pliant[tensorboard]'") from None
-    return SummaryWriter(str(path), purge_step=purge_after + 1)
