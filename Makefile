@@ -31,9 +31,20 @@ demo: setup ## train three networks on small images, compress them, write demo/r
 test: setup ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+.PHONY: soak
+soak: setup ## kill commands at fifty moments and read many more damaged files than the tests do; minutes
+	OMP_NUM_THREADS=1 PLIANT_KILLS=50 PLIANT_FUZZ=10 $(BIN)/pytest tests/faults tests/fuzz
+
 .PHONY: bench
-bench: setup ## measure what a step costs, against SGD and Muon; minutes, on an idle machine
+bench: setup ## measure what a step costs, what compression gains; many minutes, on an idle machine
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
+	$(BIN)/python benchmarks/latency.py --out benchmarks/results
+	$(BIN)/python benchmarks/models.py --out docs/models.md
+
+.PHONY: docs
+docs: setup ## build the documentation: build/docs/index.html
+	$(BIN)/sphinx-build -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 .PHONY: pictures
 pictures: setup ## draw the pictures of the documentation

@@ -1,17 +1,72 @@
-"""What the pages in docs say: their examples give what they show, their links and pictures exist and can be drawn."""
+"""What the pages say is so: their code runs and prints what they show, links lead somewhere, pictures can be drawn.
 
+A block of Python or of commands is executed, page by page, in order, in an empty folder; `REDUCED` makes trainings
+shorter. A block that may not be run says why in a comment before it, `<!-- not run: ... -->`, and is only parsed. The
+README's own blocks run in e2e/test_demo.py.
+"""
+
+import ast
+import contextlib
 import doctest
+import importlib
+import io
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import pliant
+from pliant.cli import VERBS, Parser, main, make_parser
+
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-EXAMPLES = re.compile(r"^```pycon\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>.+?) -->\n+)?```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+# page → (as it stands, as the tests take it)
+REDUCED = {
+    "tutorial.md": [("epochs = 40", "epochs = 4"), ("--compressor rank", "--compressor rank --ratios 0,0.5")],
+    "budgets.md": [("share in (0.7, 0.5, 0.3)", "share in (0.5,)")],
+    "export.md": [("resnet18", "resnet8")],
+    "fair-comparison.md": [("--compressor filters", "--compressor filters --ratios 0,0.5")],
+    "own-model.md": [("epochs = 15", "epochs = 2")],
+    "radius-and-k.md": [("epochs = 40", "epochs = 1")],
+}
+# page → commands for what it takes as given
+GIVEN = {
+    "budgets.md": ["pliant train --method sfw-rank --k 0.05 --radius 3 --epochs 4 --out runs/rank"],
+    "export.md": ["pliant train --model mlp --method sfw-filters --epochs 1 --out runs/filters"],
+}
+SHOWN_ONLY = {"", "text", "yaml", "json"}
+ROOMS = "imports and (norms or compression or baselines)"  # where extending.md adds something
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; ``run`` is False where the page says that it is not run."""
+
+    language: str
+    code: str
+    line: int
+    run: bool
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(m["language"], m["code"], text.count("\n", 0, m.start("code")), not m["reason"])
+        for m in BLOCK.finditer(text)
+    ]
 
 
 def anchors(page: Path) -> set[str]:
@@ -20,19 +75,42 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["norms.md", "constraints.md", "baselines.md"])
-def test_examples_show_what_they_give(name: str) -> None:
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    # Blanking the prose keeps the line numbers of the page in a failure's message.
-    blocks = [match.span(1) for match in EXAMPLES.finditer(text)]
-    kept = "".join(
-        c if c == "\n" or any(start <= i < end for start, end in blocks) else " " for i, c in enumerate(text)
-    )
-    test = doctest.DocTestParser().get_doctest(kept, {}, name, str(ROOT / "docs" / name), 0)
-    assert len(test.examples) > 5
-    failures: list[str] = []
-    doctest.DocTestRunner().run(test, out=failures.append)
-    assert not failures, "".join(failures)
+def commands(text: str) -> Iterator[list[str]]:
+    """Yield the commands of a console block as lists of words."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("$ "):
+            yield shlex.split(line.removeprefix("$ "), comments=True)
+
+
+def parser_of(verb: str) -> Parser:
+    function = getattr(importlib.import_module(f"pliant.{VERBS[verb].module}"), VERBS[verb].function)
+    return make_parser(verb, VERBS[verb], function)
+
+
+def check_command(words: list[str]) -> None:
+    """Fail unless a command could be run: its flags, files, targets and extras exist."""
+    while re.fullmatch(r"\w+=\S*", words[0]):
+        words = words[1:]  # VARIABLE=value
+    match words:
+        case ["pliant", verb, *rest] if verb in VERBS:
+            parser_of(verb).parse_args(rest)
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
+        case ["pip", "install", *_]:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            wanted = {extra for word in words for group in re.findall(r"\[(.+)\]", word) for extra in group.split(",")}
+            assert wanted <= set(project["optional-dependencies"])
+        case ["python" | "torchrun" | "accelerate", *rest] if "pliant" in rest:  # -m pliant train
+            check_command(rest[rest.index("pliant") :])
+        case ["python" | "torchrun" | "accelerate", *rest]:
+            scripts = [word for word in rest if word.endswith(".py")]
+            assert scripts
+            assert all((ROOT / script).exists() for script in scripts), scripts
+        case _:
+            pytest.fail(f"the tests do not know this command: {shlex.join(words)}")
+
+
+# --- all pages --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -43,6 +121,190 @@ def test_links_lead_somewhere(page: Path) -> None:
             target = page.parent / file if file else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_could_be_run(page: Path) -> None:
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        match block.language:
+            case "python":
+                ast.parse(block.code)
+            case "console":
+                found = list(commands(block.code))
+                assert found, f"{where}: a command starts with '$ '"
+                for words in found:
+                    if page.name != "extending.md":  # its commands are for a source that has been extended
+                        check_command(words)
+            case "pycon" | "diff":
+                pass
+            case language:
+                assert language in SHOWN_ONLY or language.startswith("{"), f"{where}: is {language} to be run?"
+    for line in re.findall(r"^    (pliant \S.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        if "VERB" not in line:
+            check_command(shlex.split(line))
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS if any(b.language == "pycon" for b in blocks(page))], ids=lambda page: page.name
+)
+def test_examples_show_what_they_give(page: Path) -> None:
+    # Blank lines instead of prose keep the line numbers of the page in a failure's message.
+    lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
+    for block in blocks(page):
+        if block.language == "pycon":
+            code = block.code.splitlines()
+            lines[block.line : block.line + len(code)] = code
+    test = doctest.DocTestParser().get_doctest("\n".join(lines), {}, page.name, str(page), 0)
+    failures: list[str] = []
+    doctest.DocTestRunner().run(test, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+# --- pages whose code is run ------------------------------------------------------------------------------------------
+
+
+def in_words(output: str) -> set[str]:
+    """Return the lines of an output without the numbers, which a shorter training changes."""
+    return {" ".join(re.sub(r"-?[\d.,]+", "#", line).split()) for line in output.splitlines() if line.strip()}
+
+
+def run_python(code: str, names: dict[str, object], where: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, where, "exec"), names)
+    return "\n".join(line for line in printed.getvalue().splitlines() if not line.startswith("[torch.onnx]"))
+
+
+def run_command(words: list[str]) -> None:
+    if words[0] == "pliant":
+        quick = ["--epochs", "1"] if words[1] in ("train", "demo") and "--epochs" not in words else []
+        assert main([*words[1:], *quick]) == 0, shlex.join(words)
+
+
+def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the blocks of a page in the current folder."""
+    text_of = {block: block.code for block in blocks(page)}
+    for long, short in REDUCED.get(page.name, []):
+        assert any(long in code for code in text_of.values()), f"{page.name} has no {long!r} to reduce"
+        text_of = {block: code.replace(long, short) for block, code in text_of.items()}
+    for command in GIVEN.get(page.name, []):
+        run_command(shlex.split(command))
+    names: dict[str, object] = {"__name__": "__main__"}
+    output: str | None = None
+    for block, code in text_of.items():
+        where = f"{page.name}, line {block.line}"
+        if block.language == "text" and output is not None:
+            assert in_words(block.code) == in_words(output), f"{where}: the page shows something else"
+        output = None
+        if not block.run:
+            continue
+        if block.language == "python":
+            if file := re.match(r"# (\w+\.py)\n", code):
+                Path(file[1]).write_text(code, encoding="utf-8")
+                monkeypatch.delitem(sys.modules, file[1].removesuffix(".py"), raising=False)
+            else:
+                output = run_python(code, names, where)
+        elif block.language == "console":
+            for words in commands(code):
+                # Trainings in the tests are short, whatever the page says.
+                if "--epochs" in words:
+                    words[words.index("--epochs") + 1] = "1"
+                run_command(words)
+
+
+# Small balls shrink what was freshly drawn, and say so; the tutorial explains it.
+@pytest.mark.filterwarnings("ignore:.*started outside of their balls")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [
+        page
+        for page in DOCS
+        if page.name != "extending.md" and any(b.run and b.language in ("python", "console") for b in blocks(page))
+    ],
+    ids=lambda page: page.name,
+)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "onnx" in page.read_text(encoding="utf-8"):
+        pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    run_page(page, monkeypatch)
+
+
+def apply_diff(diff: str, root: Path) -> None:
+    """Make the replacements of a page's diff: each run of − and + lines, once, in the file named before it."""
+    for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        path = root / name
+        text = path.read_text(encoding="utf-8")
+        for old, new in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", body, re.MULTILINE):
+            before, after = (re.sub(r"^.", "", lines, flags=re.MULTILINE).removesuffix("\n") for lines in (old, new))
+            assert text.count(before) == 1, f"{name} has {text.count(before)} times {before!r}"
+            text = text.replace(before, after)
+        path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_source_can_be_extended_as_described(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("src", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
+    programs, lines = [], []
+    for block in blocks(ROOT / "docs" / "extending.md"):
+        if block.language == "diff":
+            apply_diff(block.code, tmp_path)
+        elif block.language == "console":
+            lines += list(commands(block.code))
+        elif file := re.match(r"# (at the end of )?(src/\S+\.py)\n", block.code):
+            path = tmp_path / file[2]
+            assert path.exists() == bool(file[1]), path
+            with path.open("a", encoding="utf-8") as target:
+                target.write(block.code.partition("\n")[2])
+        elif block.language == "python":
+            programs.append(block.code)
+    environment = {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1", "PATH": ""}
+
+    def run(*arguments: str) -> None:
+        command = [sys.executable, "-W", "error", *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+    assert len(programs) == 2
+    for program in programs:
+        run("-c", program)
+    assert [line[1] for line in lines] == ["train", "sweep"]
+    for line in lines:
+        run("-m", *line)
+    # The row of the table of norms is enough to test all that a norm must do.
+    tests = ["tests/test_norms.py", "tests/test_architecture.py"]
+    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", f"Flat or ({ROOMS})")
+
+
+# --- the pages as a site ----------------------------------------------------------------------------------------------
+
+
+def test_the_reference_lists_every_public_name_once() -> None:
+    listed = re.findall(r"^\.\. auto\w+:: pliant\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(listed) == sorted(set(pliant.__all__) - {"__version__"})
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning_and_tell_every_flag(tmp_path: Path) -> None:
+    for package in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "cli.html").read_text(encoding="utf-8")
+    for verb in VERBS:
+        section = page.partition(f'<section id="pliant-{verb}">')[2].partition("</section>")[0]
+        flags = {option for action in parser_of(verb)._actions for option in action.option_strings[:1]}
+        shown = set(re.findall(r'<span class="pre">(--\w+)</span>', section))
+        assert shown == flags - {"-h", "--config", "--print_config"}, verb
 
 
 @pytest.mark.slow
