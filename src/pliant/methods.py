@@ -311,9 +311,9 @@ _ANNEALED = {
 }
 
 
-# The other recipes. "gradient": k-support balls, steps as long as SGD's, a constant k. "paper" is that with L2 balls on
-# biases, normalisations and the classifier, as Zimmer, Spiegel, Pokutta, arXiv 2205.11921; there filters are then pruned
-# and weights truncated by the same share in all layers, which is --allocation uniform of a sweep.
+# The other recipes. "gradient": k-support balls, steps as long as those of SGD, a constant k. "paper" is that with L2
+# balls on biases, normalisations and the classifier, as Zimmer, Spiegel, Pokutta, arXiv 2205.11921; there filters are
+# then pruned and weights truncated by the same share in all layers: --allocation uniform of a sweep.
 GRADIENT: Settings = {
     "lr": 0.1,
     "radius": 10.0,
