@@ -178,7 +178,8 @@ def backend_latencies(
     """Return how long a forward pass takes: each model in each backend with each number of threads, on the CPU.
 
     Models and backends take turns, round after round, so that the ratios hold while a shared machine drifts. A
-    backend that this machine does not have, or that cannot take a model, gives rows with the reason. With "compile",
+    backend that this machine does not have, or that cannot take a model, gives rows with the reason; so does an ONNX
+    graph whose outputs are not those of the model. With "compile",
     what torch.compile has made in this process is forgotten, and made again when it is next used.
 
     Args:
@@ -225,7 +226,7 @@ def _ready(portable: Portable, backend: str, file: Path, threads: int) -> Callab
     model: Any = portable.model
     if backend == "onnx":
         if not file.exists():
-            portable.write_onnx(file)
+            portable.save_onnx(file)  # compared with torch: nobody wants to know how fast a wrong graph is
         session, feed = onnx_session(file, threads), portable.feed(arguments)
         session.run(None, feed)
         return functools.partial(session.run, None, feed)
