@@ -186,6 +186,35 @@ def test_every_model_is_measured_in_every_backend_and_the_rest_has_a_reason() ->
     assert models["plain"].training
 
 
+class Named(nn.Module):
+    def forward(self, *, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left + 2 * right
+
+
+def test_networks_of_keyword_arguments_are_measured_too() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    inputs = {"left": torch.ones(3, 4), "right": torch.ones(3, 4)}
+    rows = backend_latencies({"m": Named()}, inputs, backends=["eager", "onnx"], threads=[1], rounds=2, seconds=1e-4)
+    assert [(row.batch, len(row.seconds), row.skipped) for row in rows] == [(3, 2, ""), (3, 2, "")]
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_a_graph_that_is_not_the_model_is_not_measured() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    rows = backend_latencies(
+        {"m": Noisy()}, torch.ones(3, 4), backends=["eager", "onnx"], threads=[1], rounds=2, seconds=1e-4
+    )
+    assert rows[0].seconds
+    assert rows[1].seconds == ()
+    assert "differs from the model" in rows[1].skipped
+
+
 class Noting(nn.Module):
     seen: list[int] = []  # noqa: RUF012 - shared with the copies, on purpose
 

@@ -191,9 +191,13 @@ def test_state_of_sgd_can_be_loaded() -> None:
 
 
 def test_state_with_a_ball_that_does_not_fit_is_refused() -> None:
-    large, small = SFW(group(parameter(9), NormBall(KSupport(9), 1.0))), SFW(group(parameter(3), NormBall(Lp(2), 1.0)))
+    large = SFW(group(parameter(9), NormBall(KSupport(9), 1.0)))
+    small = SFW(group(parameter(3), NormBall(KSupport(2), 1.0)))
     with pytest.raises(ValueError, match="k <= 3"):
         small.load_state_dict(large.state_dict())
+    other = SFW(group(parameter(9), NormBall(Lp(2), 1.0)))
+    with pytest.raises(ValueError, match=r"one of a KSupport ball, but .* has a Lp ball: make the optimizer with the balls"):
+        other.load_state_dict(large.state_dict())
 
 
 def test_at_the_vertex_it_stays() -> None:

@@ -130,13 +130,12 @@ def latencies(
         rounds: measurements per model.
     """
     inputs = as_inputs(example_inputs)
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for model in models:
             stack.enter_context(eval_mode(model))
-        calls = [functools.partial(model, *args, **kwargs) for model in models]
+        calls = [_ready_call(model, inputs) for model in models]
         times = _take_turns(calls, seconds=seconds, rounds=rounds, threads=threads)
     return [statistics.median(series) for series in times]
 
@@ -234,8 +233,13 @@ def _ready(portable: Portable, backend: str, file: Path, threads: int) -> Callab
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         if backend == "compile":
             model = torch.compile(model, dynamic=False)
-        model(*arguments)
-    return functools.partial(model, *arguments)
+        ready = _ready_call(model, arguments)
+        ready()
+    return ready
+
+
+def _ready_call(model: Callable[..., object], inputs: Inputs) -> Callable[[], object]:
+    return functools.partial(model, **inputs) if isinstance(inputs, dict) else functools.partial(model, *inputs)
 
 
 def _take_turns(

@@ -174,6 +174,9 @@ class SFW(Optimizer):
             _check_ball_fits(_as_ball(group["ball"]), group["params"], joint=group["joint"])
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
+        sizes = [[len(g["params"]) for g in groups] for groups in (self.param_groups, state_dict["param_groups"])]
+        if sizes[0] != sizes[1]:
+            return  # which torch refuses in its own words
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             kinds = [_kind(_as_ball(g.get("ball"))) for g in (group, saved)]
             if kinds[0] != kinds[1]:
