@@ -257,9 +257,10 @@ def _on_ray(address: str) -> Performer:
     except (ConnectionError, ValueError) as error:
         raise BadInput(f"--ray {address}: {' '.join(str(error).split())}") from None
 
-    @ray.remote(max_retries=3)
-    def remote(job: Job, folder: Path) -> list[Line]:
+    def performed(job: Job, folder: Path) -> list[Line]:
         return list(perform(job, folder))
+
+    remote = ray.remote(max_retries=3)(performed)
 
     def each(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
         waiting = {remote.remote(job, folder.resolve()): job for job in jobs}
