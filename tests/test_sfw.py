@@ -196,7 +196,7 @@ def test_state_with_a_ball_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="k <= 3"):
         small.load_state_dict(large.state_dict())
     other = SFW(group(parameter(9), NormBall(Lp(2), 1.0)))
-    with pytest.raises(ValueError, match=r"one of a KSupport ball, but .* has a Lp ball: make the optimizer with the balls"):
+    with pytest.raises(ValueError, match=r"one of a KSupport ball, but .* has a Lp ball: make the optimizer"):
         other.load_state_dict(large.state_dict())
 
 
