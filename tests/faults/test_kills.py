@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pliant import load
+from pliant.jobs import Outcome
 from pliant.lines import read_lines
 from pliant.measuring import state_tensors
 from pliant.records import Record, read_records
@@ -101,6 +102,14 @@ def test_a_folder_that_was_being_replaced_comes_back(
 TRAIN = "train --model mlp --width 0.1 --method sfw-filters --epochs 3 --batch_size 256 --checkpoint_steps 2 --out run"
 SWEEP = "sweep base --compressor weights --ratios 0,0.5,0.9 --calibration 64 --out records.jsonl"
 COMPRESS = "compress base --compressor filters --ratio 0.5 --calibration 64 --out small"
+COMPARE = "compare small.yaml --out compared"
+SUITE = """
+settings: {model: mlp, width: 0.1, epochs: 2, batch_size: 512}
+seeds: [0]
+families: {weights: [{compressor: weights, ratios: [0, 0.5]}]}
+methods: {sgd: {families: [weights], trials: {lr: [0.1, 0.01]}}}
+calibration: 64
+"""
 EXPORT = "export base --formats safetensors --out exported --overwrite"
 
 
@@ -114,11 +123,18 @@ def train_result(folder: Path) -> Any:
     return weights(folder / "run"), log, sorted(path.name for path in (folder / "run").iterdir())
 
 
-def sweep_result(folder: Path) -> Any:
-    def timeless(record: Record) -> Record:
-        return dataclasses.replace(record, latency_s=1.0, latency_dense_s=1.0, created="")
+def timeless(path: Path) -> list[Record]:
+    untold: dict[str, Any] = {"latency_s": 1.0, "latency_dense_s": 1.0, "created": "", "cost": None}
+    return [dataclasses.replace(record, **untold) for record in read_records(path)]
 
-    return [timeless(record) for record in read_records(folder / "records.jsonl")]
+
+def sweep_result(folder: Path) -> Any:
+    return timeless(folder / "records.jsonl")
+
+
+def compare_result(folder: Path) -> Any:
+    trials = read_lines(folder / "compared/trials.jsonl", Outcome.from_dict, "trials")
+    return timeless(folder / "compared/records.jsonl"), trials
 
 
 def compress_result(folder: Path) -> Any:
@@ -139,6 +155,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Path], Any], int]] = {
     "sweep": (SWEEP, sweep_result, 2),
     "compress": (COMPRESS, compress_result, 2),
     "export": (EXPORT, export_result, 2),
+    "compare": (COMPARE, compare_result, 2),
 }
 
 
@@ -154,6 +171,7 @@ def base(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workplace(base: Path, place: Path) -> Path:
     place.mkdir()
     (place / "base").symlink_to(base / "base")
+    (place / "small.yaml").write_text(SUITE, encoding="utf-8")
     return place
 
 
