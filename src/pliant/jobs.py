@@ -288,7 +288,8 @@ def _retraining(job: Job, data: ImageData, precision: str) -> Callable[[nn.Modul
                     yield images.to(device), labels.to(device)
 
         device = next(model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        # Autocast would keep the weights that it cast first until the end, and each step would see those of the first.
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             retrain(model, batches(), lrs, momentum=settings["momentum"], weight_decay=settings["weight_decay"])
         return model
 
