@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -486,14 +485,6 @@ def test_rebuilding_from_what_is_no_export_of_this_model(
         (folder / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(DamagedFile, match=name):
             pliant.rebuild(build(), folder)
-
-
-@pytest.mark.slow
-def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
-    program = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
-    assert program.count("small/model") == 2
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_export_and_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sfw", "adamw", "muon"])
+@pytest.mark.parametrize("method", ["sfw", "muon"])
 def test_small_gpt(method: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     rows = table(run(tmp_path, "small_gpt", "--steps", "20", "--method", method))
@@ -138,7 +138,7 @@ def test_small_gpt(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sfw-parts", "sfw-rank", "adamw", "muon"])
+@pytest.mark.parametrize("method", ["sfw-parts", "muon"])
 def test_small_vit(method: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     lines = run(tmp_path, "small_vit", "--epochs", "1", "--method", method)
