@@ -233,6 +233,13 @@ def _stages(
     return stages
 
 
+def _projection(c_in: int, c_out: int, stride: int) -> nn.Module:
+    """Return the shortcut around a block: the identity where it fits, else a 1×1 convolution with BatchNorm."""
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False), nn.BatchNorm2d(c_out))
+
+
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut: (B, c_in, H, W) to (B, c_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
 
@@ -242,12 +249,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = _conv3x3(c_out, c_out)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False),
-                nn.BatchNorm2d(c_out),
-            )
+        self.downsample = _projection(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(shortcut(x) + residual(x))."""
@@ -270,12 +272,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(c)
         self.conv3 = nn.Conv2d(c, c_out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(c_out)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False),
-                nn.BatchNorm2d(c_out),
-            )
+        self.downsample = _projection(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(shortcut(x) + residual(x))."""
