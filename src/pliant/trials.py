@@ -83,7 +83,7 @@ class Trial:
             raise BadInput(f"--calibration must be at least 2 images, got {calibration}")
         self.run = run
         self.compressor = compressor
-        self.whiten = whiten and "rank" in compressor.split("+")
+        self.whiten = whiten and _factorises(compressor)
         self.scheme = scheme
         self.allocation = "" if compressor == "nm" else allocation
         self.calibration = calibration
@@ -95,8 +95,7 @@ class Trial:
     @property
     def name(self) -> str:
         """The compressor as records name it: with its variant."""
-        variant = "whitened" if self.whiten else self.scheme.removeprefix("channel")
-        return f"{self.compressor}-{variant}" if variant else self.compressor
+        return record_name(self.compressor, self.whiten, self.scheme)
 
     def key(self, ratio: float, pattern: str = "") -> Key:
         """Return the :meth:`Record.key` that the record of this ratio or pattern has, without measuring."""
@@ -257,6 +256,16 @@ class Trial:
         return next(iter(Loader(self.run.data, "val", count)))[0].to(self.device).contiguous()
 
 
+def record_name(compressor: str, whiten: bool, scheme: str = "channel") -> str:
+    """Return the name that records give a compressor: with its variant."""
+    variant = "whitened" if whiten and _factorises(compressor) else scheme.removeprefix("channel")
+    return f"{compressor}-{variant}" if variant else compressor
+
+
+def _factorises(compressor: str) -> bool:
+    return "rank" in compressor.split("+")
+
+
 def check_names(compressor: str, allocation: str) -> None:
     """Raise BadInput for an unknown compressor or allocation, or a chain that cannot be."""
     links = compressor.split("+")
@@ -276,7 +285,7 @@ def _check_scheme(compressor: str, scheme: str, whiten: bool) -> None:
     check_choice("scheme", scheme, (*SCHEMES, "best"))
     if scheme == "channel":
         return
-    if "rank" not in compressor.split("+"):
+    if not _factorises(compressor):
         raise BadInput(f"--scheme {scheme} is for the compressor rank; {compressor} has no such choice")
     if whiten:
         raise BadInput(f"--scheme {scheme} cannot be whitened: give --whiten false with it")

@@ -36,7 +36,7 @@ from pliant.errors import BadInput, DamagedFile, unknown
 from pliant.methods import METHODS, with_defaults
 from pliant.sweeping import parse_ratios
 from pliant.training import check_kinds, check_settings, train
-from pliant.trials import check_names, pattern_compressor
+from pliant.trials import check_names, pattern_compressor, record_name
 
 SHIPPED = Path(__file__).parent
 EQUAL = ("epochs", "time")
@@ -57,9 +57,7 @@ class Measure:
 
     def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
         """Return what tells the record of a point apart among those of a run."""
-        name = (
-            f"{self.compressor}-whitened" if self.whiten and "rank" in self.compressor.split("+") else self.compressor
-        )
+        name = record_name(self.compressor, self.whiten)
         return name, "" if self.compressor == "nm" else self.allocation, 0.0 if pattern else round(ratio, 6), pattern
 
 
