@@ -6,8 +6,10 @@ checkpoint saves. The order of the images depends on (seed, epoch) alone, so a r
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import inspect
 import io
 import itertools
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
+import torch.distributed.nn.functional  # early: its default arguments keep the process group of the time of its import
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -218,7 +221,21 @@ def train_run(settings: dict[str, Any], folder: Path, data: ImageData | None = N
         warnings.filterwarnings("ignore", message=".* started outside of their balls")
         session.run(folder)
     processes.wait_for_everyone()  # whoever returns may read the weights
+    if processes.num_processes > 1:
+        atexit.register(_leave_processes)
     return folder
+
+
+def _leave_processes() -> None:
+    """End the threads through which processes talk, while the interpreter still runs.
+
+    They hold tensors for a moment longer than the sum that they were in. If Python shuts down before they let go, the
+    process aborts ("terminate called without an active exception"). A process group joins its threads once nobody
+    refers to it; the wrapped networks do until they are collected.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ def test_two_processes_leave_the_run_of_one(alone: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("epoch 3/3") == 1  # the main process alone reports
     assert "Traceback" not in done.stderr
+    assert done.stdout.count("left:") == 2
+    assert "gloo" not in done.stdout  # a thread that outlives Python's shutdown may abort the process
     assert_same_run(run, alone)
 
 
@@ -72,6 +74,7 @@ def test_the_programs_of_the_page_run(tmp_path: Path) -> None:
     programs = re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert [name for name, _ in programs] == ["train_ddp.py", "train_fsdp.py"]
     for name, code in programs:
-        (tmp_path / name).write_text(code, encoding="utf-8")
+        leave = f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests.distributed.launching import leave\nleave()\n"
+        (tmp_path / name).write_text(code + leave, encoding="utf-8")
         done = torchrun(2, name, folder=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -3,6 +3,7 @@
 By torchrun -m tests.distributed.training_worker FOLDER [killed].
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -25,6 +26,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+def tell_threads() -> None:
+    """Print the threads that are left when Python shuts down."""
+    tasks = Path("/proc/self/task")
+    print("left:", *(path.read_text().strip() for path in tasks.glob("*/comm")))
+
+
 def main(folder: str, killed: bool) -> None:
     save = Session.save
 
@@ -41,4 +48,5 @@ def main(folder: str, killed: bool) -> None:
 
 
 if __name__ == "__main__":
+    atexit.register(tell_threads)  # first, so that it runs last
     main(sys.argv[1], sys.argv[2:] == ["killed"])

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from .cases import CASES
+from .launching import leave
 
 
 def main(folder: Path, chosen: list[str]) -> None:
@@ -43,6 +44,7 @@ def main(folder: Path, chosen: list[str]) -> None:
     if dist.get_rank() == 0:
         (folder / f"seconds-{dist.get_world_size()}.json").write_text(json.dumps(seconds))
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
