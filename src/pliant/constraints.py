@@ -29,7 +29,7 @@ from pliant.linalg import is_sharded, l2_norm
 from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 from pliant.sfw import SFW
 
-Vertices = Literal["support", "sparse"]
+Vertices = Literal["support", "sparse", "orthogonal"]
 Rule = tuple[str | Callable[[str, Tensor], bool], "Preset | None"]
 
 _UNMATCHED: Any = object()
@@ -57,12 +57,14 @@ class Preset:
         structured: only for weights of at least two dimensions that are not an embedding or a normalisation.
         coupled: from a number of channels to the vector norm of their lengths, where the preset can constrain channels
             that several tensors share.
+        orthogonal: whether the vertices of such a ball have orthogonal rows.
     """
 
     norm: Callable[[torch.Size, Layout], Norm]
     radius: float
     structured: bool = True
     coupled: Callable[[int], VectorNorm] | None = None
+    orthogonal: bool = False
 
     def __post_init__(self) -> None:
         if not (self.radius > 0 and math.isfinite(self.radius)):
@@ -76,16 +78,18 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
         k: filters per vertex; an int is a count, a float in (0, 1] a fraction of the layer's filters.
         radius: relative to the initialisation, see :class:`~pliant.constraints.Preset`.
         vertices: "support" scales the filters of a vertex along the gradient (k-support norm), "sparse" gives each
-            the same length (k-sparse norm).
+            the same length (k-sparse norm), "orthogonal" also turns them away from each other
+            (:class:`~pliant.norms.Rows`).
     """
     check_k(k)
-    _check_vertices(vertices)
+    _check_vertices(vertices, "support", "sparse", "orthogonal")
+    orthogonal = vertices == "orthogonal"
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
         n = Rows(Lp(2), layout.dim).length(shape)
-        return Rows(_vector_norm(k, n, vertices), layout.dim)
+        return Rows(_vector_norm(k, n, vertices), layout.dim, orthogonal)
 
-    return Preset(norm, radius, coupled=lambda channels: _vector_norm(k, channels, vertices))
+    return Preset(norm, radius, coupled=lambda channels: _vector_norm(k, channels, vertices), orthogonal=orthogonal)
 
 
 def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
@@ -152,9 +156,10 @@ def check_k(k: float) -> None:
         raise BadInput(f"k as a fraction must lie in (0, 1], got {k}; a count is written without a point")
 
 
-def _check_vertices(vertices: Vertices) -> None:
-    if vertices not in ("support", "sparse"):
-        raise BadInput(f"vertices must be 'support' or 'sparse', got {vertices!r}")
+def _check_vertices(vertices: Vertices, *known: Vertices) -> None:
+    known = known or ("support", "sparse")
+    if vertices not in known:
+        raise BadInput(f"vertices must be one of {', '.join(map(repr, known))}, got {vertices!r}")
 
 
 def _vector_norm(k: float, n: int, vertices: Vertices) -> VectorNorm:
@@ -285,7 +290,7 @@ def _coupled_group(
             f"the tensors that share the channels of {channels.name} lay them out differently: leave this group out of "
             "coupled, so that its layers get balls of their own"
         )
-    norm = Channels(inner, channels.channels, dims.pop(), parts.pop())
+    norm = Channels(inner, channels.channels, dims.pop(), parts.pop(), preset.orthogonal)
     lengths = [initial_norm(_owner(model, name), name, p, pretrained) for name, p, _, _ in members]
     diameter = 2 * preset.radius * math.hypot(*lengths)
     parameters = [p for _, p, _, _ in members]

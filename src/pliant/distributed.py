@@ -3,16 +3,17 @@
 ``fully_shard`` (FSDP2) cuts every parameter along dim 0, and dim 0 counts the rows of most matrices. So a process has
 whole rows, and a vertex needs little of the others:
 
-* ``Rows``, ``Channels``: the norms of the rows; one float per filter or channel.
+* ``Rows``, ``Channels``, but ``orthogonal``: the norms of the rows; one float per filter or channel.
 * entries (``KSparse``, ``KSupport``, ``Lp(1)``): how many entries lie in which range, a few thousand counts however
   large the tensor and k are; each round narrows the range that the k-th largest entry is in.
 * ``Spectral`` with kept directions: the sum over processes of Gᵀ(GZ), columns × directions, and where there are more
   columns than rows the rows of GZ.
 * ``Lp(2)``, ``Lp(inf)`` and ``Blocks`` inside the pieces: a single norm.
 
-For everything else (``Lp`` with other p, small or full-rank ``Spectral`` balls, grouped convolutions, pieces along
-another dimension, blocks across pieces) :meth:`Shards.whole_vertices` puts the tensor together on every process, asks
-the oracle of one process and keeps its own piece. That is also the reference which the short ways are tested against.
+For everything else (``Lp`` with other p, small or full-rank ``Spectral`` balls, orthogonal rows, grouped convolutions,
+pieces along another dimension, blocks across pieces) :meth:`Shards.whole_vertices` puts the tensor together on every
+process, asks the oracle of one process and keeps its own piece. That is also the reference which the short ways are
+tested against.
 
 Every process makes the same calls with tensors of the same sizes, whatever it holds: pieces may be uneven or empty.
 All of this module works on the *pieces*, the local tensors; sums over processes are made in the order of processes, so
@@ -115,7 +116,7 @@ class Shards:
             case Lp(p) if p == math.inf:
                 lengths = self.length(directions)
                 return lengths, [Vertex(torch.sign(x)[None], torch.ones_like(lengths)) for x in directions]
-            case Rows() | Channels() if self._has_rows(norm):
+            case Rows() | Channels() if self._has_rows(norm) and not norm.orthogonal:
                 return self._row_vertices(norm, directions)
             case KSparse() | KSupport() | Lp(1) if self._by_rows:
                 lengths, directions = self.well_scaled(directions)
@@ -363,6 +364,8 @@ class Shards:
 
     def gap(self, ball: NormBall, tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
         """Return ``ball.gap`` of the tensors that these are the pieces of, ⟨g, x − v⟩ for a vertex v; a scalar."""
+        if isinstance(ball.norm, Rows | Channels) and ball.norm.orthogonal:  # whose vertices do not tell the dual norm
+            return ball.gap(self._whole(tensors), self._whole(directions))
         _, vertices = self.unit_vertices(ball.norm, directions)
         terms = [
             torch.sum(g * (x + ball.radius * (v.factor * v.carrier)[0]))

@@ -44,7 +44,7 @@ from pliant.structure import coupled_channels
 
 Settings = dict[str, Any]  # of pliant.training.train
 RESCALES = tuple("none" if rescale is None else rescale for rescale in sfw.RESCALES)
-VERTICES = ("support", "sparse")
+VERTICES = ("support", "sparse", "orthogonal")
 RECIPES = ("default", "gradient", "paper")
 
 

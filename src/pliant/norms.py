@@ -48,6 +48,7 @@ from pliant.linalg import (
     accumulation_dtype,
     divide_or_zero,
     long_norm,
+    polar,
     power_of_two_scale,
     topk_mask,
     vector_norm,
@@ -81,7 +82,7 @@ class Norm(ABC):
         """Return a vertex v of the unit ball with ⟨g, v⟩ = −dual(g), of g's shape(s); lmo(0) = 0."""
         tensors, _ = _scaled(g)
         self.length([x.shape for x in tensors])
-        magnitudes, rebuilds = zip(*(self._split(x) for x in tensors), strict=True)
+        magnitudes, rebuilds = zip(*(self._split_for_vertex(x) for x in tensors), strict=True)
         parts = self._spread(self._align(self._combine(magnitudes)), magnitudes)
         given = [g] if isinstance(g, Tensor) else list(g)
         parts = [part.to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
@@ -182,6 +183,9 @@ class Norm(ABC):
 
     @abstractmethod
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]: ...
+
+    def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        return self._split(x)
 
     @abstractmethod
     def _norm(self, a: Tensor) -> Tensor: ...
@@ -378,9 +382,20 @@ class Rows(_Lift):
     """``inner`` of the L2 norms of the rows (filters, neurons); ``dim`` is the dimension that counts them.
 
     ``Rows(Lp(1))`` is the group lasso's norm; a vertex of ``Rows(KSupport(k))`` has k non-zero filters.
+
+    With ``orthogonal``, for ``KSparse`` alone, the oracle turns the k filters that it chose towards the nearest
+    orthogonal ones: row i of −lmo(g) is pᵢ/‖pᵢ‖ for the polar factor P of these k rows of g, in place of gᵢ/‖gᵢ‖. It
+    stays in the ball, which is the same, but ⟨g, lmo(g)⟩ reaches −dual(g) only where the rows are orthogonal already;
+    ``norm``, ``dual`` and the gap are those of the ball. Filters that look for the same thing are told apart, which
+    networks learn faster with: for k = all rows this is the direction of Muon.
     """
 
     dim: int = 0
+    orthogonal: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_orthogonal(self.orthogonal, self.inner)
 
     def _length(self, shape: Shape) -> int:
         return _matrix_shape(shape, self.dim)[0]
@@ -393,6 +408,13 @@ class Rows(_Lift):
         a = _without_vanished(vector_norm(matrix, dim=1))
         return a, lambda w: _from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
 
+    def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        if not self.orthogonal:
+            return self._split(x)
+        matrix = _as_matrix(x, self.dim)
+        a = _without_vanished(vector_norm(matrix, dim=1))
+        return a, lambda w: _from_matrix(_turned(matrix[None], w, self.inner, matrix.shape[1])[0], x.shape, self.dim)
+
 
 @dataclass(frozen=True)
 class Channels(_Lift):
@@ -404,12 +426,14 @@ class Channels(_Lift):
     weight) they are so in each of ``parts`` equal parts. Tensors of a joint ball share their channels: a vertex of
     ``Channels(KSupport(k), count)`` is non-zero in k channels, in all tensors the same.
 
-    ``Channels(inner, rows)`` of a single tensor is ``Rows(inner)``.
+    ``Channels(inner, rows)`` of a single tensor is ``Rows(inner)``. With ``orthogonal`` the chosen rows of every tensor
+    are turned towards orthogonal ones, as under ``Rows``; each tensor keeps its share of each channel.
     """
 
     count: int
     dim: int = 0
     parts: int = 1
+    orthogonal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -417,6 +441,7 @@ class Channels(_Lift):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Channels needs an integer {name} >= 1, got {value!r}")
         self.inner._check_length(self.count)
+        _check_orthogonal(self.orthogonal, self.inner)
 
     def _length(self, shape: Shape) -> int:
         rows, _ = _matrix_shape(shape, self.dim)
@@ -444,6 +469,13 @@ class Channels(_Lift):
             return _from_matrix((divide_or_zero(w, a)[:, None] * runs).flatten(0, 1), x.shape, self.dim)
 
         return a, rebuild
+
+    def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        if not self.orthogonal:
+            return self._split(x)
+        runs, columns = self._runs(x), _matrix_shape(x.shape, self.dim)[1]
+        a = _without_vanished(vector_norm(runs, dim=(0, 2)))
+        return a, lambda w: _from_matrix(_turned(runs, w, self.inner, columns).flatten(0, 1), x.shape, self.dim)
 
     def _runs(self, x: Tensor) -> Tensor:
         return _as_matrix(x, self.dim).reshape(self.parts, self.count, -1)
@@ -556,6 +588,35 @@ class Blocks(_Lift):
         if isinstance(self.inner, KSupport):
             return project_ksupport(a, self.inner.k, radius)
         return Norm._nearest(self, a, radius)
+
+
+# --- orthogonal rows --------------------------------------------------------------------------------------
+
+
+def _check_orthogonal(orthogonal: bool, inner: VectorNorm) -> None:
+    if not isinstance(orthogonal, bool):
+        raise ValueError(f"orthogonal must be True or False, got {orthogonal!r}")
+    if orthogonal and not isinstance(inner, KSparse):
+        raise ValueError(f"orthogonal rows have equal lengths, as in a vertex of KSparse(k); got {inner!r}")
+
+
+def _turned(runs: Tensor, w: Tensor, inner: VectorNorm, columns: int) -> Tensor:
+    """Return channels of the lengths w along the polar factor of the rows where w > 0.
+
+    Args:
+        runs: (parts, channels, entries), each entry of a channel's rows.
+        w: (channels,), at most ``inner.k`` of them positive.
+        inner: a ``KSparse``.
+        columns: of a row.
+    """
+    assert isinstance(inner, KSparse)
+    chosen = w.topk(inner.k).indices
+    rows = runs[:, chosen]
+    turned = polar(rows.reshape(1, -1, columns)).reshape(rows.shape)
+    # The iteration is not exact: lengths are, so that the result is in the ball.
+    lengths = _without_vanished(vector_norm(turned, dim=(0, 2)))
+    factors = torch.where(lengths == 0, 0, divide_or_zero(w[chosen], lengths))
+    return torch.zeros_like(runs).index_copy(1, chosen, factors[:, None] * turned)
 
 
 # --- shapes and scales ------------------------------------------------------------------------------------

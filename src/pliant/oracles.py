@@ -97,7 +97,9 @@ def unit_vertices(
         stacks: directions, one stack (L, *shape), or J stacks with L = 1 for a joint ball.
         memory: for carriers where L = 1, shaped as the stacks.
     """
-    row_dim = norm.dim if isinstance(norm, Rows) and all(x.ndim > 2 for x in stacks) else None
+    row_dim = None
+    if isinstance(norm, Rows) and not norm.orthogonal and all(x.ndim > 2 for x in stacks):
+        row_dim = norm.dim
     lengths, stacks, parts = well_scaled(stacks, row_dim)
     if len(lengths) > 1:
         batched: Tensor = torch.vmap(norm.lmo)(stacks[0])

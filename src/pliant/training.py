@@ -146,7 +146,7 @@ def train(
         k: filters, singular directions or weights per layer that one step may use (condlr: rank of the weights; q3r:
             rank to go to): 3 is a count, 0.1 a share.
         radius: size of the balls, relative to the weights at initialisation (scion: as published).
-        vertices: the kind of SFW's balls: support or sparse.
+        vertices: the kind of SFW's balls: support, sparse or (sfw-filters) orthogonal.
         coupled: give channels that residual connections tie together one ball (sfw-filters).
         turnover: how often the training replaces the weights, instead of lr: the sum of its convex steps (sfw-filters,
             sfw-rank without rescale).

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pliant.baselines.base import MatrixSGD
-from pliant.baselines.matrices import polar
+from pliant.linalg import polar
 
 
 class Directed(MatrixSGD):

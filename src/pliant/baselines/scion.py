@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from pliant.baselines.matrices import polar
 from pliant.baselines.muon import Directed
+from pliant.linalg import polar
 
 
 class Scion(Directed):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from pliant.baselines.base import MatrixSGD
-from pliant.baselines.matrices import polar
+from pliant.linalg import polar
 
 
 class SpectralDecay(MatrixSGD):
