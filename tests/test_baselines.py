@@ -116,6 +116,20 @@ def test_the_iteration_finds_the_polar_factor(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(linalg.polar(1e-3 * a), linalg.polar(a))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_iteration_can_be_asked_to_stay_inside(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for spread in (0.0, 1.0, 3.0, 8.0):  # powers of ten between the largest and the smallest column
+        a = torch.randn(20, 12, 30, generator=generator, dtype=torch.float64)
+        a = (a * torch.logspace(0, -spread, 12, dtype=torch.float64)[:, None]).to(dtype)
+        values = torch.linalg.svdvals(linalg.polar(a, inside=True))
+        assert values.max() <= 1 + 8 * torch.finfo(dtype).eps
+        assert values[..., 0].min() > 0.989
+        if spread == 0:
+            assert values.min() > 0.989
+    assert torch.linalg.svdvals(linalg.polar(a)).max() > 1 + 1e-6  # the other steps do not
+
+
 def test_polar_factors_of_singular_matrices_stay_singular() -> None:
     a = of_singular_values([3.0, 1.0], 5, 4)[None]
     for factor in (linalg.polar(a), mat.polar_by_svd(a)):

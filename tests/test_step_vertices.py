@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pliant.ball import NormBall
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.oracles import unit_vertices
 from pliant.sfw import RESCALES, SFW, Rescale
 
 from .instances import INSTANCES, LAYOUTS, Shape, few_integers, gaussian, tiled
@@ -250,3 +251,44 @@ def test_singular_directions_survive_gradients_of_zero_and_of_lower_rank() -> No
         if not g.any():
             assert torch.equal(p, before)
     assert torch.sum(-g * p) > 0.98 * ball.norm.dual(g)
+
+
+# --- large balls of full rank, and of many directions -------------------------------------------------------------------
+
+FULL_RANK = [
+    (Spectral(Lp(math.inf)), [(40, 60)]),
+    (Spectral(KSparse(40)), [(40, 8, 3, 3)]),
+    (Spectral(KSparse(40), dim=1), [(9, 40, 2, 3)]),
+    (Spectral(KSparse(70), groups=2), [(70, 50, 1, 1)]),
+    (Spectral(KSparse(43)), [(40, 60), (3, 8)]),  # jointly, one of them small
+    (Spectral(KSparse(36)), [(48, 64)]),  # not all directions, but many
+]
+
+
+@pytest.mark.parametrize(("norm", "shapes"), FULL_RANK, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_polar_factors_by_products_are_feasible_and_nearly_optimal(
+    norm: Spectral, shapes: list[tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    group = {"params": parameters, "ball": NormBall(norm, 2.0), "joint": len(shapes) > 1}
+    opt = SFW([group], lr=1.0, momentum=0.0, rescale=None)
+    gradients = [gaussian(shape, seed, dtype) for seed, shape in enumerate(shapes)]
+    for _ in range(1 if norm.inner != KSparse(36) else 12):  # kept directions need some steps
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g.clone()
+        opt.step()
+    vertices = [p.detach().double() for p in parameters]
+    assert norm(vertices) <= 2 * (1 + 16 * torch.finfo(dtype).eps)
+    value = -sum((g.double() * v).sum() for g, v in zip(gradients, vertices, strict=True))
+    assert value >= 0.98 * 2 * norm.dual([g.double() for g in gradients])
+
+
+def test_a_batch_of_full_rank_balls_takes_the_steps_of_each() -> None:
+    stack = torch.stack([gaussian((40, 36), seed) for seed in range(3)])
+    norm = Spectral(Lp(math.inf))
+    lengths, (together,) = unit_vertices(norm, [stack])
+    torch.testing.assert_close(lengths, stack.flatten(1).norm(dim=1))
+    for i, g in enumerate(stack):
+        _, (alone,) = unit_vertices(norm, [g[None]])
+        torch.testing.assert_close((together.factor * together.carrier)[i], (alone.factor * alone.carrier)[0])

@@ -16,7 +16,7 @@ from pliant.training import train
 # turnover and k for SFW.
 RECIPES: dict[str, dict[str, Any]] = {
     "sgd": {"weight_decay": 0.05},
-    "sfw-filters": {"turnover": 12.0},
+    "sfw-filters": {"turnover": 16.0},
     "sfw-rank": {"turnover": 20.0, "k": 0.1},
 }
 COMPRESSORS = {"sgd": ("filters", "rank"), "sfw-filters": ("filters",), "sfw-rank": ("rank",)}

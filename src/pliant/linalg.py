@@ -22,6 +22,8 @@ _PIECE = 1024  # entries that are added up one after the other
 LIFTING = (3.4445, -4.7750, 2.0315)
 # This one converges to 1 from there, with the third power of the distance (Higham 2008, Functions of Matrices).
 CONVERGING = (15 / 8, -10 / 8, 3 / 8)
+# And this one with the second power, from below: its largest value is 1.
+BOUNDED = (3 / 2, -1 / 2, 0.0)
 
 
 def vector_norm(x: Tensor, order: float = 2, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
@@ -342,7 +344,7 @@ def _ordered(gram: Tensor) -> Tensor:
     return ordered
 
 
-def polar(matrices: Tensor, lifting: int = 5, converging: int = 2) -> Tensor:
+def polar(matrices: Tensor, lifting: int = 5, converging: int = 2, inside: bool = False) -> Tensor:
     """Return the polar factor UVᵀ of each matrix by matrix products alone (Newton-Schulz iteration).
 
     Singular values above 1/500 of the Frobenius norm come out as 1 within 0.001, far smaller ones in proportion to what
@@ -352,12 +354,14 @@ def polar(matrices: Tensor, lifting: int = 5, converging: int = 2) -> Tensor:
         matrices: (blocks, rows, columns).
         lifting: steps that bring all singular values near 1.
         converging: steps that make them 1.
+        inside: let the last of them be one that leaves no singular value above 1; the smallest are 0.99 then.
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
     norm = torch.linalg.matrix_norm(x, keepdim=True)
     x = x / torch.where(norm == 0, torch.ones_like(norm), norm)
-    for a, b, c in [LIFTING] * lifting + [CONVERGING] * converging:
+    steps = [LIFTING] * lifting + [CONVERGING] * converging
+    for a, b, c in [*steps[:-1], BOUNDED] if inside else steps:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram if c else b * gram) @ x
     return x if wide else x.mT

@@ -349,7 +349,7 @@ METHODS = {
         "SFW towards few filters per layer",
         _sfw(lambda s: filters(s["k"], s["radius"], vertices=s["vertices"])),
         lr=None,
-        own={**_ANNEALED, "radius": 1.0, "coupled": True},
+        own={**_ANNEALED, "vertices": "orthogonal", "radius": 1.0, "coupled": True},
     ),
     "sfw-rank": Method(
         "SFW towards low rank",

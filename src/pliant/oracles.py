@@ -27,6 +27,7 @@ from pliant.linalg import (
     keep_n_of_m,
     leading_directions,
     long_norm,
+    polar,
     power_of_two_below,
     readable,
     starting_directions,
@@ -34,6 +35,7 @@ from pliant.linalg import (
 )
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral, _without_vanished
 
+MANY = 32  # from this many singular directions on, products that find a polar factor cost less than a decomposition
 SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
 OVERSAMPLING = 1.5  # directions in the iteration for each direction of the vertex
 SAFE = 2.0**40  # squares of numbers between 1/SAFE and SAFE, and their sums, neither overflow nor vanish in float32
@@ -101,6 +103,8 @@ def unit_vertices(
     if isinstance(norm, Rows) and not norm.orthogonal and all(x.ndim > 2 for x in stacks):
         row_dim = norm.dim
     lengths, stacks, parts = well_scaled(stacks, row_dim)
+    if isinstance(norm, Spectral) and _asks_for_polar_factors(norm, [x.shape[1:] for x in stacks]):
+        return lengths, [Vertex(_polar_factors(x, norm), torch.ones_like(lengths[:1])) for x in stacks]
     if len(lengths) > 1:
         batched: Tensor = torch.vmap(norm.lmo)(stacks[0])
         return lengths, [Vertex(batched, -torch.ones_like(lengths[:1]))]
@@ -129,6 +133,20 @@ def unit_vertices(
                 keep_n_of_m(x, n, size, dim + 1, out)
             return lengths, _on_the_sphere(memory)
     return lengths, [Vertex(v[None], -torch.ones_like(lengths)) for v in norm.lmo([x[0] for x in stacks])]
+
+
+def _asks_for_polar_factors(norm: Spectral, shapes: Sequence[Shape]) -> bool:
+    """Tell whether a vertex has all singular values 1, and some matrix is too large to be decomposed in each step."""
+    full = norm.inner == Lp(math.inf) or norm.inner == KSparse(norm.length(shapes))
+    return full and any(min(norm._block_shape(shape)) >= MANY for shape in shapes)
+
+
+def _polar_factors(stack: Tensor, norm: Spectral) -> Tensor:
+    out = torch.empty_like(stack)
+    rows_first = _rows_first(out, norm)
+    turned = [polar(matrix, inside=True) for matrix in _matrices(stack, norm)]
+    rows_first.copy_(torch.cat(turned, dim=1).view(rows_first.shape))
+    return out
 
 
 def _on_the_sphere(stacks: Sequence[Tensor], parts: list[Tensor] | None = None) -> list[Vertex]:
@@ -199,10 +217,14 @@ def leading_vertices(
 
 def _equal_lengths(left: list[Tensor], right: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Turn left·rightᵀ into its polar factor: the vertex of the k-sparse norm gives each direction the same weight."""
+    if right[0].shape[2] >= MANY:
+        whole = torch.cat(right, dim=1)
+        turned = polar(whole, inside=True)
+        return left, list(turned.split([z.shape[1] for z in right], dim=1)), (turned * whole).sum(dim=(1, 2))
     u, s, vh = torch.linalg.svd(torch.cat(right, dim=1), full_matrices=False)
     real = s > s[:, :1] * u.shape[1] * torch.finfo(s.dtype).eps
-    turned = (u * real[:, None, :]).split([z.shape[1] for z in right], dim=1)
-    return [x @ vh.mT for x in left], list(turned), s.sum(dim=1)
+    rotated = (u * real[:, None, :]).split([z.shape[1] for z in right], dim=1)
+    return [x @ vh.mT for x in left], list(rotated), s.sum(dim=1)
 
 
 def _block_size(rank: int, n: int) -> int:
