@@ -253,7 +253,7 @@ def test_singular_directions_survive_gradients_of_zero_and_of_lower_rank() -> No
     assert torch.sum(-g * p) > 0.98 * ball.norm.dual(g)
 
 
-# --- large balls of full rank, and of many directions -------------------------------------------------------------------
+# --- large balls of full rank, and of many directions -----------------------------------------------------------------
 
 FULL_RANK = [
     (Spectral(Lp(math.inf)), [(40, 60)]),
