@@ -3,7 +3,7 @@
 ``norms.py`` says what a vertex is. Here are the shorter ways to it, each tested against ``Norm.lmo``:
 
 * :func:`unit_vertices`: exact vertices, of one ball at a time in memory that exists already, or of many small balls of
-  one kind in one batch.
+  one kind in one batch; the large ones among polar factors (``Spectral``, full rank) to about one in a thousand.
 * :func:`leading_vertices`: vertices of a ``Spectral`` ball whose singular directions are kept from the last step. They
   are approximate, and in the unit ball all the same: an inexact direction costs optimality, never feasibility.
 
@@ -92,7 +92,9 @@ def _norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Tens
 def unit_vertices(
     norm: Norm, stacks: Sequence[Tensor], memory: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, list[Vertex]]:
-    """Return the L2 norms of directions, (L,), and the vertices of the unit balls for them, exactly.
+    """Return the L2 norms of directions, (L,), and the vertices of the unit balls for them.
+
+    They are exact, but for polar factors of :data:`MANY` directions or more: inside the ball, and nearly the best.
 
     Args:
         norm: of the balls.

@@ -64,7 +64,7 @@ class SFW(Optimizer):
     Constructing never touches weights. The first step of a constrained parameter scales it radially into its ball and
     warns if that shrinks it by more than a factor of 2. Apart from that first step, and from ``check_finite``, a step
     does not wait for the device; on CUDA, torch's own singular value decompositions do, which ``Spectral`` balls use
-    for matrices of up to 16 rows or columns, for full rank, and for equal lengths (``KSparse``).
+    for matrices of up to 16 rows or columns, and for fewer than 32 directions of equal lengths (``KSparse``).
 
     The state of a parameter is its ``momentum_buffer`` and, under a large ``Spectral`` ball, its ``basis`` of about 1.5
     times k columns. On a CPU the optimizer also keeps memory for one vertex, as large as the largest
