@@ -31,6 +31,13 @@ demo: setup ## train three networks on small images, compress them, write demo/r
 test: setup ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+.PHONY: lowest
+lowest: ## run all tests with the oldest versions that pyproject.toml allows, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check uv "$(TORCH)"
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[all]" --group test
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n auto
+
 .PHONY: soak
 soak: setup ## kill commands at fifty moments and read many more damaged files than the tests do; minutes
 	OMP_NUM_THREADS=1 PLIANT_KILLS=50 PLIANT_FUZZ=10 $(BIN)/pytest tests/faults tests/fuzz
@@ -63,4 +70,4 @@ format: setup ## format the code
 
 .PHONY: clean
 clean: ## remove .venv, caches and the demo
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis "$(DEMO)" build dist
+	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis "$(DEMO)" build dist
