@@ -67,9 +67,7 @@ def test_the_rows_of_a_wide_vertex_are_orthonormal_and_nearest(k: int) -> None:
     torch.testing.assert_close(vertex[chosen] @ vertex[chosen].T, torch.eye(k).double(), rtol=0, atol=2e-3)
     u, s, vh = torch.linalg.svd(g[chosen], full_matrices=False)
     torch.testing.assert_close(vertex[chosen], -u @ vh, rtol=0, atol=2e-3)
-    assert -inner_product(g, vertex) == pytest.approx(
-        s.sum().item(), rel=2e-3
-    )  # the nuclear norm: no other set does better
+    assert -inner_product(g, vertex) == pytest.approx(s.sum().item(), rel=2e-3)  # the nuclear norm of these rows
 
 
 def test_rows_that_are_orthogonal_already_attain_the_dual_norm() -> None:

@@ -363,14 +363,23 @@ class Shards:
         return norm(self._whole(tensors))
 
     def gap(self, ball: NormBall, tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-        """Return ``ball.gap`` of the tensors that these are the pieces of, ⟨g, x − v⟩ for a vertex v; a scalar."""
-        if isinstance(ball.norm, Rows | Channels) and ball.norm.orthogonal:  # whose vertices do not tell the dual norm
-            return ball.gap(self._whole(tensors), self._whole(directions))
-        _, vertices = self.unit_vertices(ball.norm, directions)
-        terms = [
-            torch.sum(g * (x + ball.radius * (v.factor * v.carrier)[0]))
-            for g, x, v in zip(directions, tensors, vertices, strict=True)
-        ]
+        """Return ``ball.gap`` of the tensors that these are the pieces of, ⟨g, x⟩ + radius·dual(g); a scalar."""
+        norm = ball.norm
+        turned = isinstance(norm, Rows | Channels) and norm.orthogonal
+        if turned or (isinstance(norm, Spectral) and not self._is_frobenius(norm)):
+            # Their vertices may fall short of the dual norm.
+            inner = [torch.sum(g * x) for g, x in zip(directions, tensors, strict=True)]
+            return self._sum(inner) + ball.radius * norm.dual(self._whole(directions))
+        _, vertices = self.unit_vertices(norm, directions)
+        return self._sum(
+            [
+                torch.sum(g * (x + ball.radius * (v.factor * v.carrier)[0]))
+                for g, x, v in zip(directions, tensors, vertices, strict=True)
+            ]
+        )
+
+    def _sum(self, terms: Sequence[Tensor]) -> Tensor:
+        """Return the sum over tensors and processes of one number for each piece."""
         return self._gather(torch.stack(self._own(terms, None)).sum().view(1)).sum()
 
     def _magnitudes(self, norm: Rows | Channels, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -409,10 +409,10 @@ class Rows(_Lift):
         return a, lambda w: _from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
 
     def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        a, rebuild = self._split(x)
         if not self.orthogonal:
-            return self._split(x)
+            return a, rebuild
         matrix = _as_matrix(x, self.dim)
-        a = _without_vanished(vector_norm(matrix, dim=1))
         return a, lambda w: _from_matrix(_turned(matrix[None], w, self.inner, matrix.shape[1])[0], x.shape, self.dim)
 
 
@@ -471,10 +471,10 @@ class Channels(_Lift):
         return a, rebuild
 
     def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        a, rebuild = self._split(x)
         if not self.orthogonal:
-            return self._split(x)
+            return a, rebuild
         runs, columns = self._runs(x), _matrix_shape(x.shape, self.dim)[1]
-        a = _without_vanished(vector_norm(runs, dim=(0, 2)))
         return a, lambda w: _from_matrix(_turned(runs, w, self.inner, columns).flatten(0, 1), x.shape, self.dim)
 
     def _runs(self, x: Tensor) -> Tensor:

@@ -169,6 +169,7 @@ CASES["spectral, another layout"] = steps_of_one_process([Spectral(KSupport(2), 
 CASES["spectral, grouped"] = steps_of_one_process([Spectral(KSupport(3), groups=2)], [(40, 30), (6, 30)], EXACT)
 CASES["blocks along rows"] = steps_of_one_process([Blocks(KSupport(2), 4, 0)], [(12, 3), (4, 2), (24, 5)], EXACT)
 CASES["full rank"] = steps_of_one_process([Spectral(KSupport(20))], [(20, 30)], EXACT)
+CASES["full rank, by products"] = steps_of_one_process([Spectral(Lp(math.inf))], [(40, 48)], SPECTRAL)
 CASES["rows, orthogonal"] = steps_of_one_process([Rows(KSparse(2), orthogonal=True)], SHAPES, EXACT)
 CASES["channels"] = steps_of_one_process([Channels(KSupport(2), 4, parts=3)], [(24, 5), (12, 3, 2)], EXACT)
 
