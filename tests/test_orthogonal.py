@@ -144,6 +144,16 @@ def test_tensors_keep_their_shares_of_each_channel(dtype: torch.dtype) -> None:
     torch.testing.assert_close(unit @ unit.T, torch.eye(3).double(), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 1, 3]])
+def test_channels_that_were_not_chosen_turn_nothing(order: list[int]) -> None:
+    first = torch.diag(torch.tensor([5, 4, 0.1, 0.1])).double()  # decides for channels 0 and 1
+    second = torch.tensor([[0, 0, 0], [3, 0, 0], [1, 1, 0], [1, -1, 0.5]]).double()  # of which 0 has no part in this
+    vertices = Channels(KSparse(2), 4, orthogonal=True).lmo([first[order], second[order]])
+    expected = torch.zeros(4, 3).double()
+    expected[1, 0] = -0.6
+    torch.testing.assert_close(vertices[1], expected[order])
+
+
 def test_the_channels_of_one_tensor_are_its_rows() -> None:
     g = gaussian((6, 3, 2, 2))
     torch.testing.assert_close(Channels(KSparse(2), 6, orthogonal=True).lmo(g), rows(2).lmo(g), rtol=0, atol=0)

@@ -611,7 +611,8 @@ def _turned(runs: Tensor, w: Tensor, inner: VectorNorm, columns: int) -> Tensor:
     """
     assert isinstance(inner, KSparse)
     chosen = w.topk(inner.k).indices
-    rows = runs[:, chosen]
+    # Where a chosen channel has no part in these tensors, another one would come in its place.
+    rows = runs[:, chosen] * (w[chosen] > 0)[:, None]
     turned = polar(rows.reshape(1, -1, columns)).reshape(rows.shape)
     # The iteration is not exact: lengths are, so that the result is in the ball.
     lengths = _without_vanished(vector_norm(turned, dim=(0, 2)))
