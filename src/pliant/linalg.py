@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-CHUNK = 2**18  # entries that an operation on the CPU works on at a time, so that temporaries stay in the cache
+# Entries that a CPU works on at a time, so that temporaries stay in the cache: by one thread (NumPy), and by many.
+CHUNK, SHARED_CHUNK = 2**16, 2**18
+SHORT = 2**10  # entries that are sorted as fast as searched
 _PIECE = 1024  # entries that are added up one after the other
 # Muon's iteration lifts small singular values fast and leaves all of them between 0.68 and 1.21 (Jordan et al. 2024).
 LIFTING = (3.4445, -4.7750, 2.0315)
@@ -58,6 +60,9 @@ def topk_mask(a: Tensor, k: int) -> Tensor:
     n = a.shape[-1]
     if k == n:
         return torch.ones_like(a, dtype=torch.bool)
+    if n <= SHORT:
+        places = a.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        return torch.zeros_like(a, dtype=torch.bool).scatter(-1, places, torch.ones_like(places, dtype=torch.bool))
     threshold = a.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above = a > threshold
     tied = a == threshold
@@ -187,23 +192,21 @@ def _kth_largest(arrays: list[np.ndarray], k: int) -> tuple[np.floating, int]:
     candidates = np.concatenate(inside) if inside else np.zeros(0)
     if not above < k <= above + len(candidates):
         above, candidates = 0, np.concatenate([np.abs(a) for a in arrays])
-    place = len(candidates) - (k - above)
-    candidates.partition(place)
-    threshold = candidates[place]
-    # Everything from that place on is at least the threshold; of what is before, only equals are.
-    surplus = int(np.count_nonzero(candidates[:place] == threshold))
-    return threshold, surplus
+    wanted = k - above
+    threshold = torch.from_numpy(candidates).kthvalue(len(candidates) + 1 - wanted).values.numpy()[()]
+    return threshold, int(np.count_nonzero(candidates >= threshold)) - wanted
 
 
 def _bracket(arrays: list[np.ndarray], n: int, k: int) -> tuple[np.floating | None, np.floating | None]:
     """Return two values of a sample that the k-th largest magnitude very likely lies between; None if n is small."""
-    stride = max(1, n // 2**15)
+    # The size of a sample at which what is collected from the bracket is no more than a few times the sample itself.
+    stride = n // max(1, round(n ** (2 / 3)))
     if stride < 8:
         return None, None
     stride |= 1  # an even stride would see the same channels over and over again
     sample = np.concatenate([np.abs(a[::stride]) for a in arrays])
     share = 1 - k / n
-    deviation = 4 * math.sqrt(share * (1 - share) / len(sample))
+    deviation = 3 * math.sqrt(share * (1 - share) / len(sample))
     last = len(sample) - 1
     low, high = (min(last, max(0, round((share + d) * last))) for d in (-deviation, deviation))
     sample.partition([low, high])
@@ -234,7 +237,7 @@ def keep_n_of_m(x: Tensor, n: int, m: int, dim: int, out: Tensor) -> None:
     last_bits = (1 << (m - 1).bit_length()) - 1
     magnitude_bits = torch.iinfo(integers).max ^ last_bits  # all but the sign and the last bits
     slots = torch.arange(m - 1, -1, -1, dtype=integers, device=x.device)[:, None, None]
-    step = max(1, CHUNK // (m * inner)) if readable(x) else len(blocks)
+    step = max(1, SHARED_CHUNK // (m * inner)) if readable(x) else len(blocks)
     for start in range(0, len(blocks), step):
         chunk = blocks[start : start + step]
         # As integers, magnitudes have the same order; the slot in the last bits makes all of a block different.

@@ -640,7 +640,7 @@ def _scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
 
 def _without_vanished(a: Tensor) -> Tensor:
     """Return row norms with 0 for the smallest: their squares underflow, and to divide by them would leave the ball."""
-    return torch.where(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0, a)
+    return a.masked_fill(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0)
 
 
 def _p_norm(a: Tensor, p: float) -> Tensor:
