@@ -31,6 +31,10 @@ demo: setup ## train three networks on small images, compress them, write demo/r
 test: setup ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+.PHONY: coverage
+coverage: setup ## run all tests and tell which lines of src none of them runs, programs that tests start included
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --cov --cov-report=term
+
 .PHONY: lowest
 lowest: ## run all tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
@@ -54,8 +58,9 @@ docs: setup ## build the documentation: build/docs/index.html
 	@echo build/docs/index.html
 
 .PHONY: pictures
-pictures: setup ## draw the pictures of the documentation
+pictures: setup ## draw the pictures of the documentation and the table of the README
 	$(BIN)/python docs/pictures/balls.py
+	$(BIN)/python docs/pictures/comparison.py
 
 .PHONY: check
 check: setup ## lint, format check, types

@@ -314,3 +314,16 @@ def test_pictures_can_be_drawn(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "docs" / "pictures" / "balls.py", tmp_path], check=True)
     assert {path.stem for path in tmp_path.iterdir()} == {path.name for path in pictures}
     assert all(path.with_suffix(".png").stat().st_size < 150_000 for path in pictures)
+
+
+def test_the_table_of_the_readme_is_that_of_the_records(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    image, page = tmp_path / "cifar16.png", tmp_path / "README.md"
+    page.write_text(
+        re.sub(r"(?<=`make pictures`: -->\n).*(?=<!-- until here)", "", readme, flags=re.DOTALL), encoding="utf-8"
+    )
+    assert page.read_text(encoding="utf-8") != readme
+    subprocess.run([sys.executable, ROOT / "docs" / "pictures" / "comparison.py", image, page], check=True)
+    assert page.read_text(encoding="utf-8") == readme
+    assert image.stat().st_size < 150_000

@@ -1,0 +1,122 @@
+"""Draw a comparison and write its table into the README: ``python docs/pictures/comparison.py [IMAGE [PAGE]]``.
+
+Both are made of ``comparisons/cifar16/records.jsonl`` alone, in seconds, and come out the same every time. For each way
+of cutting there are our method, the best of the others and SGD; all methods are in ``comparisons/cifar16/report.md``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pliant.areas import SLACK, accuracy_at
+from pliant.curves import ANCHOR, Panel, panels_of, points_of, sections_of
+from pliant.records import read_records
+from pliant.standings import KEPT, Standing, standings
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "comparisons" / "cifar16" / "records.jsonl"
+IMAGE = ROOT / "docs" / "images" / "cifar16.png"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- made by `make pictures`: -->\n", "<!-- until here -->\n"
+
+TITLES = {"filters": "filters", "rank": "rank", "rank-whitened": "rank, whitened"}
+DRAWN = ("filters", "rank")
+OURS, RIVAL, PLAIN = "#1f6fb2", "#d1495b", "#5c6670"
+
+
+def compared(records: Path = RECORDS) -> dict[str, tuple[Panel, list[Standing]]]:
+    """Return by compressor its panel and the standings that are shown, the best first."""
+    (section,) = sections_of(read_records(records))
+    found = {}
+    for panel in panels_of(section):
+        everybody = standings(panel, "epochs", section.chance)
+        shown = [s for s in everybody if s.curve.ours or s.is_baseline or s.curve.training == ANCHOR]
+        found[panel.compressor] = (panel, shown)
+    return found
+
+
+# --- the figure -------------------------------------------------------------------------------------------------------
+
+
+def figure(panels: dict[str, tuple[Panel, list[Standing]]]) -> Figure:
+    """Return accuracy against the parameters that are left, one picture for each of :data:`DRAWN`."""
+    drawn, axes = plt.subplots(1, len(DRAWN), figsize=(9.6, 3.9), dpi=120, sharey=True, layout="constrained")
+    for ax, compressor in zip(axes, DRAWN, strict=True):
+        panel, shown = panels[compressor]
+        for standing in reversed(shown):
+            draw(ax, panel, standing)
+        ax.set_title(f"cut by {TITLES[compressor]}, never retrained", fontsize=11)
+        ax.set_xlabel("parameters left (%)")
+        ax.set_xlim(100, 8)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(handles[::-1], labels[::-1], frameon=False, loc="lower left")
+    axes[0].set_ylabel("test accuracy (%)")
+    return drawn
+
+
+def draw(ax: Axes, panel: Panel, standing: Standing) -> None:
+    """Draw the mean over the runs, and a band from the lowest to the highest."""
+    curve = standing.curve
+    colour = OURS if curve.ours else RIVAL if standing.is_baseline else PLAIN
+    runs = [points_of(run, panel.axes[0], "top1") for run in curve.runs.values()]
+    end = min(max(share for share, _ in run) for run in runs) + SLACK
+    removed = [share / 100 for share in range(101) if share / 100 <= end]
+    heights = [[100 * accuracy_at(run, share, 0.0) for run in runs] for share in removed]
+    left = [100 * (1 - share) for share in removed]
+    name = f"{curve.training}{'' if curve.ours or curve.training == ANCHOR else ', the best of the others'}"
+    ax.plot(left, [fmean(h) for h in heights], color=colour, linewidth=2.2 if curve.ours else 1.6, label=name)
+    ax.fill_between(left, [min(h) for h in heights], [max(h) for h in heights], color=colour, alpha=0.18, linewidth=0)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(panels: dict[str, tuple[Panel, list[Standing]]]) -> str:
+    """Return the table of the README: the areas and accuracies in %, mean over the seeds."""
+    sizes = [f"{100 * share:.0f} %" for share in KEPT]
+    lines = [
+        f"| cut by | trained by | mean over all sizes | dense | {' | '.join(sizes)} |",
+        "|---|---|" + "---|" * (2 + len(KEPT)),
+    ]
+    for compressor, title in TITLES.items():
+        for standing in panels[compressor][1]:
+            area, curve = standing.areas[0], standing.curve
+            half = "" if area.half is None else f" ± {100 * area.half:.1f}"
+            name = f"**{curve.training}**" if curve.ours else curve.training
+            kept = ["-" if accuracy is None else f"{100 * accuracy:.1f}" for accuracy in standing.kept]
+            lines.append(
+                f"| {title} | {name} | {100 * area.mean:.1f}{half} | {100 * curve.dense:.1f} | {' | '.join(kept)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, rows: str) -> str:
+    """Return the text of a page with this table between its marks."""
+    before, mark, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"the page has no place for the table: {BEGIN.strip()} … {END.strip()}")
+    return f"{before}{mark}\n{rows}\n{end}{after}"
+
+
+def main(image: Path = IMAGE, page: Path = README) -> None:
+    """Write the figure, and the table into the page."""
+    panels = compared()
+    figure(panels).savefig(image, metadata={"Software": None})
+    page.write_text(with_table(page.read_text(encoding="utf-8"), table(panels)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
