@@ -176,6 +176,56 @@ def test_a_damaged_line_of_trials_is_named(tmp_path: Path):
         Comparison(Suite.from_dict("small", CONTENT), tmp_path, lambda *_: iter(()))
 
 
+def test_with_equal_time_a_slower_step_means_fewer_epochs(finished: Path, tmp_path: Path):
+    lines = [json.loads(line) for line in (finished / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["config"]["epochs"] = 7
+        line["cost"]["step_s"] = line["cost"]["step_s_sgd"] * (2.0 if line["method"] == "ours" else 1.0)
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "trials.jsonl").write_text(
+        (finished / "trials.jsonl").read_text(encoding="utf-8").replace('"epochs": 1,', '"epochs": 7,'),
+        encoding="utf-8",
+    )
+    made: list[Job] = []
+
+    def noted(wanted: list[Job], _: Path) -> Iterator[tuple[Job, Any]]:
+        made.extend(wanted)
+        yield from ()
+
+    content = {**CONTENT, "settings": {**CONTENT["settings"], "epochs": 7}, "equal": ["epochs", "time"]}
+    Comparison(Suite.from_dict("small", content), tmp_path, noted).run()
+    assert [(job.label, job.equal, job.settings["epochs"], job.settings["seed"]) for job in made] == [
+        ("ours", "time", 4, 0),  # 7 epochs in half the steps, rounded to whole ones
+        ("ours", "time", 4, 1),
+    ]
+
+
+# --- rehearsals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_tries_every_method_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # A folder that is not there: noise stands in for the images.
+    tasks = {"many": {"data": "cifar100", "image_size": 8}}
+    settings = {key: value for key, value in CONTENT["settings"].items() if key != "data"}
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump({**CONTENT, "settings": settings, "tasks": tasks}), encoding="utf-8")
+    assert compare(str(file), out=str(tmp_path / "out"), data_dir=str(tmp_path / "nowhere"), dry_run=True) is None
+    assert list(tmp_path.iterdir()) == [file]
+    told = capsys.readouterr().err
+    assert "many-sgd,lr=0.1,seed=0: 2 measurements, search" in told
+    assert "many-sgd,lr=0.1,seed=0: 6 measurements\n" in told
+    assert "many-sgd,lr=0.1,seed=0+LLR: 4 measurements\n" in told
+    assert "many-ours,k=0.1,seed=0: 4 measurements\n" in told
+
+
+def test_a_rehearsal_meets_the_errors_of_the_comparison(tmp_path: Path):
+    file = tmp_path / "small.yaml"
+    methods = {"ours": {"method": "sfw-rank", "families": ["rank"], "trials": [{"k": -0.1}]}}
+    file.write_text(yaml.safe_dump({**CONTENT, "methods": methods, "retraining": None}), encoding="utf-8")
+    with pytest.raises(BadInput, match="--k"):
+        compare(str(file), out=str(tmp_path / "out"), dry_run=True)
+
+
 # --- one job ----------------------------------------------------------------------------------------------------------
 
 
