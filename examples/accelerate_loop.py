@@ -4,6 +4,7 @@ accelerate launch examples/accelerate_loop.py --epochs 30 --out runs/accelerate
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ def main() -> None:
         project_dir=arguments.out,
         cpu=True,
     )
-    accelerator.init_trackers("digits", config={"epochs": arguments.epochs})
+    wandb = {"mode": os.environ.get("WANDB_MODE", "offline")}  # "online" asks for a login
+    accelerator.init_trackers("digits", config={"epochs": arguments.epochs}, init_kwargs={"wandb": wandb})
     data = pliant.load_data("digits")
     model = pliant.build_model("resnet8", num_classes=data.num_classes, image_shape=data.image_shape)
     rules = [("fc.*", None), ("*.weight", pliant.filters(k=0.1, radius=3))]

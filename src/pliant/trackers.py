@@ -1,13 +1,17 @@
 """Trackers: the lines of train.jsonl, sent to TensorBoard, Weights & Biases, MLflow or Trackio through Accelerate.
 
 None of them is asked for more than it does on one machine without a network: Weights & Biases writes below the run
-folder unless WANDB_MODE says otherwise; MLflow and Trackio write where their own settings say.
+folder unless WANDB_MODE says otherwise; MLflow and Trackio write where their own settings say. None writes to stdout,
+where the run folder is told to programs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ PACKAGES = {  # what to install
     "mlflow": "mlflow",
     "trackio": "trackio",
 }
+FOLDER_TAG = "folder"  # of a run in MLflow: by it a resumed run finds its own
 
 
 def tracker_names(setting: str | None) -> list[str]:
@@ -46,22 +51,57 @@ def start_trackers(names: list[str], folder: Path, settings: dict[str, Any], *, 
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    configuration = {key: value for key, value in settings.items() if value is not None}
+    wandb_mode = os.environ.get("WANDB_MODE", "offline")  # "online" would ask for a login
+    if wandb_mode == "offline":
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would look for a network
+        os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     arguments: dict[str, dict[str, Any]] = {
         # Lines that were written after the checkpoint are written again.
         "tensorboard": {"run_name": "tensorboard", "logging_dir": str(folder), "purge_step": done + 1},
-        "wandb": {
+        "wandb": {"run_name": "pliant", "name": folder.name, "dir": str(folder), "mode": wandb_mode},
+        "mlflow": {"experiment_name": "pliant", "run_name": folder.name},
+        "trackio": {
             "run_name": "pliant",
             "name": folder.name,
-            "dir": str(folder),
-            "mode": os.environ.get("WANDB_MODE", "offline"),  # "online" would ask for a login
+            "resume": "allow" if done else "never",
+            "config": configuration,
         },
-        "mlflow": {"experiment_name": "pliant", "run_name": folder.name},
-        "trackio": {"run_name": "pliant", "name": folder.name},
     }
+    if done and "mlflow" in names:
+        arguments["mlflow"]["run_id"] = _mlflow_run(folder)
     trackers = []
-    for name in names:
-        tracker = LOGGER_TYPE_TO_CLASS[name](**arguments[name])
-        tracker.start()
-        tracker.store_init_configuration({key: value for key, value in settings.items() if value is not None})
-        trackers.append(tracker)
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in names:
+            tracker = LOGGER_TYPE_TO_CLASS[name](**arguments[name])
+            tracker.start()
+            if name != "trackio":  # has them; Accelerate would add a setting "allow_val_change"
+                tracker.store_init_configuration(configuration)
+            if name == "mlflow":
+                _module(name).set_tag(FOLDER_TAG, folder.resolve().as_uri())
+            trackers.append(tracker)
     return trackers
+
+
+def finish_trackers(trackers: list[Any]) -> None:
+    """Let trackers write what they still hold."""
+    with contextlib.redirect_stdout(sys.stderr):
+        for tracker in trackers:
+            if tracker.name == "trackio":
+                _module("trackio").finish()  # Accelerate's leaves a run behind that is finished once more at exit
+            else:
+                tracker.finish()
+
+
+def _mlflow_run(folder: Path) -> str | None:
+    """Return the last run that was logged from this folder, None if the store has none."""
+    tag = f"tags.{FOLDER_TAG} = '{folder.resolve().as_uri()}'"  # a URI has no quotation marks
+    runs = _module("mlflow").search_runs(
+        search_all_experiments=True, filter_string=tag, max_results=1, output_format="list"
+    )
+    return runs[0].info.run_id if runs else None
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)  # not by a statement: type checkers would miss a package that is optional

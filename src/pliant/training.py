@@ -54,7 +54,7 @@ from pliant.methods import (
 from pliant.models import build_model
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, versions, write_config, write_shape
 from pliant.sfw import SFW
-from pliant.trackers import start_trackers, tracker_names
+from pliant.trackers import finish_trackers, start_trackers, tracker_names
 
 CHECKPOINT = Path("checkpoint") / "last.pt"
 LOG, ENVIRONMENT = "train.jsonl", "env.json"
@@ -571,8 +571,7 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        finish_trackers(self._trackers)
 
 
 def check_settings(settings: dict[str, Any]) -> None:
