@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn.parallel import DistributedDataParallel
 
 import pliant
-from pliant import sfw
+from pliant import oracles, sfw
 from pliant.ball import NormBall
 from pliant.distributed import Shards
 from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
@@ -127,9 +127,13 @@ def whole(x: Tensor) -> Tensor:
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    got, expected = whole(got).double(), whole(expected).double()
-    error = ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+    error = relative_error(got, expected)
     assert error <= tolerance, f"relative error {error:.3g} > {tolerance:.3g}"
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    got, expected = whole(got).double(), whole(expected).double()
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
 VECTOR_NORMS: list[VectorNorm] = [KSupport(2), KSparse(2), Lp(1), Lp(1.5), Lp(2), Lp(math.inf)]
@@ -232,16 +236,48 @@ def options_of_the_optimizer(mesh: DeviceMesh, folder: Path) -> None:
 @case
 def float32_on_many_processes(mesh: DeviceMesh, folder: Path) -> None:
     for norm in (Rows(KSupport(2)), KSupport(9), KSparse(9), Blocks(KSupport(2), 4), Spectral(KSupport(2))):
+        steps = 1 if isinstance(norm, Spectral) else 3  # for more of them see the next case
         for size in (1.0, 2.0**100, 2.0**-100):
             # A step is a fraction of the radius whatever the gradient; 2^±100 would not fit into a square.
             problem = Problem(norm, [(20, 4, 3, 3), (2, 8)], dtype=torch.float32, size=size)
-            expected, one = problem.whole(3, rescale=None)
-            got, many = problem.pieces(mesh, 3, rescale=None)
-            # Products over the pieces are summed in another order: 1.2e-6 where measured.
-            tolerance = 4e-6 if isinstance(norm, Spectral) else 1e-6
+            expected, one = problem.whole(steps, rescale=None)
+            got, many = problem.pieces(mesh, steps, rescale=None)
             for p, q in zip(expected, got, strict=True):
-                assert_close(q, p, tolerance)
+                assert_close(q, p, 1e-6)
             assert_close(many.gap(), one.gap(), 1e-5)
+
+
+@case
+def spectral_steps_in_float32_are_as_exact_as_those_of_one_process(mesh: DeviceMesh, folder: Path) -> None:
+    # One process is itself up to 2e-6 away from the steps in float64 here, and a change of its gradients by a unit in
+    # the last place moves it as far: directions that are kept from an unrelated gradient magnify rounding. So two
+    # results in float32 cannot agree to 1e-6. What can be asked is that pieces cost no accuracy: 0.2 to 2.1 times the
+    # distance of one process where measured. (An orthonormal basis by way of the Gram matrix: 3 to 26 times.)
+    for shape in [(20, 4, 3, 3), (50, 20), (64, 48), (96, 200)]:
+        for norm in (Spectral(KSupport(2)), Spectral(KSparse(2))):
+            for steps, lr in ((1, 1.0), (3, 0.05)):  # the vertex, and steps from kept directions
+                problem = Problem(norm, [shape], dtype=torch.float32)
+                exact = in_float64(problem, steps, lr)
+                (one,), _ = problem.whole(steps, rescale=None, lr=lr)
+                (many,), _ = problem.pieces(mesh, steps, rescale=None, lr=lr)
+                assert relative_error(many, exact) <= 4 * relative_error(one, exact), f"{shape}, {norm}, {steps} steps"
+
+
+def in_float64(problem: Problem, steps: int, lr: float) -> Tensor:
+    """Return the only weight after steps of one process in float64, from the numbers that float32 starts from."""
+    drawn = oracles.starting_directions
+
+    def same_start(blocks: Sequence[Tensor], size: int) -> list[Tensor]:
+        return [z.double() for z in drawn([a.float() for a in blocks], size)]
+
+    p = nn.Parameter(problem.weights()[0].double())
+    opt = problem.optimizer([p], rescale=None, lr=lr)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracles, "starting_directions", same_start)
+        for step in range(steps):
+            p.grad = problem.gradients(step)[0].double()
+            opt.step()
+    return p
 
 
 @case
