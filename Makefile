@@ -39,7 +39,8 @@ coverage: setup ## run all tests and tell which lines of src none of them runs, 
 lowest: ## run all tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet --disable-pip-version-check uv "$(TORCH)"
-	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[all]" --group test
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --compile-bytecode \
+		--editable ".[all]" --group test
 	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n auto
 
 .PHONY: soak

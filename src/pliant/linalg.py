@@ -193,7 +193,7 @@ def _kth_largest(arrays: list[np.ndarray], k: int) -> tuple[np.floating, int]:
     if not above < k <= above + len(candidates):
         above, candidates = 0, np.concatenate([np.abs(a) for a in arrays])
     wanted = k - above
-    threshold = torch.from_numpy(candidates).kthvalue(len(candidates) + 1 - wanted).values.numpy()[()]
+    threshold = torch.from_numpy(candidates).kthvalue(len(candidates) + 1 - wanted).values.numpy().flat[0]
     return threshold, int(np.count_nonzero(candidates >= threshold)) - wanted
 
 
