@@ -285,6 +285,31 @@ def test_several_positional_inputs(tmp_path: Path) -> None:
     assert torch.equal(loaded(torch.ones(4, 3), torch.zeros(4, 3)), torch.ones(4, 3))
 
 
+class PaddedByStride(nn.Module):
+    """A convolution whose padding depends on the stride of whatever computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 12, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.conv.stride
+        return self.conv(nn.functional.pad(x, (0, width - 1, 0, height - 1)))
+
+
+def test_factors_that_are_asked_for_their_stride(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = PaddedByStride()
+    plan = LowRank(0.5).plan(model, X)
+    small = LowRank(0.5).apply(model, plan)
+    pliant.export(small, tmp_path / "out", X, plan=plan)
+    graph = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    again = pliant.rebuild(PaddedByStride(), tmp_path / "out")
+    with torch.no_grad():
+        for network in (graph, again):
+            torch.testing.assert_close(network(MORE), small(MORE))
+
+
 def test_fused_attention_of_torch(tmp_path: Path) -> None:
     model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
     pliant.export(model, tmp_path / "out", torch.randn(2, 5, 8), ["onnx"])

@@ -260,6 +260,12 @@ def test_weights_that_are_not_finite_are_named(compressor: Compressor[Any]) -> N
         compressor.apply(model, plan)
 
 
+def test_finite_weights_with_a_sum_beyond_float32_are_taken() -> None:
+    model = nn.Linear(4, 4)
+    nn.init.constant_(model.weight, 3e38)
+    assert Magnitude(0.5).plan(model, torch.ones(1, 4)).ratio_removed == 0.5
+
+
 # --- plans of earlier versions ------------------------------------------------------------------------------
 
 

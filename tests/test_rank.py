@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -11,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant.compression import LowRank, compress
+from pliant.compression import Chain, FilterPruning, LowRank, compress
 from pliant.compression.allocation import Options, allocate, energy_steps, greedy_steps, nearest, uniform_steps
-from pliant.compression.factored import factored, matrices
+from pliant.compression.factored import FactoredConvolution, factored, matrices
 from pliant.compression.rank import _cuts, _decompose, _truncate
 from pliant.errors import BadInput, Refused
 from pliant.measuring import macs
@@ -117,6 +119,48 @@ def test_factors_inherit_type_flags_and_gradient_needs() -> None:
     assert not thin.expand.training
     assert [p.requires_grad for p in thin.parameters()] == [False, False, True]
     assert thin.expand.bias is not layer.bias
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_factors_of_a_convolution_answer_as_it_did(options: dict[str, Any], scheme: str) -> None:
+    layer = nn.Conv2d(16, 6, (3, 5), **options)
+    thin = copy.deepcopy(_truncate(layer, _decompose(layer, scheme), 2))
+    asked = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    assert [getattr(thin, name) for name in asked] == [getattr(layer, name) for name in asked]
+    assert not hasattr(thin, "weight")
+    assert list(thin.state_dict()) == list(nn.Sequential(OrderedDict(thin.named_children())).state_dict())
+
+
+def test_factors_that_lose_channels_say_so() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 16, 3), nn.Conv2d(16, 5, 1)), torch.randn(2, 3, 8, 8)
+    small: Any = compress(model, Chain(LowRank(0.3), FilterPruning(0.3)), x)
+    first, second = small[0], small[1]
+    assert isinstance(second, FactoredConvolution)
+    assert second.in_channels == second.reduce.weight.shape[1] == first.out_channels < 32
+    assert second.out_channels == second.expand.weight.shape[0]
+    small = compress(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5)), LowRank(0.5), torch.randn(2, 64))
+    assert (small[0].in_features, small[0].out_features) == (64, 32)
+
+
+class Padded(nn.Module):
+    """A convolution whose padding depends on its stride and on the image."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 3, stride=2)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        value: Any = getattr(self.conv, self.read)
+        return self.conv(nn.functional.pad(x, (0, value[0] - 1, 0, value[1] - 1)) if self.read == "stride" else x)
+
+
+def test_a_block_that_asks_for_the_stride_is_factorised_and_one_that_reads_the_weight_is_not() -> None:
+    x = torch.randn(2, 8, 8, 8)
+    assert not refused(Padded("stride"), x)
+    assert "has no attribute 'weight'" in refused(Padded("weight"), x)["conv"]
 
 
 @pytest.mark.parametrize("name", MODELS)

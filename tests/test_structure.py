@@ -157,6 +157,16 @@ def free_parameter() -> Net:
     return net
 
 
+def free_kernel() -> Net:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x).relu()
+        return F.conv2d(y + net.back(net.last(y).relu()), net.kernel)
+
+    net = Net(forward, a=conv(3, 8), last=conv(8, 6), back=conv(6, 8))
+    net.kernel = nn.Parameter(torch.randn(1, 8, 3, 3))
+    return net
+
+
 def group_norm() -> Net:
     return Net(lambda n, x: ends(n, n.n(n.a(x))), a=conv(3, 8), n=nn.GroupNorm(2, 8), **tail())
 
@@ -187,6 +197,7 @@ NASTY: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "'b' is a OwnForward with a forward of its own",
     ),
     "free parameter": (free_parameter, "free parameter 'gamma'"),
+    "free parameter before the outputs": (free_kernel, "free parameter 'kernel'"),
     "group norm": (group_norm, "'n'"),
     "functional group norm": (
         lambda: Net(lambda n, x: ends(n, F.group_norm(n.a(x), 2)), a=conv(3, 8), **tail()),

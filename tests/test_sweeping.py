@@ -144,11 +144,28 @@ def test_a_run_is_compressed_to_a_budget(
 def test_default_folder_is_named_after_the_size(run: Path) -> None:
     for options, name in (
         ({"compressor": "rank", "keep_macs": 0.9}, "lenet-rank-keep_macs0.9"),
-        ({"compressor": "nm"}, "lenet-nm-2of4"),
+        ({"compressor": "nm", "allocation": "uniform"}, "lenet-nm-2of4"),
         ({"compressor": "rank+int8"}, "lenet-rank+int8-0.5"),
+        ({"compressor": "filters", "whiten": False}, "lenet-filters-0.5"),
     ):
-        out = compress_run(run, calibration=2, **options)
+        out = compress_run(run, **options)
         assert out == run.resolve().with_name(name)
+
+
+def test_default_folder_tells_apart_all_options_that_make_another_network(run: Path) -> None:
+    for options, name in (
+        ({}, "lenet-rank-0.25"),
+        ({"whiten": False}, "lenet-rank-plain-0.25"),
+        ({"whiten": False, "scheme": "spatial"}, "lenet-rank-spatial-0.25"),
+        ({"whiten": False, "scheme": "best", "allocation": "energy"}, "lenet-rank-best-energy-0.25"),
+        ({"allocation": "uniform"}, "lenet-rank-uniform-0.25"),
+        ({"calibration": 128}, "lenet-rank-calibration128-0.25"),
+    ):
+        assert compress_run(run, "rank", 0.25, **options) == run.resolve().with_name(name)
+    out = compress_run(run, max_drop=0.5, precision="fp32")
+    assert out == run.resolve().with_name("lenet-filters-fp32-max_drop0.5")
+    with pytest.raises(BadInput, match=r"lenet-rank-plain-0\.25 exists"):
+        compress_run(run, "rank", 0.25, whiten=False, precision="fp32")  # the same network, measured in another way
 
 
 def test_permissions_follow_the_umask(run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Their forwards take keyword arguments and return ModelOutput; their layers inclu
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.compression import FilterPruning, HeadPruning, Plan, masked_twin, replay
+from pliant.attention import is_conv1d
+from pliant.compression import FilterPruning, HeadPruning, LowRank, Plan, masked_twin, replay, skeleton
 from pliant.errors import Refused
 from pliant.layers import as_inputs, run
 from pliant.structure import coupled_channels
@@ -192,6 +194,32 @@ def test_what_cannot_leave_is_named_with_a_reason(name: str) -> None:
     if not case.heads:
         with pytest.raises(Refused, match="no attention module"):
             HeadPruning(0.5).plan(model, case.inputs(2, 6))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_low_rank_factorises_all_layers_but_those_with_a_reason_of_their_own(name: str) -> None:
+    case = CASES[name]
+    model, inputs = lively(case.build()), case.inputs(2, 6)
+    compressor = LowRank(0.3, allocation="uniform")
+    analysis = compressor.analyse(model, inputs)
+    plan = compressor.plan(model, inputs, analysis=analysis)
+    assert plan.layers
+    assert abs(plan.ratio_removed - 0.3) < 0.05
+    known = ("depthwise", "too small", "shares a parameter", "no convolution or linear layer", "attribute 'weight'")
+    assert not [pair for pair in plan.refused if not any(part in pair[1] for part in known)]
+    small = compressor.apply(model, plan, analysis=analysis)
+    merged = copy.deepcopy(model)  # the weights that the factors stand for, in the old shape
+    for layer in (layer for layer in plan.layers if layer.kept < layer.total):
+        thin: Any = small.get_submodule(layer.name)
+        old: Any = merged.get_submodule(layer.name)
+        weight = thin.expand.weight.flatten(1) @ thin.reduce.weight.flatten(1)
+        old.weight.data = weight.T if is_conv1d(old) else weight.view_as(old.weight)
+    again = skeleton(case.build(), Plan.from_dict(plan.to_dict())).eval()
+    again.load_state_dict(small.state_dict())
+    for batch, length in [(2, 6), (3, 9)]:
+        other = case.inputs(batch, length)
+        assert_same(outputs(small, other), outputs(merged, other))
+        assert all(torch.equal(x, y) for x, y in zip(outputs(again, other), outputs(small, other), strict=True))
 
 
 def test_the_outputs_are_compared_whatever_holds_them() -> None:

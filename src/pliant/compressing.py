@@ -15,7 +15,7 @@ from pliant.errors import BadInput
 from pliant.files import making_folder, remove_leftovers, write_text
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config, write_plan
 from pliant.sweeping import PATTERN, check_pattern, describe
-from pliant.trials import Trial, check_names, pattern_compressor
+from pliant.trials import CALIBRATION, Trial, check_names, factorises, pattern_compressor
 
 
 def compress_run(
@@ -29,7 +29,7 @@ def compress_run(
     max_drop: float | None = None,
     allocation: str = "global",
     pattern: str | None = None,
-    calibration: int = 2048,
+    calibration: int = CALIBRATION,
     precision: str = "auto",
     whiten: bool = True,
     scheme: str = "channel",
@@ -59,7 +59,8 @@ def compress_run(
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×k then 1×1 (channel), k×1 then 1×k (spatial), or whichever
             loses less (best). The latter two cannot be whitened: they need whiten false.
-        out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run.
+        out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run, with what is not as usual in between, such
+            as in RUN-rank-spatial-uniform-0.5.
 
     Raises:
         BadInput: an unknown name, a value out of range, two sizes, or the folder exists.
@@ -86,15 +87,18 @@ def compress_run(
         pattern_compressor(pattern)  # for its BadInput, before anything is measured
     size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if compressor == "nm" else ""}
     source = Run.open(run)
+    options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
+    trial = Trial(source, compressor, whiten=whiten, scheme=scheme, **options)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
-    folder = Path(out) if out else source.path.resolve().with_name(f"{source.name}-{compressor}-{label}")
+    if max_drop is not None and precision != "auto":  # the accuracy that it asks for is measured in this precision
+        label = f"{precision}-{label}"
+    name = "-".join([source.name, compressor, *_unusual(trial), label])
+    folder = Path(out) if out else source.path.resolve().with_name(name)
     remove_leftovers(folder)
     if folder.exists():
         raise BadInput(f"--out: {folder} exists: choose another --out, or remove it")
     if (source.path / PLAN).exists():
         raise BadInput(f"{run} is compressed already: give the run folder it was made from")
-    options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    trial = Trial(source, compressor, whiten=whiten, scheme=scheme, **options)
     with making_folder(folder) as fresh:  # first, for a place that cannot be written to is soon noticed
         network, plan, record = trial.measure(**size) if budget is None else trial.fit(budget)
         save_weights(network, fresh / WEIGHTS)
@@ -107,3 +111,17 @@ def compress_run(
     console.print(describe(record), markup=False)
     console.print(f"{folder}  {record.bytes_dense:,} -> {record.bytes:,} bytes", markup=False)
     return folder
+
+
+def _unusual(trial: Trial) -> list[str]:
+    """Return the words for all options that make another network than the usual ones would."""
+    words = []
+    if trial.scheme != "channel":
+        words.append(trial.scheme)  # never whitened
+    elif factorises(trial.compressor) and not trial.whiten:
+        words.append("plain")
+    if trial.allocation not in ("", "global"):  # nm has none
+        words.append(trial.allocation)
+    if trial.calibration != CALIBRATION:
+        words.append(f"calibration{trial.calibration}")
+    return words

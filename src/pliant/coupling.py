@@ -204,6 +204,7 @@ class _Reader:
         """Return the slots that could be read and, unless they are the whole group, the reason."""
         slots: list[Slot] = []
         reasons: list[str] = []
+        at_end = False
         for member in members:
             module = member.node.module
             if isinstance(module, nn.Parameter):
@@ -218,7 +219,9 @@ class _Reader:
                 elif slot is not None:
                     reasons.append(slot)
             elif type(module).__name__ == "_OutputOp":
-                reasons.append("its channels are outputs of the model")
+                at_end = True
+        if at_end:  # after the others: a convolution by a free parameter is taken for one that hands on its channels
+            reasons.append("its channels are outputs of the model")
         if len({len(slot.indices) for slot in slots}) > 1:
             reasons.append("its channels do not map one to one to those of the layers that share them")
         if not any(slot.axis == "inputs" for slot in slots):

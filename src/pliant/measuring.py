@@ -99,7 +99,7 @@ def macs(model: nn.Module, example_inputs: Example) -> int:
     try:
         try:
             with torch.device("meta"):
-                flops = _flops(copy.deepcopy(model).to("meta"), map_tensors(lambda x: x.to("meta"), inputs))
+                flops = _flops(_without_data(model), map_tensors(lambda x: x.to("meta"), inputs))
         except (RuntimeError, NotImplementedError):
             # oneDNN's fused LSTM is one operation that the counter does not know.
             with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
@@ -107,6 +107,16 @@ def macs(model: nn.Module, example_inputs: Example) -> int:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return flops // 2 // len(tensors_of(inputs)[0])
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` on the meta device; nothing of its data is copied on the way."""
+    hollow: dict[int, Any] = {}
+    for p in model.parameters():
+        hollow[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    for buffer in model.buffers():
+        hollow[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(model, hollow)
 
 
 def _flops(model: nn.Module, inputs: Inputs) -> int:

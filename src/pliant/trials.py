@@ -47,6 +47,8 @@ UNITS = {
     "SemiStructured": "weights",
 }
 LATENCY_BATCH = 1
+CALIBRATION = 2048
+"""How many training images are looked at unless told otherwise."""
 
 
 class Trial:
@@ -72,7 +74,7 @@ class Trial:
         compressor: str,
         *,
         allocation: str = "global",
-        calibration: int = 2048,
+        calibration: int = CALIBRATION,
         precision: str = "auto",
         whiten: bool = True,
         scheme: str = "channel",
@@ -83,7 +85,7 @@ class Trial:
             raise BadInput(f"--calibration must be at least 2 images, got {calibration}")
         self.run = run
         self.compressor = compressor
-        self.whiten = whiten and _factorises(compressor)
+        self.whiten = whiten and factorises(compressor)
         self.scheme = scheme
         self.allocation = "" if compressor == "nm" else allocation
         self.calibration = calibration
@@ -191,7 +193,7 @@ class Trial:
             params=measuring.parameters(small),
             params_dense=measuring.parameters(self.dense),
             nonzero=measuring.nonzero(small),
-            nonzero_dense=measuring.nonzero(self.dense),
+            nonzero_dense=self._dense_costs["nonzero"],
             macs=measuring.macs(small, one),
             macs_dense=self._dense_costs["macs"],
             bytes=measuring.file_bytes(small),
@@ -218,6 +220,7 @@ class Trial:
     def _dense_costs(self) -> dict[str, Any]:
         return {
             "top1": self._accuracy(self.dense, "test"),
+            "nonzero": measuring.nonzero(self.dense),
             "macs": measuring.macs(self.dense, self._images(1)),
             "bytes": measuring.file_bytes(self.dense),
         }
@@ -258,11 +261,12 @@ class Trial:
 
 def record_name(compressor: str, whiten: bool, scheme: str = "channel") -> str:
     """Return the name that records give a compressor: with its variant."""
-    variant = "whitened" if whiten and _factorises(compressor) else scheme.removeprefix("channel")
+    variant = "whitened" if whiten and factorises(compressor) else scheme.removeprefix("channel")
     return f"{compressor}-{variant}" if variant else compressor
 
 
-def _factorises(compressor: str) -> bool:
+def factorises(compressor: str) -> bool:
+    """Return whether a compressor or a link of it is rank."""
     return "rank" in compressor.split("+")
 
 
@@ -285,7 +289,7 @@ def _check_scheme(compressor: str, scheme: str, whiten: bool) -> None:
     check_choice("scheme", scheme, (*SCHEMES, "best"))
     if scheme == "channel":
         return
-    if not _factorises(compressor):
+    if not factorises(compressor):
         raise BadInput(f"--scheme {scheme} is for the compressor rank; {compressor} has no such choice")
     if whiten:
         raise BadInput(f"--scheme {scheme} cannot be whitened: give --whiten false with it")

@@ -14,6 +14,10 @@ A weight, read as one matrix of m rows and n columns per convolution group, that
 
 In either scheme the padding stays what it was: it acts on each direction alone, and without a bias in the first
 layer a padded zero stays zero.
+
+A network may ask a layer for its stride or its widths, to pad the image that it hands to it, say. The two layers answer
+as the one did (:class:`FactoredLinear`, :class:`FactoredConvolution`). Weight and bias they do not have: who asks for
+those computes the layer himself.
 """
 
 from __future__ import annotations
@@ -25,6 +29,39 @@ from torch import Tensor, nn
 
 Factorable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 SCHEMES = ("channel", "spatial")
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class FactoredLinear(nn.Sequential):
+    """A thin linear layer ``reduce`` and another one, ``expand``, that know the widths of the layer they are."""
+
+    @property
+    def in_features(self) -> int:
+        """The number of features that go in."""
+        return self.reduce.in_features  # type: ignore[union-attr, return-value]
+
+    @property
+    def out_features(self) -> int:
+        """The number of features that come out."""
+        return self.expand.out_features  # type: ignore[union-attr, return-value]
+
+
+class FactoredConvolution(nn.Sequential):
+    """A thin convolution ``reduce`` and another one, ``expand``, that know the shape of the convolution they are.
+
+    Besides the properties these are its ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``groups`` and
+    ``padding_mode``, which no compressor changes.
+    """
+
+    @property
+    def in_channels(self) -> int:
+        """The number of channels that go in."""
+        return self.reduce.in_channels  # type: ignore[union-attr, return-value]
+
+    @property
+    def out_channels(self) -> int:
+        """The number of channels that come out."""
+        return self.expand.out_channels  # type: ignore[union-attr, return-value]
 
 
 def matrices(module: Factorable, scheme: str = "channel") -> Tensor:
@@ -52,9 +89,9 @@ def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "
         first = nn.Linear(module.in_features, rank, bias=False, device="meta")
         second = nn.Linear(rank, module.out_features, bias=has_bias, device="meta")
     elif scheme == "channel":
-        convolution = next(c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c))
-        first = convolution_like(module, convolution, groups * rank, bias=False)
-        second = convolution(groups * rank, module.out_channels, 1, groups=groups, bias=has_bias, device="meta")
+        kind = next(c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c))
+        first = convolution_like(module, kind, groups * rank, bias=False)
+        second = kind(groups * rank, module.out_channels, 1, groups=groups, bias=has_bias, device="meta")
     else:
         assert isinstance(module, nn.Conv2d)
         first = _one_direction(module, 0, module.in_channels, groups * rank, bias=False)
@@ -65,7 +102,13 @@ def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "
     _set_weight(second, expand, module.weight)
     if module.bias is not None:
         second.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=module.bias.requires_grad)
-    return nn.Sequential(OrderedDict(reduce=first, expand=second)).train(module.training)
+    layers = OrderedDict(reduce=first, expand=second)
+    if isinstance(module, nn.Linear):
+        return FactoredLinear(layers).train(module.training)
+    convolution = FactoredConvolution(layers).train(module.training)
+    for name in _GEOMETRY:
+        setattr(convolution, name, getattr(module, name))
+    return convolution
 
 
 def convolution_like(

@@ -241,8 +241,9 @@ def _uniform(groups: Sequence[ChannelGroup]) -> list[int]:
 def _global(size: _Size, scores: Sequence[Tensor], orders: Sequence[Tensor]) -> list[int]:
     """Order the removals, each named by its group, by relative energy per cost freed."""
     events = []
+    dense = size.after({})
     for g, (energies, order) in enumerate(zip(scores, orders, strict=True)):
-        freed = max(1, size.after({}) - size.after({g: 1}))  # 0 where the cost of no layer is known
+        freed = max(1, dense - size.after({g: 1}))  # 0 where the cost of no layer is known
         events += [(energy / freed, g) for energy in energies[order[:-1]].tolist()]
     return [g for _, g in sorted(events)]
 

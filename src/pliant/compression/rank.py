@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.compression.allocation import STEPS, Options, allocate
+from pliant.compression.allocation import STEPS, Options, Step, allocate
 from pliant.compression.base import (
     ALLOCATIONS,
     COSTS,
@@ -92,6 +92,15 @@ class Spectra(Analysis):
     layers: Mapping[str, tuple[Spectrum, ...]]
     scheme: str
     whitened: bool
+    curves: dict[tuple[str, str], _Curves] = field(default_factory=dict)
+
+    def curves_of(self, cost: str, allocation: str) -> _Curves:
+        """Return what can be done to each layer, found when it is first asked for: no ratio changes it."""
+        if (cost, allocation) not in self.curves:
+            cuts = {name: _cuts(spectra, cost) for name, spectra in self.layers.items()}
+            options = [Options(tuple(c.cost for c in offer), tuple(c.loss for c in offer)) for offer in cuts.values()]
+            self.curves[cost, allocation] = _Curves(cuts, options, STEPS[allocation](options))
+        return self.curves[cost, allocation]
 
 
 @dataclass(frozen=True)
@@ -198,14 +207,13 @@ class LowRank(Compressor[Spectra]):
         modules = {name: _factorable(model, name) for name in analysis.layers}
         for name, spectra in analysis.layers.items():
             _check_weights(name, modules[name], spectra[0])
-        cuts = {name: _cuts(spectra, self.cost) for name, spectra in analysis.layers.items()}
-        options = [Options(tuple(c.cost for c in offer), tuple(c.loss for c in offer)) for offer in cuts.values()]
+        curves = analysis.curves_of(self.cost, self.allocation)
         compressible = {name: spectra[0].dense(self.cost) for name, spectra in analysis.layers.items()}
         target = (1 - self.ratio) * sum(compressible.values())
-        chosen = allocate(options, STEPS[self.allocation](options), target)
+        chosen = allocate(curves.options, curves.steps, target)
         layers = []
         removed = saved = 0
-        for (name, offer), option in zip(cuts.items(), chosen, strict=True):
+        for (name, offer), option in zip(curves.cuts.items(), chosen, strict=True):
             cut = offer[option]
             spectrum = cut.spectrum
             module = model.get_submodule(name)
@@ -278,6 +286,15 @@ class _Cut:
     loss: float
     rank: int
     spectrum: Spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class _Curves:
+    """What can be done to each layer by name, the same as bare costs and losses, and the order of doing it."""
+
+    cuts: Mapping[str, list[_Cut]]
+    options: Sequence[Options]
+    steps: Sequence[Step]
 
 
 def _cuts(spectra: Sequence[Spectrum], cost: str) -> list[_Cut]:
