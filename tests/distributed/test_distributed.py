@@ -29,7 +29,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> Call
                 if not done.exists():
                     job = torchrun(count, "-m", "tests.distributed.worker", str(folder))
                     failed = json.loads(found.read_text()) if found.exists() else {}
-                    done.write_text(json.dumps({**failed, "output": job.stdout[-3000:] + job.stderr[-3000:]}))
+                    done.write_text(json.dumps({**failed, "output": job.stdout[-20_000:] + job.stderr[-20_000:]}))
             result: dict[str, str] = json.loads((folder / f"done-{processes}.json").read_text())
             return result
 
