@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 100
+
 
 class PliantError(Exception):
     """Base of all errors whose cause lies outside of pliant: input, files, data, a diverged training."""
@@ -32,6 +34,12 @@ class Busy(PliantError):
 
 class Refused(PliantError):
     """Nothing can be removed from a model, or a budget cannot be reached."""
+
+
+def shown(value: object) -> str:
+    """Return what came, for a message: its ``repr``, cut where a file has a whole document in place of a number."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:

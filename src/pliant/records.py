@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from pliant.errors import BadInput
+from pliant.errors import BadInput, shown
 from pliant.lines import append_line, read_lines
 
 Key = tuple[str | float, ...]
@@ -163,12 +163,12 @@ class Record:
             _check_layer(f"layers[{index}]", layer)
         for index, pair in enumerate(self.refused):
             if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
-                raise BadInput(f"refused[{index}] must be a pair [name, reason] of strings, got {pair!r}")
+                raise BadInput(f"refused[{index}] must be a pair [name, reason] of strings, got {shown(pair)}")
         if self.created:
             try:
                 datetime.datetime.fromisoformat(self.created)
             except ValueError:
-                raise BadInput(f"created must be an ISO 8601 time, got {self.created!r}") from None
+                raise BadInput(f"created must be an ISO 8601 time, got {shown(self.created)}") from None
         if clash := sorted(set(self.extra) & _FIELDS):
             raise BadInput(f"extra must not hold fields of a Record, got {', '.join(clash)}")
 
@@ -240,24 +240,24 @@ def read_records(path: str | Path) -> list[Record]:
 
 def _check_text(name: str, value: object, *, may_be_empty: bool) -> None:
     if not isinstance(value, str):
-        raise BadInput(f"{name} must be a string, got {value!r}")
+        raise BadInput(f"{name} must be a string, got {shown(value)}")
     if not value and not may_be_empty:
         raise BadInput(f"{name} must not be empty")
     try:
         value.encode()  # half of a surrogate pair fits into a string but into no file
     except UnicodeEncodeError as error:
-        raise BadInput(f"{name} must be valid Unicode, got {value!r} ({error.reason})") from None
+        raise BadInput(f"{name} must be valid Unicode, got {shown(value)} ({error.reason})") from None
 
 
 def _check_count(name: str, value: object, *, least: int) -> None:
     if type(value) is not int or value < least:  # not isinstance: True is no count
-        raise BadInput(f"{name} must be an integer of at least {least}, got {value!r}")
+        raise BadInput(f"{name} must be an integer of at least {least}, got {shown(value)}")
 
 
 def _real(name: str, value: object) -> float:
     # Compared with the largest float, since an integer may be too large for one.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise BadInput(f"{name} must be a finite number, got {value!r}")
+        raise BadInput(f"{name} must be a finite number, got {shown(value)}")
     return float(value)
 
 
@@ -282,15 +282,15 @@ def _plain(name: str, value: object, kind: type) -> Any:
     except (TypeError, ValueError) as error:
         raise BadInput(f"{name} must be plain JSON data: {error}") from None
     if not isinstance(copy, kind):
-        raise BadInput(f"{name} must be a {kind.__name__}, got {value!r}")
+        raise BadInput(f"{name} must be a {kind.__name__}, got {shown(value)}")
     return copy
 
 
 def _check_cost(cost: object) -> None:
     if not isinstance(cost, dict) or Cost.__required_keys__ - cost.keys():
-        raise BadInput(f"cost must be a dict with {', '.join(Cost.__annotations__)}, got {cost!r}")
+        raise BadInput(f"cost must be a dict with {', '.join(Cost.__annotations__)}, got {shown(cost)}")
     if cost["equal"] not in ("epochs", "time"):
-        raise BadInput(f"cost.equal must be 'epochs' or 'time', got {cost['equal']!r}")
+        raise BadInput(f"cost.equal must be 'epochs' or 'time', got {shown(cost['equal'])}")
     for entry in ("seconds", "step_s", "step_s_sgd"):
         _seconds(f"cost.{entry}", cost[entry])
     for entry in ("memory", "memory_sgd"):
@@ -300,7 +300,7 @@ def _check_cost(cost: object) -> None:
 def _check_layer(name: str, layer: object) -> None:
     if not isinstance(layer, dict) or LayerCount.__required_keys__ - layer.keys():
         needed = ", ".join(LayerCount.__annotations__)
-        raise BadInput(f"{name} must be a dict with {needed}, got {layer!r}")
+        raise BadInput(f"{name} must be a dict with {needed}, got {shown(layer)}")
     _check_text(f"{name}.name", layer["name"], may_be_empty=False)
     _check_text(f"{name}.kind", layer["kind"], may_be_empty=False)
     for entry in ("kept", "params"):

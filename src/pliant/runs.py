@@ -28,7 +28,7 @@ from torch import nn
 import pliant
 from pliant.compression import Plan, skeleton
 from pliant.data import ImageData, load_data
-from pliant.errors import BadInput, DamagedFile
+from pliant.errors import BadInput, DamagedFile, shown
 from pliant.files import sha256, write_bytes, write_text
 from pliant.lines import read_lines
 from pliant.measuring import state_tensors
@@ -78,7 +78,7 @@ class Run:
             raise DamagedFile(f"{file} is damaged: it lacks {', '.join(missing)}")
         for key, kinds in _KINDS.items():
             if key in config and not isinstance(config[key], kinds):
-                raise DamagedFile(f"{file} is damaged: {key} is {config[key]!r}")
+                raise DamagedFile(f"{file} is damaged: {key} is {shown(config[key])}")
         return cls(path, config, loaded)
 
     @property
@@ -133,7 +133,7 @@ class Run:
 def _seconds(entry: dict[str, Any]) -> float:
     seconds = entry.get("seconds")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0:
-        raise BadInput(f"an epoch needs its seconds, got {seconds!r}")
+        raise BadInput(f"an epoch needs its seconds, got {shown(seconds)}")
     return float(seconds)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pliant.errors import BadInput, DamagedFile
+from pliant.errors import BadInput, DamagedFile, shown
 from pliant.layers import count_parameters
 
 FORMAT = "pliant.plan"
@@ -73,7 +73,7 @@ class Plan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise DamagedFile(f"not a compression plan: expected a mapping with 'format': {FORMAT!r}")
         if data.get("version") != VERSION:
-            raise DamagedFile(f"the plan has version {data.get('version')!r}, this program reads {VERSION}")
+            raise DamagedFile(f"the plan has version {shown(data.get('version'))}, this program reads {VERSION}")
         fields = _Fields(data, "plan")
         plan = cls(
             compressor=fields.text("compressor"),
@@ -96,7 +96,7 @@ class Plan:
         for layer in self.layers:
             module = modules.get(layer.name)
             if module is None:
-                raise BadInput(f"the plan is for another model: it has no layer {layer.name!r}")
+                raise BadInput(f"the plan is for another model: it has no layer {shown(layer.name)}")
             if weight_shape(module) != layer.shape or type(module).__name__ != layer.kind:
                 raise BadInput(
                     f"the plan is for another model: {layer.name!r} should be a {layer.kind} with weight"
@@ -171,7 +171,7 @@ class _Fields:
 
     def end(self) -> None:
         if self.data:
-            raise DamagedFile(f"{self.where} has a field {min(self.data)!r} that no plan has")
+            raise DamagedFile(f"{self.where} has a field {shown(min(self.data))} that no plan has")
 
     def text(self, name: str) -> str:
         return _text(self.take(name), f"{self.where}.{name}")
@@ -182,7 +182,7 @@ class _Fields:
     def share(self, name: str) -> float:
         value = self.take(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise DamagedFile(f"{self.where}.{name} should be a number from 0 to 1, not {value!r}")
+            raise DamagedFile(f"{self.where}.{name} should be a number from 0 to 1, not {shown(value)}")
         return float(value)
 
     def mapping(self, name: str) -> Mapping[str, Any]:
@@ -217,17 +217,17 @@ class _Fields:
 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise DamagedFile(f"{where} should be text, not {value!r}")
+        raise DamagedFile(f"{where} should be text, not {shown(value)}")
     return value
 
 
 def _count(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise DamagedFile(f"{where} should be a count, not {value!r}")
+        raise DamagedFile(f"{where} should be a count, not {shown(value)}")
     return value
 
 
 def _pair(value: object) -> tuple[str, str]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise DamagedFile(f"plan.refused should hold (layer, reason) pairs, not {value!r}")
+        raise DamagedFile(f"plan.refused should hold (layer, reason) pairs, not {shown(value)}")
     return _text(value[0], "plan.refused"), _text(value[1], "plan.refused")

@@ -32,7 +32,7 @@ import yaml
 
 from pliant.baselines.retraining import SCHEDULES
 from pliant.compression.base import check_choice
-from pliant.errors import BadInput, DamagedFile, unknown
+from pliant.errors import BadInput, DamagedFile, shown, unknown
 from pliant.methods import METHODS, with_defaults
 from pliant.sweeping import parse_ratios
 from pliant.training import check_kinds, check_settings, train
@@ -175,7 +175,7 @@ class Suite:
         if self.equal[:1] != ("epochs",):
             raise BadInput("equal starts with epochs: the time of a step is measured in those runs")
         if type(self.calibration) is not int or self.calibration < 2:
-            raise BadInput(f"calibration must be at least 2 images, got {self.calibration!r}")
+            raise BadInput(f"calibration must be at least 2 images, got {shown(self.calibration)}")
         for task, entrant in itertools.product(self.tasks, self.methods):
             for trial in entrant.trials:
                 settings = self.settings(task, entrant, trial, self.seeds[0])
@@ -227,7 +227,7 @@ def _measure(where: str, entry: object) -> Measure:
     fields = _mapping(where, entry, known)
     compressor = fields["compressor"]
     if not isinstance(compressor, str):
-        raise BadInput(f"{where}: a compressor is text, got {compressor!r}")
+        raise BadInput(f"{where}: a compressor is text, got {shown(compressor)}")
     allocation = fields.get("allocation", "global")
     check_names(compressor, allocation)
     if (compressor == "nm") == ("ratios" in fields) or (compressor != "nm") == ("patterns" in fields):
@@ -254,7 +254,7 @@ def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | Non
         check_choice("schedule of retraining", schedule, SCHEDULES)
     epochs = fields["epochs"]
     if type(epochs) is not int or epochs < 1:
-        raise BadInput(f"retraining.epochs must be an integer of at least 1, got {epochs!r}")
+        raise BadInput(f"retraining.epochs must be an integer of at least 1, got {shown(epochs)}")
     ratios = tuple(parse_ratios([0, *_list("retraining.ratios", fields["ratios"])]))
     return Retraining(fields["method"], schedules, epochs, ratios)
 
@@ -298,5 +298,5 @@ def _integers(where: str, value: object) -> list[int]:
 def _name(kind: str, name: str) -> str:
     """Return a name that may stand in the name of a folder."""
     if name and not all(letter.isalnum() or letter in "-_." for letter in name):
-        raise BadInput(f"the name of a {kind} has letters, digits, '-', '_' and '.' only, got {name!r}")
+        raise BadInput(f"the name of a {kind} has letters, digits, '-', '_' and '.' only, got {shown(name)}")
     return name
