@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import pliant
 
 
-def make_optimizers(model: nn.Module, method: str, example: Tensor) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, method: str, example: Tensor, steps: int) -> list[torch.optim.Optimizer]:
     if method == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)]
     if method == "muon":
@@ -29,6 +29,7 @@ def make_optimizers(model: nn.Module, method: str, example: Tensor) -> list[torc
         rules = pliant.transformer_rules(model, linear=pliant.rank(k=0.25, radius=10, vertices="sparse"))
     groups = pliant.constrain(model, rules, default=None, pretrained=True, coupled=coupled)
     lr, other = (0.01, 0.03) if coupled else (0.02, 0.1)  # what has no ball takes steps of SGD
+    lr *= min(1.0, 421 / steps)  # a longer training than this replaces the weights as often, not more often
     return [pliant.SFW([g if g["ball"] else g | {"lr": other} for g in groups], lr=lr, rescale=None)]
 
 
@@ -52,8 +53,7 @@ def main() -> None:
     model = ViTForImageClassification(ViTConfig(num_labels=10, **sizes))
     loader = pliant.Loader(data, "train", batch_size=64, shuffle=True, augment=bool(arguments.data_dir))
     example = next(iter(loader))[0][:2]
-    optimizers = make_optimizers(model, arguments.method, example)
-    steps = arguments.epochs * len(loader) + 1
+    optimizers = make_optimizers(model, arguments.method, example, steps := arguments.epochs * len(loader) + 1)
     schedules = [OneCycleLR(o, [g["lr"] for g in o.param_groups], steps, cycle_momentum=False) for o in optimizers]
     for epoch in range(arguments.epochs):
         loader.set_epoch(epoch)
