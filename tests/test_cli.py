@@ -168,9 +168,8 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 def test_a_disk_without_room_is_one_line_and_earlier_files_survive(tmp_path: Path) -> None:
     command = ["train", *QUICK, "--out", str(tmp_path / "run")]
-    unwatched = {
-        name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
-    }  # writes files, too
+    # Measuring coverage writes files, too.
+    unwatched = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     program = [sys.executable, "-c", FULL_DISK, *command]
     failed = subprocess.run(program, capture_output=True, text=True, check=False, env=unwatched)
     assert failed.returncode == 2

@@ -22,6 +22,7 @@ from pliant.areas import SLACK, accuracy_at
 from pliant.curves import ANCHOR, Panel, panels_of, points_of, sections_of
 from pliant.records import read_records
 from pliant.standings import KEPT, Standing, standings
+from pliant.tables import percent, spread
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "comparisons" / "cifar16" / "records.jsonl"
@@ -93,12 +94,9 @@ def table(panels: dict[str, tuple[Panel, list[Standing]]]) -> str:
     for compressor, title in TITLES.items():
         for standing in panels[compressor][1]:
             area, curve = standing.areas[0], standing.curve
-            half = "" if area.half is None else f" ± {100 * area.half:.1f}"
             name = f"**{curve.training}**" if curve.ours else curve.training
-            kept = ["-" if accuracy is None else f"{100 * accuracy:.1f}" for accuracy in standing.kept]
-            lines.append(
-                f"| {title} | {name} | {100 * area.mean:.1f}{half} | {100 * curve.dense:.1f} | {' | '.join(kept)} |"
-            )
+            kept = ["-" if accuracy is None else percent(accuracy) for accuracy in standing.kept]
+            lines.append(f"| {title} | {name} | {spread(area)} | {percent(curve.dense)} | {' | '.join(kept)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,9 +13,10 @@ from pliant.budgets import one_budget
 from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
 from pliant.files import making_folder, remove_leftovers, write_text
+from pliant.records import CALIBRATION, factorises
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config, write_plan
 from pliant.sweeping import PATTERN, check_pattern, describe
-from pliant.trials import CALIBRATION, Trial, check_names, factorises, pattern_compressor
+from pliant.trials import Trial, check_names, pattern_compressor
 
 
 def compress_run(

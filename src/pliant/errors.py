@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-_SHOWN = 100
+_SHOWN = 100  # characters of a value in a message
 
 
 class PliantError(Exception):

@@ -22,9 +22,9 @@ from torch import nn
 from pliant.areas import area
 from pliant.baselines.retraining import rates, retrain
 from pliant.data import ImageData, Loader, load_data
-from pliant.errors import BadInput, Diverged
+from pliant.errors import BadInput, Diverged, shown
 from pliant.methods import OWN, with_defaults
-from pliant.records import Cost, Record
+from pliant.records import CALIBRATION, Cost, Record
 from pliant.runs import Run
 from pliant.suites import Measure
 from pliant.training import CHECKPOINT, Session, learning_rate, train_run
@@ -59,7 +59,7 @@ class Job:
     trial: dict[str, Any]
     settings: dict[str, Any]
     families: dict[str, tuple[Measure, ...]]
-    calibration: int = 2048
+    calibration: int = CALIBRATION
     search: bool = False
     equal: str = "epochs"
     retraining: str = ""
@@ -87,7 +87,7 @@ class Job:
         for name, value in settings.items():
             if name in config and name not in free and config[name] != value:
                 raise BadInput(
-                    f"{where} holds {self.training} with {name} {config[name]!r}, the suite says {value!r}: "
+                    f"{where} holds {self.training} with {name} {shown(config[name])}, the suite says {value!r}: "
                     "choose another --out, or remove what is there"
                 )
 

@@ -200,7 +200,7 @@ def _kth_largest(arrays: list[np.ndarray], k: int) -> tuple[np.floating, int]:
 def _bracket(arrays: list[np.ndarray], n: int, k: int) -> tuple[np.floating | None, np.floating | None]:
     """Return two values of a sample that the k-th largest magnitude very likely lies between; None if n is small."""
     # The size of a sample at which what is collected from the bracket is no more than a few times the sample itself.
-    stride = n // max(1, round(n ** (2 / 3)))
+    stride = n // round(n ** (2 / 3))
     if stride < 8:
         return None, None
     stride |= 1  # an even stride would see the same channels over and over again

@@ -22,6 +22,10 @@ from pliant.lines import append_line, read_lines
 Key = tuple[str | float, ...]
 
 
+CALIBRATION = 2048
+"""How many training images a compression looks at, unless it was told otherwise."""
+
+
 class LayerCount(TypedDict):
     """What one layer kept; ``kind`` is the unit of ``kept`` and ``total``, for example ``"filters"``."""
 
@@ -203,6 +207,11 @@ class Record:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only __post_init__ calls this
+
+
+def factorises(compressor: str) -> bool:
+    """Return whether a compressor or a link of it is rank."""
+    return "rank" in compressor.split("+")
 
 
 def record_key(

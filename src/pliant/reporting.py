@@ -42,7 +42,7 @@ from pliant.curves import (
 )
 from pliant.errors import BadInput
 from pliant.files import write_text
-from pliant.records import LayerCount, Record, read_records
+from pliant.records import CALIBRATION, LayerCount, Record, factorises, read_records
 from pliant.standings import ACCURACIES, KEPT, Standing, standings
 from pliant.tables import comparison_markdown, comparison_table, percent, summary_table
 
@@ -260,11 +260,11 @@ def _command(record: Record, runs: str) -> list[str] | None:
     if "retraining" in record.config or variant not in ("", "whitened"):
         return None
     words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
-    if "rank" in compressor.split("+") and not variant:
+    if factorises(compressor) and not variant:
         words += ["--whiten", "false"]
     if record.allocation not in ("", "global"):
         words += ["--allocation", record.allocation]
-    if (calibration := record.config.get("calibration", 2048)) != 2048:
+    if (calibration := record.config.get("calibration", CALIBRATION)) != CALIBRATION:
         words += ["--calibration", str(calibration)]
     return words
 

@@ -12,7 +12,7 @@ from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
 from pliant.files import locked
 from pliant.lines import check_appendable
-from pliant.records import Record, append_record, read_records
+from pliant.records import CALIBRATION, Record, append_record, read_records
 from pliant.runs import Run
 from pliant.trials import Trial, check_names, pattern_compressor
 
@@ -25,7 +25,7 @@ def sweep(
     ratios: str | Sequence[float] | None = None,
     allocation: str = "global",
     pattern: str | None = None,
-    calibration: int = 2048,
+    calibration: int = CALIBRATION,
     precision: str = "auto",
     whiten: bool = True,
     scheme: str = "channel",

@@ -148,17 +148,18 @@ def _cells(standing: Standing) -> list[str]:
     cost = standing.cost
     return [
         str(first.n),
-        _spread(first),
-        "best baseline" if standing.is_baseline else "-" if standing.versus is None else _spread(standing.versus, "+"),
+        spread(first),
+        "best baseline" if standing.is_baseline else "-" if standing.versus is None else spread(standing.versus, "+"),
         percent(standing.curve.dense),
         *("-" if accuracy is None else percent(accuracy) for accuracy in standing.kept),
-        _spread(standing.other),
-        _spread(others[0]) if others else "-",
+        spread(standing.other),
+        spread(others[0]) if others else "-",
         *(["-"] * 3 if cost is None else [f"{cost.step:.2f}", f"{cost.memory:.2f}", f"{cost.seconds:.0f}"]),
     ]
 
 
-def _spread(value: Estimate, sign: str = "") -> str:
+def spread(value: Estimate, sign: str = "") -> str:
+    """Return an estimate in % with its confidence interval, if it has one."""
     half = "" if value.half is None else f" ± {100 * value.half:.1f}"
     return f"{100 * value.mean:{sign}.1f}{half}"
 

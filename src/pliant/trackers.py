@@ -8,7 +8,6 @@ where the run folder is told to programs.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
 import sys
@@ -79,7 +78,9 @@ def start_trackers(names: list[str], folder: Path, settings: dict[str, Any], *, 
             if name != "trackio":  # has them; Accelerate would add a setting "allow_val_change"
                 tracker.store_init_configuration(configuration)
             if name == "mlflow":
-                _module(name).set_tag(FOLDER_TAG, folder.resolve().as_uri())
+                import mlflow
+
+                mlflow.set_tag(FOLDER_TAG, folder.resolve().as_uri())
             trackers.append(tracker)
     return trackers
 
@@ -89,19 +90,17 @@ def finish_trackers(trackers: list[Any]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         for tracker in trackers:
             if tracker.name == "trackio":
-                _module("trackio").finish()  # Accelerate's leaves a run behind that is finished once more at exit
+                import trackio
+
+                trackio.finish()  # Accelerate's leaves a run behind that is finished once more at exit
             else:
                 tracker.finish()
 
 
 def _mlflow_run(folder: Path) -> str | None:
     """Return the last run that was logged from this folder, None if the store has none."""
+    import mlflow
+
     tag = f"tags.{FOLDER_TAG} = '{folder.resolve().as_uri()}'"  # a URI has no quotation marks
-    runs = _module("mlflow").search_runs(
-        search_all_experiments=True, filter_string=tag, max_results=1, output_format="list"
-    )
+    runs = mlflow.search_runs(search_all_experiments=True, filter_string=tag, max_results=1, output_format="list")
     return runs[0].info.run_id if runs else None
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(name)  # not by a statement: type checkers would miss a package that is optional

@@ -33,7 +33,7 @@ from pliant.compression.factored import SCHEMES
 from pliant.data import Loader
 from pliant.errors import BadInput
 from pliant.methods import parse_pattern
-from pliant.records import Key, LayerCount, Record, record_key
+from pliant.records import CALIBRATION, Key, LayerCount, Record, factorises, record_key
 from pliant.runs import Run, versions
 
 COMPRESSORS = ("filters", "heads", "rank", "weights", "nm")
@@ -47,8 +47,6 @@ UNITS = {
     "SemiStructured": "weights",
 }
 LATENCY_BATCH = 1
-CALIBRATION = 2048
-"""How many training images are looked at unless told otherwise."""
 
 
 class Trial:
@@ -263,11 +261,6 @@ def record_name(compressor: str, whiten: bool, scheme: str = "channel") -> str:
     """Return the name that records give a compressor: with its variant."""
     variant = "whitened" if whiten and factorises(compressor) else scheme.removeprefix("channel")
     return f"{compressor}-{variant}" if variant else compressor
-
-
-def factorises(compressor: str) -> bool:
-    """Return whether a compressor or a link of it is rank."""
-    return "rank" in compressor.split("+")
 
 
 def check_names(compressor: str, allocation: str) -> None:

@@ -92,15 +92,15 @@ class Spectra(Analysis):
     layers: Mapping[str, tuple[Spectrum, ...]]
     scheme: str
     whitened: bool
-    curves: dict[tuple[str, str], _Curves] = field(default_factory=dict)
+    _curves: dict[tuple[str, str], _Curves] = field(default_factory=dict, init=False, repr=False)
 
     def curves_of(self, cost: str, allocation: str) -> _Curves:
         """Return what can be done to each layer, found when it is first asked for: no ratio changes it."""
-        if (cost, allocation) not in self.curves:
+        if (cost, allocation) not in self._curves:
             cuts = {name: _cuts(spectra, cost) for name, spectra in self.layers.items()}
             options = [Options(tuple(c.cost for c in offer), tuple(c.loss for c in offer)) for offer in cuts.values()]
-            self.curves[cost, allocation] = _Curves(cuts, options, STEPS[allocation](options))
-        return self.curves[cost, allocation]
+            self._curves[cost, allocation] = _Curves(cuts, options, STEPS[allocation](options))
+        return self._curves[cost, allocation]
 
 
 @dataclass(frozen=True)

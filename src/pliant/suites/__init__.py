@@ -34,6 +34,7 @@ from pliant.baselines.retraining import SCHEDULES
 from pliant.compression.base import check_choice
 from pliant.errors import BadInput, DamagedFile, shown, unknown
 from pliant.methods import METHODS, with_defaults
+from pliant.records import CALIBRATION
 from pliant.sweeping import parse_ratios
 from pliant.training import check_kinds, check_settings, train
 from pliant.trials import check_names, pattern_compressor, record_name
@@ -107,7 +108,7 @@ class Suite:
     methods: tuple[Entrant, ...]
     retraining: Retraining | None = None
     equal: tuple[str, ...] = ("epochs",)
-    calibration: int = 2048
+    calibration: int = CALIBRATION
 
     @classmethod
     def open(cls, name: str | Path) -> Suite:
@@ -160,7 +161,7 @@ class Suite:
             methods=methods,
             retraining=_retraining(suite.get("retraining"), methods),
             equal=tuple(_list("equal", suite.get("equal", ["epochs"]))),
-            calibration=suite.get("calibration", 2048),
+            calibration=suite.get("calibration", CALIBRATION),
         )
         made._check()
         return made
