@@ -87,19 +87,16 @@ def sfw_entries(shape: Shape, processes: int) -> Cost:
 
 
 def sfw_rank(shape: Shape, processes: int) -> Cost:
-    """One power iteration with b directions, their order, and the vertex of rank k."""
+    """One power iteration with k directions, in two products of b columns, its shift, and the vertex of rank k."""
     m, n = shape
     r, c = min(shape), max(shape)
-    k = directions(shape)
-    b = kept_directions(shape)
-    products = 4 * m * n * b + 2 * m * n * k + 4 * c * b**2 + 2 * r * b * k + 6 * b**3
-    decompositions = 4 * r * b**2 - 4 / 3 * b**3 + 2 * (8 / 3 * b**3)
-    received = ring(n * b, processes)
-    if m > n:
-        received += ring(b**2, processes) + 2 * processes * 4
-    else:
-        received += processes * math.ceil(m / processes) * b + 2 * processes * 3
-    return Cost(products, decompositions, m * n + c * b, received)
+    k, b = directions(shape), columns_in_a_product(shape)
+    products = 4 * m * n * b + 2 * m * n * k + 2 * c * k**2
+    decompositions = 4 * r * k**2 - 4 / 3 * k**3 + k**3 / 3  # QR, and the inverse of a triangle
+    norms = 4 if m > n else 3
+    little = k if m > n else min(math.ceil(m / processes), k) * k
+    received = ring(n * k, processes) + processes * (little + 2 * norms)
+    return Cost(products, decompositions, m * n + c * k, received)
 
 
 def muon(shape: Shape, processes: int) -> Cost:
@@ -130,9 +127,9 @@ def directions(shape: Shape) -> int:
     return max(1, round(SHARE * min(shape)))
 
 
-def kept_directions(shape: Shape) -> int:
-    """One and a half times k, a multiple of 16, at most all."""
-    return min(*shape, 16 * math.ceil(1.5 * directions(shape) / 16))
+def columns_in_a_product(shape: Shape) -> int:
+    """As many as directions, but a multiple of 16: zeros fill them up."""
+    return 16 * math.ceil(directions(shape) / 16)
 
 
 def ring(count: float, processes: int) -> float:

@@ -26,8 +26,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import Timer
 
 import pliant
+from pliant.measuring import resolve_precision
 from pliant.norms import KSupport, Spectral
 from pliant.oracles import leading_vertices
+from pliant.sfw import BATCHED_SPECTRAL
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -144,14 +146,19 @@ def spectral(rounds: int) -> str:
 
     matrices = [decaying(shape) for shape in shapes]
     ranks = [max(1, round(0.1 * min(a.flatten(1).shape))) for a in matrices]
-    bases = [
-        leading_vertices(Spectral(KSupport(k)), [a[None]], None, 1)[1] for a, k in zip(matrices, ranks, strict=True)
-    ]
-    memory = [torch.empty_like(a)[None] for a in matrices]
+    # As the optimizer does: small layers of one shape together.
+    stacks: dict[Any, list[Tensor]] = {}
+    for i, a in enumerate(matrices):
+        stacks.setdefault(a.shape if a.numel() <= BATCHED_SPECTRAL else i, []).append(a)
+    batches = [torch.stack(members) for members in stacks.values()]
+    norms = [Spectral(KSupport(max(1, round(0.1 * min(b[0].flatten(1).shape))))) for b in batches]
+    bases = [leading_vertices(norm, [b], None, 1)[1] for norm, b in zip(norms, batches, strict=True)]
+    kept = torch.empty(max(b.numel() for b in batches))  # one for all, as in the optimizer
+    memory = [kept[: b.numel()].view(b.shape) for b in batches]
 
     def ours() -> None:
-        for i, (a, k) in enumerate(zip(matrices, ranks, strict=True)):
-            _, bases[i], _ = leading_vertices(Spectral(KSupport(k)), [a[None]], bases[i], 1, [memory[i]])
+        for i, (norm, b) in enumerate(zip(norms, batches, strict=True)):
+            _, bases[i], _ = leading_vertices(norm, [b], bases[i], 1, [memory[i]])
 
     weights = [nn.Parameter(a.flatten(1).clone()) for a in matrices]
     for w in weights:
@@ -222,7 +229,10 @@ def training(rounds: int) -> str:
         "Forward, backward, step. The optimizers take turns on one network with lr = 0, so that all see the same "
         "weights.\n\n"
     )
-    for precision in ("float32", "bf16 autocast, channels last"):
+    precisions = ["float32"]
+    if resolve_precision("auto", torch.device("cpu")) == "bf16":  # emulated, it would be ten times slower
+        precisions.append("bf16 autocast, channels last")
+    for precision in precisions:
         model, inputs = resnet18(), images
         if precision != "float32":
             model, inputs = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pliant.linalg import _kth_largest, keep_largest, keep_n_of_m, topk_mask
+from pliant.linalg import _kth_largest, advanced, keep_largest, keep_n_of_m, orthonormalised, times, topk_mask
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
 from pliant.oracles import keeps_directions, leading_vertices, unit_vertices, well_scaled
 
@@ -198,8 +198,8 @@ def test_batched_directions_are_those_of_single_matrices() -> None:
     vertices, basis, value = leading_vertices(norm, [g], None, 2)
     alone = [leading_vertices(norm, [x[None]], None, 2) for x in g]
     torch.testing.assert_close(value, torch.cat([a[2] for a in alone]))
-    assert basis.shape == (4, 30, 16)
-    for x, vertex in zip(g, vertices[0].carrier, strict=True):
+    assert basis.shape == (4, 30, 3)
+    for x, vertex in zip(g, vertices[0].factor * vertices[0].carrier, strict=True):
         assert norm(vertex) == pytest.approx(1, rel=1e-9)
         assert torch.sum(x * vertex) > 0.9 * norm.dual(x)
 
@@ -237,6 +237,46 @@ def test_ten_steps_reach_what_is_promised(rho: float, share: float, shape: tuple
         g = rho * g + math.sqrt(1 - rho**2) * noise()
         _, basis, value = leading_vertices(norm, [g[None]], basis, 1)
     assert value >= share * norm.dual(g)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 16, 17])
+def test_an_iteration_is_shifted_by_a_share_of_the_smallest_rayleigh_quotient(columns: int) -> None:
+    a, z = gaussian((2, 20, 30), 1), gaussian((2, 30, columns), 2)
+    u, r = orthonormalised(times(a, z))
+    torch.testing.assert_close(u @ r, a @ z)
+    assert (r.diagonal(dim1=1, dim2=2) > 0).all()
+    right = times(a.mT, u)
+    (got,) = advanced([right], [z], r, right.square().sum(dim=1))
+    shift = 0.47 * right.square().sum(dim=1).amin(dim=1)[:, None, None]
+    torch.testing.assert_close(got, (a.mT @ a - shift * torch.eye(30)) @ z @ torch.linalg.inv(r))
+
+
+def test_a_shift_counts_as_a_second_iteration() -> None:
+    # Without it the share of the unwanted directions shrinks by (0.9)² here, with it by (0.81 − 0.47) / (1 − 0.47).
+    spectrum = torch.cat([torch.ones(4), 0.9 * torch.ones(36)]).double()
+    left, right = (torch.linalg.qr(gaussian((40, 40), seed)).Q for seed in (1, 2))
+    a, z = ((left * spectrum) @ right.T)[None], gaussian((1, 40, 4), 3)
+    wanted = right[:, :4]
+    tangents = []
+    for _ in range(30):
+        u, r = orthonormalised(a @ z)
+        back = a.mT @ u
+        (z,) = advanced([back], [z], r, back.square().sum(dim=1))
+        inside = wanted.T @ z[0]
+        tangents.append(torch.linalg.matrix_norm((z[0] - wanted @ inside) @ torch.linalg.inv(inside), 2).item())
+    assert tangents[-1] / tangents[-2] == pytest.approx((0.81 - 0.47) / (1 - 0.47), rel=0.02)
+
+
+def test_directions_outlive_another_k() -> None:
+    g = gaussian((40, 60)) * 0.9 ** torch.arange(60)
+    basis = None
+    for _ in range(30):
+        _, basis, _ = leading_vertices(Spectral(KSupport(8)), [g[None]], basis, 1)
+    for k, share in ((5, 0.9999), (12, 0.95)):  # of more directions, some are new
+        norm = Spectral(KSupport(k))
+        _, other, value = leading_vertices(norm, [g[None]], basis, 1)
+        assert other.shape == (1, 60, k)
+        assert share * norm.dual(g) < value <= norm.dual(g) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -523,7 +523,7 @@ def test_step_runs_on_meta_tensors() -> None:
     for _ in range(2):
         p.grad = torch.empty_like(p)
         opt.step()
-    assert opt.state[p]["basis"].shape == (40, 16)
+    assert opt.state[p]["basis"].shape == (40, 3)
 
 
 # --- the gap ----------------------------------------------------------------------------------------------------------

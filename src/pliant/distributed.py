@@ -7,7 +7,7 @@ whole rows, and a vertex needs little of the others:
 * entries (``KSparse``, ``KSupport``, ``Lp(1)``): how many entries lie in which range, a few thousand counts however
   large the tensor and k are; each round narrows the range that the k-th largest entry is in.
 * ``Spectral`` with kept directions: the sum over processes of Gᵀ(GZ), columns × directions, and where there are more
-  columns than rows the rows of GZ.
+  columns than rows a triangle of directions × directions.
 * ``Lp(2)``, ``Lp(inf)`` and ``Blocks`` inside the pieces: a single norm.
 
 For everything else (``Lp`` with other p, small or full-rank ``Spectral`` balls, orthogonal rows, grouped convolutions,
@@ -37,14 +37,16 @@ from torch.nn.functional import pad
 
 from pliant.ball import NormBall
 from pliant.linalg import (
-    _ordered,
     _stirred,
+    advanced,
     common_dtype,
     divide_or_zero,
     keep_n_of_m,
     long_norm,
+    orthonormalised,
     power_of_two_scale,
     starting_directions,
+    times,
     vector_norm,
 )
 from pliant.norms import (
@@ -60,7 +62,14 @@ from pliant.norms import (
     _as_matrix,
     _without_vanished,
 )
-from pliant.oracles import Vertex, _block_size, _equal_lengths, _rank, leading_vertices, unit_vertices
+from pliant.oracles import (
+    AT_FIRST,
+    Vertex,
+    _equal_lengths,
+    leading_vertices,
+    rank_of_vertices,
+    unit_vertices,
+)
 
 # The bits of a magnitude are looked at in these portions, from the first on: 2^11 counts at most are sent at a time.
 _PORTIONS = {torch.float32: (11, 10, 10), torch.float64: (11, 11, 11, 10, 10, 10)}
@@ -223,57 +232,76 @@ class Shards:
             whole = [x[None] for x in self._whole([x[0] for x in directions])]
             vertices, basis, value = leading_vertices(norm, whole, basis, iterations)
             return self._pieces(vertices), basis, value
-        rank = _rank(norm)
+        rank = rank_of_vertices(norm)
         assert rank is not None, f"{norm} has vertices of full rank"
         matrices = [x.flatten(2) for x in directions]
         # Over cut rows a sum takes all processes: those are on the right of an upright matrix, on the left of others.
         upright = self._upright()
         wide = [not up for up in upright]
-        size = _block_size(rank, sum(min(shape[0], math.prod(shape[1:])) for shape in self.shapes))
         lengths = self._basis_lengths(norm)
-        if basis is None or basis.shape[1:] != (sum(lengths), size):
-            right, iterations = self._start(matrices, size), iterations + 2
+        if basis is None or basis.shape[1] != sum(lengths):
+            start, iterations = self._start(matrices, rank), iterations + AT_FIRST
         else:
-            right = list(basis.to(matrices[0].dtype).split(lengths, dim=1))
+            kept, missing = basis[:, :, :rank].to(matrices[0].dtype), rank - basis.shape[2]
+            start = list(kept.split(lengths, dim=1))
+            if missing > 0:
+                start = [torch.cat(z, dim=2) for z in zip(start, self._start(matrices, missing), strict=True)]
         for _ in range(iterations):
-            right = [self._stirred(z, j) for j, z in enumerate(right)]
-            image = [g.mT @ z if up else g @ z for g, z, up in self._zip(matrices, right)]
-            image = self._summed(self._all_rows(image, wide), upright)
-            joined = torch.cat(image, dim=1)
-            basis = torch.linalg.qr(joined).Q
-            basis = basis * (joined != 0).any(dim=2, keepdim=True)
-            left = list(basis.split([x.shape[1] for x in image], dim=1))
-            right = [g @ u if up else g.mT @ u for g, u, up in self._zip(matrices, self._own_rows(left, wide))]
+            start = [self._stirred(z, j) for j, z in enumerate(start)]
+            image = [times(g.mT if up else g, z) for g, z, up in self._zip(matrices, start)]
+            left, triangle = self._orthonormalised(self._summed(image, upright), wide)
+            right = [times(g if up else g.mT, u) for g, u, up in self._zip(matrices, left)]
             right = self._summed(right, wide)
-        grams = self._summed([z.mT @ z for z in right], upright)
-        order = _ordered(torch.stack(grams).sum(dim=0))
-        right = [z @ order for z in right]
-        kept = torch.cat(right, dim=1)
-        left, right = [u @ order[:, :, :rank] for u in left], [z[:, :, :rank] for z in right]
+            squares = [torch.linalg.vecdot(z, z, dim=1) for z in right]
+            start = advanced(right, start, triangle, self._added(squares, upright))
+        basis = torch.cat(start, dim=1)
         if isinstance(norm.inner, KSparse):
             left, right, value = _equal_lengths(left, self._all_rows(right, upright))
             right = self._own_rows(right, upright)
         else:
             value = self.length([z.flatten() for z in right], upright)
             right = [divide_or_zero(z, value) for z in right]
-        left = self._own_rows(left, wide)
         products = [z @ u.mT if up else u @ z.mT for u, z, up in zip(left, right, upright, strict=True)]
         one = torch.ones_like(value)
-        return [Vertex(v.view_as(x), one) for v, x in zip(products, directions, strict=True)], kept, value
+        return [Vertex(v.view_as(x), one) for v, x in zip(products, directions, strict=True)], basis, value
 
-    def _start(self, matrices: list[Tensor], size: int) -> list[Tensor]:
+    def _start(self, matrices: list[Tensor], count: int) -> list[Tensor]:
         """Return this process's part of the directions that one process would start from."""
         columns = [max(shape[0], math.prod(shape[1:])) for shape in self.shapes]
         like = [x.new_empty((1, 0, n)) for x, n in zip(matrices, columns, strict=True)]
-        return [
-            z[:, slice(*span)] if up else z
-            for z, span, up in zip(starting_directions(like, size), self._spans, self._upright(), strict=True)
-        ]
+        return self._own_rows(starting_directions(like, count), self._upright())
 
     def _stirred(self, z: Tensor, j: int) -> Tensor:
         if not self._upright()[j]:
             return _stirred(z)
-        return _stirred(z, self._spans[j][0], self.shapes[j][0], self.length([z.flatten()], [True]).view(1, 1, 1))
+        return _stirred(z, self._spans[j][0], self.shapes[j][0], self.length([z[0, :, -1]], [True]))
+
+    def _orthonormalised(self, image: list[Tensor], cut: list[bool]) -> tuple[list[Tensor], Tensor]:
+        """Return what :func:`~pliant.linalg.orthonormalised` does of the parts one above the other, and R.
+
+        Of parts that are cut each process has some rows. The QR factorisation of all is that of all processes' R.
+        (Demmel, Grigori, Hoemmen, Langou 2012, Communication-optimal parallel and sequential QR and LU factorizations.)
+        """
+        own = [torch.linalg.qr(x) if c else None for x, c in zip(image, cut, strict=True)]
+        tops, places = [], []
+        for x, factors, size in zip(image, own, self._sizes, strict=True):
+            if factors is None:
+                tops.append(x)
+                places.append(slice(0, x.shape[1]))
+                continue
+            _, r = factors
+            most = min(size, x.shape[2])
+            padded = pad(r, (0, 0, 0, most - r.shape[1]))
+            tops.append(self._gather(padded.flatten()).view(1, -1, x.shape[2]))
+            places.append(slice(self._rank * most, self._rank * most + r.shape[1]))
+        basis, triangle = orthonormalised(torch.cat(tops, dim=1))
+        left = []
+        for x, factors, part, place in zip(
+            image, own, basis.split([top.shape[1] for top in tops], dim=1), places, strict=True
+        ):
+            u = part[:, place]
+            left.append(u if factors is None else (factors[0] @ u).mul_((x != 0).any(dim=2, keepdim=True)))
+        return left, triangle
 
     def _all_rows(self, parts: list[Tensor], cut: list[bool]) -> list[Tensor]:
         """Return the parts (1, rows, columns) with the rows of all processes, those that are cut."""
@@ -291,10 +319,18 @@ class Shards:
 
     def _summed(self, parts: list[Tensor], over: list[bool]) -> list[Tensor]:
         """Return the parts, those marked in ``over`` summed over processes."""
+        parts = [x.contiguous() if c else x for x, c in zip(parts, over, strict=True)]
         for x, c in zip(parts, over, strict=True):
             if c:
                 dist.all_reduce(x, group=self._group)
         return parts
+
+    def _added(self, parts: list[Tensor], over: list[bool]) -> Tensor:
+        """Return the sum of the parts (1, n), those marked in ``over`` summed over processes, too."""
+        if not any(over):
+            return torch.stack(parts).sum(dim=0)
+        own = torch.stack(self._own(parts, over)).sum(dim=0)
+        return self._gather(own.flatten()).sum(dim=0, keepdim=True)
 
     def joined_basis(self, norm: Spectral, bases: Sequence[Tensor | None]) -> Tensor | None:
         """Return what :meth:`parted_basis` took apart; None if some part is missing or of another kind."""

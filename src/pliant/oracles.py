@@ -37,7 +37,7 @@ from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Shape, Spect
 
 MANY = 32  # from this many singular directions on, products that find a polar factor cost less than a decomposition
 SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
-OVERSAMPLING = 1.5  # directions in the iteration for each direction of the vertex
+AT_FIRST = 2  # iterations more where nothing is known of the directions
 SAFE = 2.0**40  # squares of numbers between 1/SAFE and SAFE, and their sums, neither overflow nor vanish in float32
 
 
@@ -165,7 +165,7 @@ def keeps_directions(norm: Spectral, shapes: Sequence[Shape]) -> bool:
 
     It is for balls with vertices of low rank, if some matrix is large enough to be worth it.
     """
-    rank = _rank(norm)
+    rank = rank_of_vertices(norm)
     large = any(min(norm._block_shape(shape)) > SMALL for shape in shapes)
     return rank is not None and large and rank != norm.length(shapes)
 
@@ -182,7 +182,7 @@ def leading_vertices(
     Args:
         norm: with vertices of low rank, see :func:`keeps_directions`.
         stacks: one stack (L, *shape), or J stacks with L = 1 for a joint ball.
-        basis: what the last call returned; None: start anew, with a few more iterations.
+        basis: what the last call returned, perhaps for another rank; None: start anew, with a few more iterations.
         iterations: of block power iteration.
         memory: for carriers where L = 1, shaped as the stacks.
 
@@ -190,30 +190,30 @@ def leading_vertices(
         The vertices; the basis for the next call, (L, all columns, directions); and −⟨direction, vertex⟩ per member
         (L,), which is at most the dual norm and tells how good the vertex is.
     """
-    rank = _rank(norm)
+    rank = rank_of_vertices(norm)
     assert rank is not None, f"{norm} has vertices of full rank"
     memory = [torch.empty_like(x) for x in stacks] if memory is None else memory
     blocks = [block for x in stacks for block in _matrices(x, norm)]
     # The left directions, which QR makes orthonormal, are those of the smaller side.
     upright = [a.shape[1] > a.shape[2] for a in blocks]
     blocks = [a.mT if up else a for a, up in zip(blocks, upright, strict=True)]
-    size = _block_size(rank, sum(a.shape[1] for a in blocks))
     columns = [a.shape[2] for a in blocks]
-    if basis is None or basis.shape[1:] != (sum(columns), size):
-        start, iterations = starting_directions(blocks, size), iterations + 2
+    if basis is None or basis.shape[1] != sum(columns):
+        start, iterations = starting_directions(blocks, rank), iterations + AT_FIRST
     else:
-        start = list(basis.to(blocks[0].dtype).split(columns, dim=1))
-    left, right, start = leading_directions(blocks, start, rank, iterations)
+        start = more_directions(basis.to(blocks[0].dtype).split(columns, dim=1), blocks, rank)
+    left, right, start = leading_directions(blocks, start, iterations)
     if isinstance(norm.inner, KSparse):
         left, right, value = _equal_lengths(left, right)
+        factor = torch.ones_like(value)
     else:
         # Any basis will do: left·rightᵀ/‖right‖ has rank k and Frobenius norm 1.
         value = _norms(right, None)[0]
-        right = [divide_or_zero(z, along(value, z)) for z in right]
+        factor = torch.where(value == 0, 0, 1 / value)
     factors = [(z, u) if up else (u, z) for u, z, up in zip(left, right, upright, strict=True)]
     for index, out in enumerate(memory):
         _write_products(factors[index * norm.groups : (index + 1) * norm.groups], norm, out)
-    vertices = [Vertex(out, torch.ones_like(value[:1])) for out in memory]
+    vertices = [Vertex(out, along(factor, out)) for out in memory]
     return vertices, start[0] if len(start) == 1 else torch.cat(start, dim=1), value
 
 
@@ -229,12 +229,15 @@ def _equal_lengths(left: list[Tensor], right: list[Tensor]) -> tuple[list[Tensor
     return [x @ vh.mT for x in left], list(rotated), s.sum(dim=1)
 
 
-def _block_size(rank: int, n: int) -> int:
-    # A multiple of 16 costs matrix products no more than the number below it.
-    return min(n, 16 * math.ceil(OVERSAMPLING * rank / 16))
+def more_directions(kept: Sequence[Tensor], blocks: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return so many directions: the leading ones of those kept, or all and some to start from."""
+    missing = count - kept[0].shape[2]
+    if missing <= 0:
+        return [z[:, :, :count] for z in kept]
+    return [torch.cat([z, new], dim=2) for z, new in zip(kept, starting_directions(blocks, missing), strict=True)]
 
 
-def _rank(norm: Spectral) -> int | None:
+def rank_of_vertices(norm: Spectral) -> int | None:
     """Return the largest rank of a vertex, None where it is full."""
     match norm.inner:
         case KSupport(k) | KSparse(k):

@@ -37,7 +37,15 @@ from pliant.linalg import (
     readable,
 )
 from pliant.norms import Spectral
-from pliant.oracles import Vertex, along, keeps_directions, leading_vertices, unit_vertices, well_scaled
+from pliant.oracles import (
+    Vertex,
+    along,
+    keeps_directions,
+    leading_vertices,
+    rank_of_vertices,
+    unit_vertices,
+    well_scaled,
+)
 
 if TYPE_CHECKING:
     from pliant.distributed import Shards
@@ -49,8 +57,8 @@ FAR_OUTSIDE = 2.0  # a first step that shrinks a parameter by more than this fac
 MEASURE_EVERY, MEASURE_AT, MEASURE_BY = 64, 8, 4
 ENOUGH, PLENTY = 0.98, 0.998
 # Tensors up to this size are stacked. Larger ones fill a device by themselves, and would take its memory; on a CPU they
-# do better one by one, in the cache.
-BATCHED, BATCHED_ON_CPU = 2**20, 2**15
+# do better one by one, in the cache, unless the number of operations is what costs: Spectral.
+BATCHED, BATCHED_ON_CPU, BATCHED_SPECTRAL = 2**20, 2**15, 2**18
 RESCALES: tuple[Rescale, ...] = ("gradient", "fast-gradient", "diameter", None)
 
 
@@ -66,8 +74,8 @@ class SFW(Optimizer):
     does not wait for the device; on CUDA, torch's own singular value decompositions do, which ``Spectral`` balls use
     for matrices of up to 16 rows or columns, and for fewer than 32 directions of equal lengths (``KSparse``).
 
-    The state of a parameter is its ``momentum_buffer`` and, under a large ``Spectral`` ball, its ``basis`` of about 1.5
-    times k columns. On a CPU the optimizer also keeps memory for one vertex, as large as the largest
+    The state of a parameter is its ``momentum_buffer`` and, under a large ``Spectral`` ball, its ``basis`` of k
+    columns. On a CPU the optimizer also keeps memory for one vertex, as large as the largest
     tensor with a ball.
 
     Parameters may be DTensors, cut by ``fully_shard`` (FSDP2) or by hand: every process then calls ``step`` and
@@ -191,11 +199,17 @@ class SFW(Optimizer):
 
     @torch.no_grad()
     def set_ball(self, group: dict[str, Any], ball: NormBall) -> None:
-        """Give a group of this optimizer another ball: its weights are scaled inside, its momentum is kept."""
+        """Give a group of this optimizer another ball: its weights are scaled inside, its momentum is kept.
+
+        Of singular directions the leading ones are kept, as many as the ball asks for.
+        """
         _check_options(group, ball)
         _check_ball_fits(ball, group["params"], joint=group["joint"])
         group["ball"] = ball.to_spec()
         started = [p for p in group["params"] if p in self.state]
+        for p in started:
+            if "basis" in self.state[p] and isinstance(ball.norm, Spectral):
+                self.state[p]["basis"] = self.state[p]["basis"][:, : rank_of_vertices(ball.norm)]
         for members in [started] if group["joint"] else [[p] for p in started]:
             if members:
                 _scale_inside(members, ball, group)
@@ -218,7 +232,7 @@ class SFW(Optimizer):
             if ball is None:
                 self._sgd_step([p for p in group["params"] if p.grad is not None], group)
                 continue
-            for sets in self._batches(group):
+            for sets in self._batches(group, ball):
                 self._constrained_step(sets, ball, group)
         return loss
 
@@ -370,12 +384,13 @@ class SFW(Optimizer):
 
     # --- state ---
 
-    def _batches(self, group: dict[str, Any]) -> list[list[list[Tensor]]]:
+    def _batches(self, group: dict[str, Any], ball: NormBall) -> list[list[list[Tensor]]]:
         """Return the sets of tensors that move together, those that can be handled in one batch side by side."""
         batches: dict[Any, list[list[Tensor]]] = {}
+        on_cpu = BATCHED_SPECTRAL if isinstance(ball.norm, Spectral) else BATCHED_ON_CPU
         for index, members in enumerate(self._sets_with_gradient(group)):
             p = members[0]
-            most = BATCHED_ON_CPU if p.device.type == "cpu" else BATCHED
+            most = on_cpu if p.device.type == "cpu" else BATCHED
             alone = group["joint"] or group["foreach"] is False or p.numel() > most or is_sharded(members)
             state = self.state.get(p, {})
             pace = ("basis" in state, state.get("iterations"), state.get("steps"))
