@@ -228,6 +228,10 @@ def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "onnx" in page.read_text(encoding="utf-8"):
         pytest.importorskip("onnxruntime")
+    if "accelerate" in page.read_text(encoding="utf-8"):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()  # of a test before this one in the same process
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     run_page(page, monkeypatch)
