@@ -41,6 +41,7 @@ PRESETS: dict[str, Any] = {
     "spectral, k = 10 %": pliant.rank(0.1),
     "spectral, k = 2 %": pliant.rank(0.02),
 }
+FUSED = ", fused"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -84,13 +85,15 @@ def optimizer(model: nn.Module, name: str, lr: float = 1e-6) -> torch.optim.Opti
     if name == "SGD":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, foreach=True)
     # The classifier and what is not a matrix take the step of SGD, and so does a first layer that 2:4 cannot hold.
-    rules = [("fc.*", None), *([("conv1.*", None)] if name == "2:4" else []), ("*.weight", PRESETS[name])]
-    return pliant.SFW(pliant.constrain(model, rules, default=None), lr=lr, momentum=0.9)
+    preset = name.removesuffix(FUSED)
+    rules = [("fc.*", None), *([("conv1.*", None)] if preset == "2:4" else []), ("*.weight", PRESETS[preset])]
+    groups = pliant.constrain(model, rules, default=None)
+    return pliant.SFW(groups, lr=lr, momentum=0.9, fused=name.endswith(FUSED))
 
 
 def step_times(rounds: int) -> str:
     model = resnet18()
-    names = ["SGD", *PRESETS]
+    names = ["SGD", *PRESETS, *(f"{name}{FUSED}" for name in PRESETS if "spectral" not in name)]
     times = take_turns({name: optimizer(model, name).step for name in names}, rounds)
     memory = {name: peak_memory(name) for name in names}
     rows = [

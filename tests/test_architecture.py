@@ -37,9 +37,10 @@ ALLOWED = {
     "norms": {"projections", "linalg"},
     "ball": {"norms", "linalg"},
     "oracles": {"norms", "linalg"},
+    "fused": {"oracles", "norms", "linalg"},
     "distributed": {"oracles", "ball", "norms", "linalg"},
-    "sfw": {"distributed", "oracles", "ball", "norms", "linalg"},
-    "constraints": {"sfw", "distributed", "oracles", "ball", "norms", "linalg", "errors"},
+    "sfw": {"distributed", "fused", "oracles", "ball", "norms", "linalg"},
+    "constraints": {"sfw", "distributed", "fused", "oracles", "ball", "norms", "linalg", "errors"},
     "layers": {"attention", "errors"},
     "blocks": {"constraints", "attention", "groups", "errors"},
     # Neither norms, ball nor sfw: a mistake there must not help or harm both sides of a comparison.

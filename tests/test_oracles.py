@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pliant.linalg import _kth_largest, advanced, keep_largest, keep_n_of_m, orthonormalised, times, topk_mask
+from pliant.linalg import advanced, keep_largest, keep_n_of_m, kth_largest, orthonormalised, times, topk_mask
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
 from pliant.oracles import keeps_directions, leading_vertices, unit_vertices, well_scaled
 
@@ -125,7 +125,7 @@ def test_selection_from_many_entries(share: float, kind: str) -> None:
     out = torch.empty_like(x)
     keep_largest([x], k, [out])
     assert torch.equal(out, x * topk_mask(x.abs(), k))
-    threshold, surplus = _kth_largest([x[:100_000].numpy(), x[100_000:].numpy()], k)
+    threshold, surplus = kth_largest([x[:100_000].numpy(), x[100_000:].numpy()], k)
     assert threshold == x.abs().sort(descending=True).values[k - 1]
     assert surplus == int((x.abs() >= threshold).sum()) - k
 

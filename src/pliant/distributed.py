@@ -60,7 +60,7 @@ from pliant.norms import (
     Shape,
     Spectral,
     _as_matrix,
-    _without_vanished,
+    without_vanished,
 )
 from pliant.oracles import (
     AT_FIRST,
@@ -443,7 +443,7 @@ class Shards:
             a = torch.cat([part.flatten()[: shape[0]] for part, shape in zip(parts, self.shapes, strict=True)])
         else:
             a = vector_norm(parts[0], dim=0)
-        return scale, _without_vanished(a), places
+        return scale, without_vanished(a), places
 
     def _channels(self, norm: Channels, j: int, device: torch.device) -> Tensor:
         """Return the channel that each row here belongs to."""

@@ -162,7 +162,7 @@ def keep_largest(tensors: Sequence[Tensor], k: int, outs: Sequence[Tensor]) -> N
         for x, mask, out in zip(flats, masks, flat_outs, strict=True):
             torch.mul(x, mask, out=out)
         return
-    threshold, surplus = _kth_largest([x.detach().numpy() for x in flats], k)
+    threshold, surplus = kth_largest([x.detach().numpy() for x in flats], k)
     # The last tied entries go, so that exactly k stay. Ties of zeros need no choice: they are zero either way.
     for x, out in zip(reversed(flats), reversed(flat_outs), strict=True):
         last = np.zeros(0, dtype=np.int64)
@@ -176,7 +176,7 @@ def keep_largest(tensors: Sequence[Tensor], k: int, outs: Sequence[Tensor]) -> N
             out[torch.from_numpy(last)] = 0
 
 
-def _kth_largest(arrays: list[np.ndarray], k: int) -> tuple[np.floating, int]:
+def kth_largest(arrays: list[np.ndarray], k: int) -> tuple[np.floating, int]:
     """Return the k-th largest magnitude, and how many entries beyond k are at least as large (the surplus of ties).
 
     A sample brackets the answer, one pass counts what is above the bracket and collects what is inside, and the few

@@ -405,7 +405,7 @@ class Rows(_Lift):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         matrix = _as_matrix(x, self.dim)
-        a = _without_vanished(vector_norm(matrix, dim=1))
+        a = without_vanished(vector_norm(matrix, dim=1))
         return a, lambda w: _from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
 
     def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
@@ -463,7 +463,7 @@ class Channels(_Lift):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         runs = self._runs(x)
-        a = _without_vanished(vector_norm(runs, dim=(0, 2)))
+        a = without_vanished(vector_norm(runs, dim=(0, 2)))
 
         def rebuild(w: Tensor) -> Tensor:
             return _from_matrix((divide_or_zero(w, a)[:, None] * runs).flatten(0, 1), x.shape, self.dim)
@@ -615,7 +615,7 @@ def _turned(runs: Tensor, w: Tensor, inner: VectorNorm, columns: int) -> Tensor:
     rows = runs[:, chosen] * (w[chosen] > 0)[:, None]
     turned = polar(rows.reshape(1, -1, columns)).reshape(rows.shape)
     # The iteration is not exact: lengths are, so that the result is in the ball.
-    lengths = _without_vanished(vector_norm(turned, dim=(0, 2)))
+    lengths = without_vanished(vector_norm(turned, dim=(0, 2)))
     factors = torch.where(lengths == 0, 0, divide_or_zero(w[chosen], lengths))
     return torch.zeros_like(runs).index_copy(1, chosen, factors[:, None] * turned)
 
@@ -638,7 +638,7 @@ def _scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
     return [t / scale for t in tensors], scale
 
 
-def _without_vanished(a: Tensor) -> Tensor:
+def without_vanished(a: Tensor) -> Tensor:
     """Return row norms with 0 for the smallest: their squares underflow, and to divide by them would leave the ball."""
     return a.masked_fill(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0)
 

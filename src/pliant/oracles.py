@@ -33,7 +33,7 @@ from pliant.linalg import (
     starting_directions,
     vector_norm,
 )
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral, _without_vanished
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral, without_vanished
 
 MANY = 32  # from this many singular directions on, products that find a polar factor cost less than a decomposition
 SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
@@ -127,7 +127,7 @@ def unit_vertices(
             keep_largest(stacks, k, memory)
             return lengths, _on_the_sphere(memory)
         case Rows(inner) if row_dim is not None:
-            a = _without_vanished(torch.cat([part.flatten() for part in parts]))
+            a = without_vanished(torch.cat([part.flatten() for part in parts]))
             factors = divide_or_zero(inner._align(a), a).split([part.numel() for part in parts])
             return lengths, [Vertex(x, f.view_as(part)) for x, f, part in zip(stacks, factors, parts, strict=True)]
         case Blocks(KSupport(n), size, dim):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pliant import fused
 from pliant.ball import NormBall
 from pliant.linalg import (
     accumulation_dtype,
@@ -101,6 +102,10 @@ class SFW(Optimizer):
             measurement every 64 steps finds its vertices more than 2 % below what further iterations reach.
         foreach: None or True: many tensors at a time, those without a ball by ``torch._foreach`` operations and small
             ones with equal balls and shapes in one batch; False: one by one.
+        fused: True: C kernels that pass over memory once, for float32 tensors on a CPU with a ball of their own of
+            ``Rows``, ``KSparse``, ``KSupport`` or ``Blocks(KSupport(2), 4)``; all others take the usual steps. They are
+            compiled at first use, which needs a C compiler with OpenMP; RuntimeError where there is none. A training
+            that was stopped and goes on takes the same steps up to the last bit of float32.
         capturable: never look at a value of a tensor, so that a step can be captured in a CUDA graph: no warning in
             the first step, and no measuring for ``power_iterations``.
     """
@@ -118,6 +123,7 @@ class SFW(Optimizer):
         check_finite: bool = False,
         power_iterations: int | None = None,
         foreach: bool | None = None,
+        fused: bool | None = None,
         capturable: bool = False,
     ) -> None:
         defaults = {
@@ -130,12 +136,14 @@ class SFW(Optimizer):
             "check_finite": check_finite,
             "power_iterations": power_iterations,
             "foreach": foreach,
+            "fused": fused,
             "capturable": capturable,
             "ball": None,
             "joint": False,
         }
         self._kept_memory: dict[torch.dtype, Tensor] = {}
         self._kept_views: dict[Any, list[Tensor]] = {}
+        self._brackets: dict[Tensor, tuple[float, float]] = {}  # of fused steps
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -156,7 +164,7 @@ class SFW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._kept_memory, self._kept_views = {}, {}
+        self._kept_memory, self._kept_views, self._brackets = {}, {}, {}
         for group in self.param_groups:  # a state saved by another version, or by SGD, may lack options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -277,7 +285,17 @@ class SFW(Optimizer):
 
     def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: dict[str, Any]) -> None:
         """Move tensors with a ball each, all of one shape, or the tensors of one joint ball."""
-        directions = [_stack(ds) for ds in zip(*(self._accumulate(members, group) for members in sets), strict=True)]
+        if (
+            len(sets) == len(sets[0]) == 1
+            and group["fused"]
+            and fused.fits(ball.norm, p := sets[0][0], self._momentum(p))
+        ):
+            if self._fused_step(p, ball, group):
+                return
+            directions = [self._direction(p, group)[None]]
+        else:
+            parts = (self._accumulate(members, group) for members in sets)
+            directions = [_stack(ds) for ds in zip(*parts, strict=True)]
         if is_sharded(sets[0]):
             self._sharded_step(sets[0], directions, ball, group)
             return
@@ -297,6 +315,24 @@ class SFW(Optimizer):
             if any(p.dtype != accumulation_dtype(p) for p in members):
                 # A small η leaves large entries as they are, but adds to small ones.
                 _scale_inside(members, ball, group)
+
+    def _fused_step(self, p: Tensor, ball: NormBall, group: dict[str, Any]) -> bool:
+        """Accumulate the momentum of a tensor and take its step by kernels; False if only the first could be done."""
+        m = self.state[p]["momentum_buffer"]
+        (scratch,) = self._memory([m])
+        return fused.step(
+            ball.norm,
+            p,
+            m,
+            radius=ball.radius,
+            diameter=ball.diameter(p.shape),
+            momentum=group["momentum"],
+            weight=(-1 if group["maximize"] else 1) * (1 - group["dampening"]),
+            lr=float(group["lr"]),
+            rescale=group["rescale"],
+            scratch=scratch.as_strided((m.numel(),), (1,)),
+            brackets=self._brackets,
+        )
 
     def _sharded_step(
         self, members: list[Tensor], directions: list[Tensor], ball: NormBall, group: dict[str, Any]
@@ -461,9 +497,13 @@ class SFW(Optimizer):
                 state["momentum_buffer"] = _as_sharded(first if sign == 1 else first.neg_(), p)
         return [local_piece(state["momentum_buffer"]) for state in states]
 
+    def _momentum(self, p: Tensor) -> Tensor | None:
+        buffer: Tensor | None = self.state[p].get("momentum_buffer")
+        return buffer
+
     def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the piece of the momentum that this process has; without momentum, of the gradient."""
-        buffer: Tensor | None = self.state[p].get("momentum_buffer")
+        buffer = self._momentum(p)
         if buffer is None:
             if p.grad is None:
                 return torch.full_like(local_piece(p), math.nan)
@@ -685,6 +725,8 @@ def _check_options(group: dict[str, Any], ball: NormBall | None) -> None:
     iterations = group["power_iterations"]
     if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1):
         raise ValueError(f"power_iterations must be None or an integer >= 1, got {iterations!r}")
+    if group["fused"]:
+        fused.library()  # its errors belong here
     if group["rescale"] not in RESCALES:
         raise ValueError(f"rescale must be one of {RESCALES}, got {group['rescale']!r}")
 
