@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from pliant.ball import NormBall
+from pliant.norms import KSupport, Spectral
 from pliant.sfw import SFW
 
 from .optimizer_cases import (
@@ -210,3 +212,17 @@ def test_state_hooks_see_and_may_change_what_is_saved_and_loaded() -> None:
     assert order[1:] == ["first of all", "before loading", "after loading"]
     assert opt.param_groups[0]["lr"] == 0.025
     run(opt, parameters, range(2, 3))
+
+
+def test_tensors_of_one_shape_may_keep_directions_of_another_k() -> None:
+    # One of them has no gradient while k grows.
+    ball = NormBall(Spectral(KSupport(4)), 3.0)
+    a, b = (nn.Parameter(0.01 * torch.randn(40, 30)) for _ in range(2))
+    opt = SFW([{"params": [a, b], "ball": ball}], lr=0.1, power_iterations=1)
+    for members, k in (((a, b), 4), ((a,), 8), ((a, b), 8), ((a, b), 3)):
+        opt.set_ball(opt.param_groups[0], NormBall(Spectral(KSupport(k)), 3.0))
+        for p in (a, b):
+            p.grad = torch.randn_like(p) if any(p is q for q in members) else None
+        opt.step()
+        for p in members:
+            assert opt.state[p]["basis"].shape == (40, k)

@@ -342,8 +342,9 @@ def advanced(right: Sequence[Tensor], before: Sequence[Tensor], triangle: Tensor
     """Return where the next iteration starts: (AᵀA − s)·Z·R⁻¹, which costs no product with A.
 
     With s half of the smallest of the k eigenvalues, those that are not wanted, from 0 up to it, are at most half of it
-    away from s: an iteration separates about as much as two without the shift. It is a little less than half, so that
-    the eigenvalue 0 fades away, too. (Saad 2011, Numerical Methods for Large Eigenvalue Problems, section 4.1.2.)
+    away from s: an iteration separates those near it, which are the hard ones, about as well as two without the shift.
+    Those near 0 fade more slowly than without, and would not at all with a full half.
+    (Saad 2011, Numerical Methods for Large Eigenvalue Problems, section 4.1.2.)
 
     Args:
         right: AᵀU = AᵀA·Z·R⁻¹, by blocks (L, c_i, k).

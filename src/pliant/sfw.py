@@ -285,11 +285,9 @@ class SFW(Optimizer):
 
     def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: dict[str, Any]) -> None:
         """Move tensors with a ball each, all of one shape, or the tensors of one joint ball."""
-        if (
-            len(sets) == len(sets[0]) == 1
-            and group["fused"]
-            and fused.fits(ball.norm, p := sets[0][0], self._momentum(p))
-        ):
+        p = sets[0][0]
+        alone = len(sets) == len(sets[0]) == 1
+        if group["fused"] and alone and group["momentum"] and fused.fits(ball.norm, p, self._momentum(p)):
             if self._fused_step(p, ball, group):
                 return
             directions = [self._direction(p, group)[None]]
@@ -429,7 +427,8 @@ class SFW(Optimizer):
             most = on_cpu if p.device.type == "cpu" else BATCHED
             alone = group["joint"] or group["foreach"] is False or p.numel() > most or is_sharded(members)
             state = self.state.get(p, {})
-            pace = ("basis" in state, state.get("iterations"), state.get("steps"))
+            width = state["basis"].shape[-1] if "basis" in state else None
+            pace = (width, state.get("iterations"), state.get("steps"))
             key = index if alone else (p.shape, p.stride(), p.dtype, p.device, *pace)
             batches.setdefault(key, []).append(members)
         return list(batches.values())

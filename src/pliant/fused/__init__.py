@@ -9,6 +9,7 @@ The results are those of ``oracles.py`` and ``sfw_update`` up to rounding, which
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -41,18 +42,23 @@ NARROWEST, WIDEST = 0.002, 0.2  # of the bracket for the k-th largest, around it
 def library() -> ctypes.CDLL:
     """Return the compiled kernels.
 
-    Raises RuntimeError, with what the compiler said, where there is none or it fails.
+    Raises RuntimeError, with what the compiler or the system said, where there are none.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     flags = FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
     described = [SOURCE.read_text(encoding="utf-8"), *compiler, *flags, platform.machine()]
     name = f"kernels-{hashlib.sha256(' '.join(described).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pliant"
-    if not (folder / name).exists():
-        _compile([*compiler, *flags], folder / name)
-    kernels = ctypes.CDLL(str(folder / name))
+    try:
+        kernels = _loaded([*compiler, *flags], folder / name)
+    except OSError as error:
+        raise RuntimeError(
+            f"fused=True keeps compiled kernels in {folder}, which fails: {error}; name one to write to in "
+            "the environment variable XDG_CACHE_HOME, or leave fused out"
+        ) from error
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     for function, arguments in {
+        "use_threads": [ctypes.c_int],
         "chunks": [integer],
         "chunks_of_blocks": [integer] * 2,
         "accumulate_rows": [pointer] * 2 + [integer] * 2 + [real] * 2 + [pointer],
@@ -66,7 +72,11 @@ def library() -> ctypes.CDLL:
     return kernels
 
 
-def _compile(command: list[str], target: Path) -> None:
+def _loaded(command: list[str], target: Path) -> ctypes.CDLL:
+    """Return the library of that name, compiled if it is not there or not whole."""
+    if target.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(target))
     if shutil.which(command[0]) is None:
         raise RuntimeError(
             f"fused=True needs a C compiler, and {command[0]!r} is not there: install one, name it in the environment "
@@ -85,12 +95,13 @@ def _compile(command: list[str], target: Path) -> None:
                 "the environment variable CC, or leave fused out"
             )
         made.replace(target)
+    return ctypes.CDLL(str(target))
 
 
 def fits(norm: Norm, p: Tensor, momentum: Tensor | None) -> bool:
     """Tell whether :func:`step` takes steps with tensors like these."""
     g = p.grad
-    if momentum is None or g is None or not all(readable(x) and x.dtype == torch.float32 for x in (p, momentum, g)):
+    if momentum is None or g is None or any(not _plain(x) for x in (p, momentum, g)):
         return False
     if not (p.stride() == momentum.stride() == g.stride() and _is_dense(p)):
         return False
@@ -102,6 +113,11 @@ def fits(norm: Norm, p: Tensor, momentum: Tensor | None) -> bool:
         case Blocks(KSupport(2), 4):
             return True
     return False
+
+
+def _plain(x: Tensor) -> bool:
+    """Tell whether a float32 tensor's memory says what it holds."""
+    return readable(x) and x.dtype == torch.float32 and not x.is_neg()
 
 
 def _is_dense(p: Tensor) -> bool:
@@ -124,8 +140,8 @@ def step(
 ) -> bool:
     """Fold the gradient of p into its momentum m, and move p towards the vertex for that.
 
-    Returns False where only the first is done, since the vertex asks for more care: after a zero, infinite or NaN
-    momentum, one whose squares overflow or vanish, or one with ties at the k-th largest entry.
+    Returns False where only the first is done, since the rest asks for more care: after a zero, infinite or NaN
+    momentum, where squares overflow or vanish, at the vertex itself, and with ties at the k-th largest entry.
 
     Args:
         norm: of the ball, see :func:`fits`.
@@ -142,6 +158,7 @@ def step(
     """
     kernels, g = library(), p.grad
     assert g is not None
+    kernels.use_threads(torch.get_num_threads())
     torch.autograd.graph.increment_version([p, m])  # autograd does not see what C does
     n, x, threshold, signs = p.numel(), m, 0.0, False
     start = (m.data_ptr(), g.data_ptr())
@@ -177,7 +194,10 @@ def step(
         case "gradient":
             squares = np.empty(kernels.chunks(n))
             kernels.distances(p.data_ptr(), *vertex, _at(squares))
-            factor = length / max(math.sqrt(squares.sum()), 1e-38)
+            distance = math.sqrt(squares.sum())
+            if not 1 / SAFE < distance < SAFE:
+                return False
+            factor = length / distance
         case "fast-gradient":
             factor = length / (diameter / 2)
         case "diameter":

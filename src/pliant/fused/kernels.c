@@ -5,6 +5,7 @@
  */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -13,6 +14,9 @@
 #define BLOCK 64   /* entries that are looked at together for one inside the bracket */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* As many threads as PyTorch uses, whose OpenMP may be another one. */
+void use_threads(int count) { omp_set_num_threads(count); }
 
 /* The number of chunks of n entries: the length of every array of partial sums. */
 int64_t chunks(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
@@ -115,37 +119,53 @@ static inline void keep_2_of_4(const float *restrict m, float *restrict kept, in
     }
 }
 
+/* Lanes of blocks, as many as one sum is made over: some outer indices with all of inner, or a part of one. */
+static int64_t outer_at_once(int64_t inner) { return inner < SUM / 4 ? SUM / 4 / inner : 1; }
+static int64_t parts_of(int64_t inner) { return inner < SUM / 4 ? 1 : (inner + SUM / 4 - 1) / (SUM / 4); }
+
+/* The number of sums that accumulate_2_of_4 makes. */
+int64_t chunks_of_blocks(int64_t outer, int64_t inner) {
+    int64_t each = outer_at_once(inner);
+    return (outer + each - 1) / each * parts_of(inner);
+}
+
 void accumulate_2_of_4(float *restrict m, const float *restrict g, int64_t outer, int64_t inner, float momentum,
                        float weight, float *restrict kept, double *restrict squares, double *restrict squares_kept) {
-    int64_t each = (SUM / 4 + inner - 1) / inner, count = (outer + each - 1) / each;
+    int64_t count = chunks_of_blocks(outer, inner), each = outer_at_once(inner), parts = parts_of(inner);
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < count; c++) {
-        int64_t first = c * each, stop = smaller(first + each, outer);
-        int64_t start = 4 * inner * first, end = 4 * inner * stop;
+        /* Runs of so many entries side by side: all of some blocks, or four from one block and lane to another. */
+        int64_t first = c / parts * each, stop = smaller(first + each, outer), lane = c % parts * (SUM / 4);
+        int64_t start = 4 * inner * first + lane;
+        int64_t length = parts == 1 ? 4 * inner * (stop - first) : smaller(SUM / 4, inner - lane);
+        int64_t runs = parts == 1 ? 1 : 4;
         float sum = 0, sum_kept = 0;
+        for (int64_t r = 0; r < runs; r++) {
+            float *restrict run = m + start + r * inner;
+            const float *restrict slope = g + start + r * inner;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = start; i < end; i++) {
-            float x = momentum * m[i] + weight * g[i];
-            m[i] = x;
-            sum += x * x;
+            for (int64_t i = 0; i < length; i++) {
+                float x = momentum * run[i] + weight * slope[i];
+                run[i] = x;
+                sum += x * x;
+            }
         }
-        if (inner == 1) /* the entries of a block side by side */
+        if (parts > 1)
+            keep_2_of_4(m + start, kept + start, length, 1, inner);
+        else if (inner == 1) /* the entries of a block side by side */
             keep_2_of_4(m + start, kept + start, stop - first, 4, 1);
         else if (inner == 9) /* convolutions of 3x3: a number that the compiler knows */
-            for (int64_t at = start; at < end; at += 36) keep_2_of_4(m + at, kept + at, 9, 1, 9);
+            for (int64_t i = 0; i < length; i += 36) keep_2_of_4(m + start + i, kept + start + i, 9, 1, 9);
         else
-            for (int64_t at = start; at < end; at += 4 * inner) keep_2_of_4(m + at, kept + at, inner, 1, inner);
+            for (int64_t i = 0; i < length; i += 4 * inner) keep_2_of_4(m + start + i, kept + start + i, inner, 1, inner);
+        for (int64_t r = 0; r < runs; r++) {
+            const float *restrict run = kept + start + r * inner;
 #pragma omp simd reduction(+ : sum_kept)
-        for (int64_t i = start; i < end; i++) sum_kept += kept[i] * kept[i];
+            for (int64_t i = 0; i < length; i++) sum_kept += run[i] * run[i];
+        }
         squares[c] = sum;
         squares_kept[c] = sum_kept;
     }
-}
-
-/* How many sums accumulate_2_of_4 makes. */
-int64_t chunks_of_blocks(int64_t outer, int64_t inner) {
-    int64_t each = (SUM / 4 + inner - 1) / inner;
-    return (outer + each - 1) / each;
 }
 
 /* Of each chunk the sum of squares of theta - v, where v = -factor[row]*x where |x| >= threshold, else 0. */
