@@ -63,6 +63,7 @@ def library() -> ctypes.CDLL:
         "chunks_of_blocks": [integer] * 2,
         "accumulate_rows": [pointer] * 2 + [integer] * 2 + [real] * 2 + [pointer],
         "accumulate_entries": [pointer] * 2 + [integer] + [real] * 4 + [pointer] * 5,
+        "squares_from": [pointer, integer, real, pointer],
         "accumulate_2_of_4": [pointer] * 2 + [integer] * 2 + [real] * 2 + [pointer] * 3,
         "distances": [pointer] * 2 + [integer] * 2 + [pointer, real, ctypes.c_int, pointer],
         "update": [pointer] * 2 + [integer] * 2 + [pointer, real, ctypes.c_int, real],
@@ -245,7 +246,8 @@ def _accumulate_entries(
         flat = m.as_strided((n,), (1,))
         kth, surplus = kth_largest([flat.numpy()], k)
         threshold = float(kth)
-        kept = float(torch.linalg.vector_norm(flat[flat.abs() >= threshold], dtype=torch.float64))
+        kernels.squares_from(m.data_ptr(), n, threshold, _at(squares))
+        kept = math.sqrt(squares.sum())
     # Wide enough for a change four times as large as this one.
     width = 2 * width if not last else 4 * abs(threshold / last - 1) if threshold else WIDEST
     brackets[p] = (threshold, min(max(width, NARROWEST), WIDEST)) if math.isfinite(threshold) else (0.0, WIDEST)

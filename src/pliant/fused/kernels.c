@@ -91,6 +91,19 @@ int64_t accumulate_entries(float *restrict m, const float *restrict g, int64_t n
     return total;
 }
 
+/* Of each chunk the sum of squares of what is at least as large as the threshold. */
+void squares_from(const float *restrict m, int64_t n, float threshold, double *restrict squares) {
+    int64_t count = chunks(n);
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < count; c++) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = c * CHUNK; i < smaller(c * CHUNK + CHUNK, n); i++)
+            sum += fabsf(m[i]) >= threshold ? m[i] * m[i] : 0.0f;
+        squares[c] = sum;
+    }
+}
+
 /* m <- momentum*m + weight*g, and kept <- m with all but the 2 largest of every 4 entries set to zero.
  *
  * m is (outer, 4, inner). Magnitudes are compared as integers whose last bits are the place in the block, so that all
@@ -178,7 +191,10 @@ void distances(const float *restrict theta, const float *restrict x, int64_t n, 
         for (int64_t i = c * CHUNK, stop = smaller(c * CHUNK + CHUNK, n); i < stop;) {
             int64_t end = smaller(smaller(stop, i + SUM), (i / columns + 1) * columns);
             float factor = factors[i / columns], sum = 0;
-            if (signs) {
+            if (factor == 0) { /* most rows: x need not be read */
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = i; j < end; j++) sum += theta[j] * theta[j];
+            } else if (signs) {
 #pragma omp simd reduction(+ : sum)
                 for (int64_t j = i; j < end; j++) {
                     float v = fabsf(x[j]) >= threshold ? copysignf(factor, x[j]) : 0.0f, d = theta[j] + v;
@@ -207,7 +223,10 @@ void update(float *restrict theta, const float *restrict x, int64_t n, int64_t c
         for (int64_t i = c * CHUNK, stop = smaller(c * CHUNK + CHUNK, n); i < stop;) {
             int64_t end = smaller(stop, (i / columns + 1) * columns);
             float factor = factors[i / columns];
-            if (signs) {
+            if (factor == 0) {
+#pragma omp simd
+                for (int64_t j = i; j < end; j++) theta[j] -= eta * theta[j];
+            } else if (signs) {
 #pragma omp simd
                 for (int64_t j = i; j < end; j++) {
                     float v = fabsf(x[j]) >= threshold ? copysignf(factor, x[j]) : 0.0f;
