@@ -68,6 +68,7 @@ from pliant.oracles import (
     _equal_lengths,
     leading_vertices,
     rank_of_vertices,
+    resized,
     unit_vertices,
 )
 
@@ -242,10 +243,8 @@ class Shards:
         if basis is None or basis.shape[1] != sum(lengths):
             start, iterations = self._start(matrices, rank), iterations + AT_FIRST
         else:
-            kept, missing = basis[:, :, :rank].to(matrices[0].dtype), rank - basis.shape[2]
-            start = list(kept.split(lengths, dim=1))
-            if missing > 0:
-                start = [torch.cat(z, dim=2) for z in zip(start, self._start(matrices, missing), strict=True)]
+            kept = basis.to(matrices[0].dtype).split(lengths, dim=1)
+            start = resized(kept, rank, lambda count: self._start(matrices, count))
         for _ in range(iterations):
             start = [self._stirred(z, j) for j, z in enumerate(start)]
             image = [times(g.mT if up else g, z) for g, z, up in self._zip(matrices, start)]

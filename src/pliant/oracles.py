@@ -14,7 +14,7 @@ tensors jointly has a list of J stacks with L = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -201,7 +201,8 @@ def leading_vertices(
     if basis is None or basis.shape[1] != sum(columns):
         start, iterations = starting_directions(blocks, rank), iterations + AT_FIRST
     else:
-        start = more_directions(basis.to(blocks[0].dtype).split(columns, dim=1), blocks, rank)
+        kept = basis.to(blocks[0].dtype).split(columns, dim=1)
+        start = resized(kept, rank, lambda count: starting_directions(blocks, count))
     left, right, start = leading_directions(blocks, start, iterations)
     if isinstance(norm.inner, KSparse):
         left, right, value = _equal_lengths(left, right)
@@ -229,12 +230,12 @@ def _equal_lengths(left: list[Tensor], right: list[Tensor]) -> tuple[list[Tensor
     return [x @ vh.mT for x in left], list(rotated), s.sum(dim=1)
 
 
-def more_directions(kept: Sequence[Tensor], blocks: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return so many directions: the leading ones of those kept, or all and some to start from."""
+def resized(kept: Sequence[Tensor], count: int, start: Callable[[int], list[Tensor]]) -> list[Tensor]:
+    """Return so many directions: the leading ones of those kept, or all and as many as are missing of new ones."""
     missing = count - kept[0].shape[2]
     if missing <= 0:
         return [z[:, :, :count] for z in kept]
-    return [torch.cat([z, new], dim=2) for z, new in zip(kept, starting_directions(blocks, missing), strict=True)]
+    return [torch.cat([z, new], dim=2) for z, new in zip(kept, start(missing), strict=True)]
 
 
 def rank_of_vertices(norm: Spectral) -> int | None:

@@ -169,13 +169,13 @@ def step(
             squares = np.empty(rows)
             kernels.accumulate_rows(*start, rows, n // rows, momentum, weight, _at(squares))
             length = math.sqrt(squares.sum())
-            if not 1 / SAFE < length < SAFE:
+            if not _is_safe(length):
                 return False
             a = without_vanished(torch.from_numpy(np.sqrt(squares)).float())
             factors = radius * divide_or_zero(inner._align(a), a)
         case KSparse(k) | KSupport(k):
             length, kept, threshold, surplus = _accumulate_entries(p, m, k, momentum, weight, scratch, brackets)
-            if surplus or not (1 / SAFE < length < SAFE and threshold > 0):
+            if surplus or not (_is_safe(length) and threshold > 0):
                 return False
             signs = isinstance(norm, KSparse)
             factors = torch.tensor([radius if signs else radius / kept])
@@ -187,7 +187,7 @@ def step(
                 *start, outer, inner_size, momentum, weight, x.data_ptr(), _at(squares), _at(squares_kept)
             )
             length = math.sqrt(squares.sum())
-            if not 1 / SAFE < length < SAFE:
+            if not _is_safe(length):
                 return False
             factors = torch.tensor([radius / math.sqrt(squares_kept.sum())])
     vertex = (x.data_ptr(), n, n // len(factors), factors.data_ptr(), threshold, signs)
@@ -196,7 +196,7 @@ def step(
             squares = np.empty(kernels.chunks(n))
             kernels.distances(p.data_ptr(), *vertex, _at(squares))
             distance = math.sqrt(squares.sum())
-            if not 1 / SAFE < distance < SAFE:
+            if not _is_safe(distance):
                 return False
             factor = length / distance
         case "fast-gradient":
@@ -252,6 +252,11 @@ def _accumulate_entries(
     width = 2 * width if not last else 4 * abs(threshold / last - 1) if threshold else WIDEST
     brackets[p] = (threshold, min(max(width, NARROWEST), WIDEST)) if math.isfinite(threshold) else (0.0, WIDEST)
     return length, kept, threshold, surplus
+
+
+def _is_safe(norm: float) -> bool:
+    """Tell whether no square in a norm has overflowed, and none that counts has vanished; False for NaN."""
+    return 1 / SAFE < norm < SAFE
 
 
 def _block_layout(p: Tensor, dim: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 /* One pass over memory where PyTorch takes several: the steps of SFW on float32 tensors of a CPU.
  *
- * Tensors are dense and given in the order of their memory. "direction" is the momentum m. Long sums are those in
+ * Tensors are dense and given in the order of their memory; m is the momentum, g the gradient. Long sums are those in
  * double of short ones in float; the caller adds up one for each chunk, so that the number of threads changes nothing.
  */
 
