@@ -228,7 +228,8 @@ def test_attention_used_twice_leaves_both_places() -> None:
     assert_pruned(Twice(Apart()), X)
 
 
-def test_the_cache_beside_the_outputs_may_follow_the_heads() -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # transformers before and from 5.24
+def test_the_cache_beside_the_outputs_may_follow_the_heads(name: str) -> None:
     class Caching(Block):
         def __init__(self, name: str) -> None:
             super().__init__(Apart())
@@ -238,7 +239,7 @@ def test_the_cache_beside_the_outputs_may_follow_the_heads() -> None:
             return {"logits": super().forward(x), self.name: self.attn.to_k(x)}
 
     torch.manual_seed(0)
-    assert_pruned(Caching("past_key_values"), X)
+    assert_pruned(Caching(name), X)
     with pytest.raises(Refused, match="outputs of the model"):
         HeadPruning(0.5).plan(Caching("keys"), X)
 

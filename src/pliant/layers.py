@@ -40,6 +40,9 @@ _KNOWN: tuple[type[nn.Module], ...] = (
     nn.PReLU,
 )
 
+# How transformers names the keys and values that generating networks hand from step to step, before and from 5.24.
+_CACHES = ("past_key_values", "cache")
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -268,7 +271,7 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """
     output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     if isinstance(output, Mapping):
-        output = {name: value for name, value in output.items() if name != "past_key_values"}
+        output = {name: value for name, value in output.items() if name not in _CACHES}
     return tensors_of(output)
 
 
