@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO ?= demo
+PINS ?= constraints.txt
 
 .DEFAULT_GOAL := help
 
@@ -11,12 +12,13 @@ DEMO ?= demo
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-# torch comes first and by itself, so that nothing else chooses its build.
-.venv/installed: pyproject.toml
+# torch comes first and by itself, so that nothing else chooses its build. The rest is pinned: what a library deprecates
+# shows when the pins are renewed, not in a change that has nothing to do with it.
+.venv/installed: pyproject.toml $(PINS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "pip>=25.1"
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[all]" --group dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[all]" --group dev --constraint $(PINS)
 	@touch $@
 
 .PHONY: setup
@@ -42,6 +44,13 @@ lowest: ## run all tests with the oldest versions that pyproject.toml allows, in
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --compile-bytecode \
 		--editable ".[all]" --group test
 	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n auto
+
+.PHONY: upgrade
+upgrade: ## make .venv anew with the newest versions and write them to constraints.txt
+	rm -rf .venv
+	$(MAKE) setup PINS=/dev/null
+	$(BIN)/pip freeze --exclude-editable --exclude torch > constraints.txt
+	@touch .venv/installed
 
 .PHONY: soak
 soak: setup ## kill commands at fifty moments and read many more damaged files than the tests do; minutes
