@@ -59,6 +59,7 @@ ALLOWED = {
     "tables": {"areas", "curves", "standings", "records"},
     "reporting": {"areas", "curves", "standings", "tables", "records", "errors", "files"},
     "models": {"errors"},
+    "onednn": set(),
     "readers": {"errors"},
     "trackers": {"errors"},
     "data": {"readers", "errors"},

@@ -24,6 +24,7 @@ from pliant.baselines.retraining import rates, retrain
 from pliant.data import ImageData, Loader, load_data
 from pliant.errors import BadInput, Diverged, shown
 from pliant.methods import OWN, with_defaults
+from pliant.onednn import sound_convolutions
 from pliant.records import CALIBRATION, Cost, Record
 from pliant.runs import Run
 from pliant.suites import Measure
@@ -289,7 +290,8 @@ def _retraining(job: Job, data: ImageData, precision: str) -> Callable[[nn.Modul
 
         device = next(model.parameters()).device
         # Autocast would keep the weights that it cast first until the end, and each step would see those of the first.
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+        with half, sound_convolutions(model):
             retrain(model, batches(), lrs, momentum=settings["momentum"], weight_decay=settings["weight_decay"])
         return model
 

@@ -52,6 +52,7 @@ from pliant.methods import (
     with_defaults,
 )
 from pliant.models import build_model
+from pliant.onednn import sound_convolutions
 from pliant.runs import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, versions, write_config, write_shape
 from pliant.sfw import SFW
 from pliant.trackers import finish_trackers, start_trackers, tracker_names
@@ -467,10 +468,11 @@ class Session:
     def _backward(self, network: nn.Module, images: Tensor, labels: Tensor, share: float) -> tuple[float, int]:
         device = self.accelerator.device
         layout = torch.channels_last if self.settings["channels_last"] else torch.contiguous_format
-        output = network(images.to(device).contiguous(memory_format=layout))
         labels = labels.to(device)
-        loss = functional.cross_entropy(output.float(), labels) * share
-        self.accelerator.backward(loss)
+        with sound_convolutions(self.model):
+            output = network(images.to(device).contiguous(memory_format=layout))
+            loss = functional.cross_entropy(output.float(), labels) * share
+            self.accelerator.backward(loss)
         return loss.item(), int((output.argmax(1) == labels).sum())
 
     # --- checkpoints ---

@@ -70,7 +70,7 @@ def test_the_demo_reports_all_networks_at_all_ratios(
 def test_cifar10_runs_to_the_end(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
-    data = ["--data", "cifar10", "--data_dir", str(shared / "data" / "cifar10")]
+    data = ["--data", "cifar10", "--data_dir", str(shared / "data" / "cifar10"), "--image_size", "16"]
     small = ["--model", "resnet8", "--width", "0.125", "--method", "sfw-rank", "--epochs", "1", "--batch_size", "1024"]
     assert main(["train", *data, *small, "--out", "run"]) == 0
     assert main(["sweep", "run", "--compressor", "rank", "--ratios", "0,0.5"]) == 0
