@@ -41,6 +41,7 @@ ALLOWED = {
     "distributed": {"oracles", "ball", "norms", "linalg"},
     "sfw": {"distributed", "fused", "oracles", "ball", "norms", "linalg"},
     "constraints": {"sfw", "distributed", "fused", "oracles", "ball", "norms", "linalg", "errors"},
+    "thresholding": {"constraints", "sfw", "distributed", "ball", "norms", "linalg", "errors"},
     "layers": {"attention", "errors"},
     "blocks": {"constraints", "attention", "groups", "errors"},
     # Neither norms, ball nor sfw: a mistake there must not help or harm both sides of a comparison.

@@ -67,6 +67,8 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("coupled", "--method sfw-filters --coupled some", "expects true or false"),
         ("coupled", "--coupled true", "not a setting of --method sgd"),
         ("anneal", "--method sfw-rank --anneal 0", "(0, 1]"),
+        ("strength", "--method sfw-rank --recipe gradient --strength 0.1", "needs --rescale none"),
+        ("strength", "--method sfw-rank --strength 1", "from 0 to below 1"),
         ("anneal", "--method sfw-rank --anneal 1.5", "(0, 1]"),
         ("anneal", "--anneal 0.5", "not a setting of --method sgd"),
         ("tracker", "--tracker tensorbord", "did you mean 'tensorboard'?"),

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from pliant.sfw import SFW as SFW
     from pliant.structure import coupled_channels as coupled_channels
     from pliant.sweeping import sweep as sweep
+    from pliant.thresholding import SoftThreshold as SoftThreshold
     from pliant.training import train as train
 
 _HOMES = {
@@ -95,6 +96,7 @@ _HOMES = {
     "sfw": ["SFW"],
     "structure": ["coupled_channels"],
     "sweeping": ["sweep"],
+    "thresholding": ["SoftThreshold"],
     "training": ["train"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.functional import pad
 
 from pliant.ball import NormBall
@@ -547,6 +547,18 @@ def wrap(piece: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         piece, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def whole(p: Tensor) -> Tensor:
+    """Return the whole of a DTensor, on every process."""
+    assert isinstance(p, DTensor)
+    return cast(DTensor, p.detach()).full_tensor()
+
+
+def cut(values: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor, the same on every process, cut as a DTensor is; the first process's counts."""
+    assert isinstance(like, DTensor)
+    return distribute_tensor(values, like.device_mesh, like.placements)
 
 
 def gradient_piece(p: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from pliant.errors import BadInput, unknown
 from pliant.layers import tied_parameters
 from pliant.sfw import SFW
 from pliant.structure import coupled_channels
+from pliant.thresholding import SoftThreshold
 
 Settings = dict[str, Any]  # of pliant.training.train
 RESCALES = tuple("none" if rescale is None else rescale for rescale in sfw.RESCALES)
@@ -90,6 +91,10 @@ def with_defaults(settings: Settings) -> Settings:
         if settings["turnover"] is not None:
             raise BadInput("--turnover is for --rescale none without --lr, which it decides")
         found |= {"turnover": None, "lr": 0.1 if found["lr"] is None else found["lr"]}
+    if found["rescale"] not in (None, "none"):  # only convex steps have a known length
+        if settings["strength"]:
+            raise BadInput(f"--strength of --method {settings['method']} needs --rescale none")
+        found |= {"strength": None, "every": settings["every"]}
     return found
 
 
@@ -121,6 +126,14 @@ def make_k_schedule(optimizer: Optimizer, settings: Settings, steps: int) -> KSc
         [None if g["row_dim"] is None else _count(start, g) for g in optimizer.param_groups],
         steps=steps,
     )
+
+
+def make_threshold(optimizer: Optimizer, settings: Settings) -> SoftThreshold | None:
+    """Return what takes the parts off the weights that SFW's vertices do not agree on, None without one."""
+    if not isinstance(optimizer, SFW) or not settings["strength"]:
+        return None
+    every = {} if settings["every"] is None else {"every": settings["every"]}
+    return SoftThreshold(optimizer, settings["strength"], **every)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -295,6 +308,8 @@ _SFW = {
     "rescale": "gradient",
     "k_start": None,
     "anneal": 0.7,
+    "strength": None,
+    "every": None,
     "other_lr": None,
 }
 # Convex steps towards vertices of equal directions, k annealed from all: the network learns early as fast as with
@@ -355,7 +370,8 @@ METHODS = {
         "SFW towards low rank",
         _sfw(lambda s: rank(s["k"], s["radius"], vertices=s["vertices"])),
         lr=None,
-        own=_ANNEALED,
+        # The threshold lets go of what vertices disagree about: with it, fewer turns and more directions do best.
+        own={**_ANNEALED, "turnover": 4.0, "k": 0.5, "strength": 0.1, "every": 20},
     ),
     "sfw-weights": Method(
         "SFW towards few weights",

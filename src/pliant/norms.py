@@ -129,6 +129,32 @@ class Norm(ABC):
         inside = self(x) <= radius * (1 + 4 * torch.finfo(x.dtype).eps)
         return torch.where(inside, x, nearest.to(x.dtype))
 
+    @overload
+    def soft_threshold(self, x: Tensor, amount: float | Tensor) -> Tensor: ...
+    @overload
+    def soft_threshold(self, x: Sequence[Tensor], amount: float | Tensor) -> list[Tensor]: ...
+    @torch.no_grad()
+    def soft_threshold(self, x: Tensors, amount: float | Tensor) -> Tensor | list[Tensor]:
+        """Return x with each of its parts shorter by ``amount``, those that are not longer gone.
+
+        Parts are entries, filters under ``Rows``, channels under ``Channels``, singular directions under ``Spectral``.
+        It is the proximal step argmin_y ½‖y − x‖² + amount·Ω(y), Ω the sum of the parts' lengths: soft threshold,
+        group lasso (Yuan & Lin 2006) and the nuclear norm (Cai, Candès, Shen 2010). No norm of this file grows by it,
+        so y lies in every ball that x lies in.
+
+        Args:
+            x: tensor(s) of any shape that this norm is defined for.
+            amount: >= 0, in the units of x.
+        """
+        tensors, scale = _scaled(x)
+        self.length([t.shape for t in tensors])
+        magnitudes, rebuilds = zip(*(self._split_into_parts(t) for t in tensors), strict=True)
+        shorter = (self._combine(magnitudes) - amount / scale).clamp_min(0)
+        parts = self._spread(shorter, magnitudes)
+        given = [x] if isinstance(x, Tensor) else list(x)
+        shrunk = [(scale * rebuild(part)).to(t.dtype) for rebuild, part, t in zip(rebuilds, parts, given, strict=True)]
+        return shrunk[0] if isinstance(x, Tensor) else shrunk
+
     def to_spec(self) -> dict[str, Any]:
         """Return this norm as plain data: strings, numbers and dicts (p = ∞ is the string "inf")."""
         spec: dict[str, Any] = {"norm": type(self).__name__}
@@ -185,6 +211,9 @@ class Norm(ABC):
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]: ...
 
     def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        return self._split(x)
+
+    def _split_into_parts(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         return self._split(x)
 
     @abstractmethod
@@ -513,15 +542,32 @@ class Spectral(_Lift):
             return self.inner._split(x)
         blocks = self._blocks(x)
         u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
-        # Below this, singular values are rounding and their vectors arbitrary: they would write into zero rows.
-        noise = s[:, :1] * max(blocks.shape[1:]) * torch.finfo(s.dtype).eps
-        s = torch.where(s <= noise, 0, s)
+        s = _without_noise(s, blocks)
         u = u * (blocks != 0).any(dim=2, keepdim=True)  # a zero row stays exactly zero
 
         def rebuild(w: Tensor) -> Tensor:
             return _from_matrix(((u * w.reshape(s.shape)[:, None, :]) @ vh).flatten(0, 1), x.shape, self.dim)
 
         return s.flatten(), rebuild
+
+    def _split_into_parts(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        blocks = self._blocks(x)
+        if blocks.dtype == torch.float64:
+            return Spectral(Lp(1), self.dim, self.groups)._split(x)
+        # The Gram matrix in double precision has the singular values of a float32 matrix to within its own rounding,
+        # in less than half the time.
+        wide = blocks.shape[1] <= blocks.shape[2]
+        a = (blocks if wide else blocks.mT).double()
+        squares, u = torch.linalg.eigh(a @ a.mT)
+        u = u * (a != 0).any(dim=2, keepdim=True)  # a zero row stays exactly zero
+        s = _without_noise(squares.clamp_min(0).sqrt(), blocks)
+
+        def rebuild(w: Tensor) -> Tensor:
+            factors = divide_or_zero(w.double(), s.flatten()).reshape(s.shape)
+            matrix = (u * factors[:, None, :]) @ (u.mT @ a)
+            return _from_matrix((matrix if wide else matrix.mT).to(x.dtype).flatten(0, 1), x.shape, self.dim)
+
+        return s.flatten().to(x.dtype), rebuild
 
     def _block_shape(self, shape: Shape) -> tuple[int, int]:
         if len(shape) < 2:
@@ -588,6 +634,12 @@ class Blocks(_Lift):
         if isinstance(self.inner, KSupport):
             return project_ksupport(a, self.inner.k, radius)
         return Norm._nearest(self, a, radius)
+
+
+def _without_noise(s: Tensor, blocks: Tensor) -> Tensor:
+    """Return singular values of blocks with 0 for those that are rounding: their vectors would write into zero rows."""
+    noise = s.amax(dim=1, keepdim=True) * max(blocks.shape[1:]) * torch.finfo(blocks.dtype).eps
+    return torch.where(s <= noise, 0, s)
 
 
 # --- orthogonal rows --------------------------------------------------------------------------------------

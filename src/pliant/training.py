@@ -48,6 +48,7 @@ from pliant.methods import (
     VERTICES,
     make_k_schedule,
     make_optimizer,
+    make_threshold,
     parse_pattern,
     with_defaults,
 )
@@ -155,8 +156,9 @@ def train(
         pattern: N:M for sfw-nm.
         k_start: anneal k from here to k; without it (numuon: if it is k) k is constant.
         anneal: share of the training over which k goes from k_start to k.
-        strength: factor of what the method adds to SGD: of its penalty, threshold, decay or perturbation.
-        every: steps between two decompositions (trp, q3r).
+        strength: factor of what the method adds to SGD: of its penalty, threshold, decay or perturbation. Of the sfw
+            methods: the share of its vertices that a part of a weight must be in to stay; needs rescale none.
+        every: steps between two decompositions or thresholds (trp, q3r, sfw).
         energy: share of the squared singular values that trp may leave out.
         factors: how many matrices lorita multiplies for a weight.
         condition: largest ratio of the singular values of a weight (condlr).
@@ -314,6 +316,7 @@ class Session:
         self.optimizer: Optimizer = make_optimizer(self.model, settings, images.to(self.accelerator.device))
         self.scheduler = LambdaLR(self.optimizer, learning_rate(settings, self.steps))
         self.k_schedule = make_k_schedule(self.optimizer, settings, self.steps)
+        self.threshold = make_threshold(self.optimizer, settings)
         self.epoch = 0
         self.batches = 0  # of the current epoch that are done
         self.sums = (0.0, 0, 0)  # over these batches: loss, correct answers, images
@@ -394,6 +397,8 @@ class Session:
             optimizer.step()
         else:
             optimizer.step(functools.partial(self._second_pass, network, optimizer, images, labels))
+        if self.threshold is not None:
+            self.threshold.step()
         self.scheduler.step()
         if self.k_schedule is not None:
             self.k_schedule.step()
@@ -489,6 +494,7 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "k_schedule": None if self.k_schedule is None else self.k_schedule.state_dict(),
+            "threshold": None if self.threshold is None else self.threshold.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -509,6 +515,8 @@ class Session:
             self.scheduler.load_state_dict(state["scheduler"])
             if self.k_schedule is not None:
                 self.k_schedule.load_state_dict(state["k_schedule"])
+            if self.threshold is not None:
+                self.threshold.load_state_dict(state["threshold"])
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available() and state["cuda_rng"]:
                 torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -560,6 +560,18 @@ def fsdp2_trains_as_one_process_does(mesh: DeviceMesh, folder: Path) -> None:
 
 
 @case
+def soft_thresholds_are_those_of_one_process(mesh: DeviceMesh, folder: Path) -> None:
+    one, many = make_net(), make_net(mesh)
+    first, second = (make_optimizer(net, rescale=None) for net in (one, many))
+    thresholds = [pliant.SoftThreshold(opt, 0.3, every=2) for opt in (first, second)]
+    unused = whole(many.unused.weight).clone()
+    take_steps(one, first, range(4), after=thresholds[0])
+    take_steps(many, second, range(4), own_part(mesh), after=thresholds[1])
+    assert_same_network(many, one, 1e-6)
+    assert torch.equal(whole(many.unused.weight), unused)
+
+
+@case
 def an_optimizer_from_before_goes_on_with_exchanged_parameters(mesh: DeviceMesh, folder: Path) -> None:
     # This is what Accelerate does when it prepares a model and an optimizer for FSDP2.
     one, early = make_net(), make_net()
