@@ -17,7 +17,7 @@ from pliant.training import train
 RECIPES: dict[str, dict[str, Any]] = {
     "sgd": {"weight_decay": 0.05},
     "sfw-filters": {"turnover": 16.0},
-    "sfw-rank": {"turnover": 14.0, "k": 0.1},
+    "sfw-rank": {"turnover": 14.0, "k": 0.1, "strength": 0.0},
 }
 COMPRESSORS = {"sgd": ("filters", "rank"), "sfw-filters": ("filters",), "sfw-rank": ("rank",)}
 
