@@ -505,7 +505,7 @@ class KSchedule:
             ball = NormBall.from_spec(group["ball"])
             k = math.floor(span[0] + (span[1] - span[0]) * progress + 0.5)
             if k != norm_k(ball.norm):
-                shapes = self._shapes(group)
+                shapes = ball_shapes(group)
                 norm = with_k(ball.norm, k)
                 ball = NormBall(norm, ball.diameter(shapes) / norm.diameter(shapes))
                 if started:
@@ -516,14 +516,15 @@ class KSchedule:
     def _length(self, ball: NormBall, group: dict[str, Any]) -> int:
         lengths = {with_k(ball.norm, 1).length(p.shape) for p in group["params"]}
         if group["joint"]:
-            return with_k(ball.norm, 1).length(self._shapes(group))
+            return with_k(ball.norm, 1).length(ball_shapes(group))
         if len(lengths) > 1:
             raise BadInput(f"a group with one ball has tensors with {sorted(lengths)} places for k: split the group")
         return lengths.pop()
 
-    @staticmethod
-    def _shapes(group: dict[str, Any]) -> list[torch.Size]:
-        return [p.shape for p in (group["params"] if group["joint"] else group["params"][:1])]
+
+def ball_shapes(group: dict[str, Any]) -> list[torch.Size]:
+    """Return the shapes that a ball of a parameter group is over: of all its tensors jointly, or of each, all alike."""
+    return [p.shape for p in (group["params"] if group["joint"] else group["params"][:1])]
 
 
 def norm_k(norm: Norm) -> int | None:

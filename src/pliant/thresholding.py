@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pliant.ball import NormBall
-from pliant.constraints import norm_k
+from pliant.constraints import ball_shapes, norm_k
 from pliant.errors import BadInput
 from pliant.linalg import is_sharded
 from pliant.norms import Blocks, Lp
@@ -47,7 +47,7 @@ class SoftThreshold:
         for group in optimizer.param_groups:
             if group["ball"] is not None and group["rescale"] is not None:
                 raise BadInput(f"a soft threshold needs an optimizer with rescale=None, got {group['rescale']!r}")
-        if not any(map(_has_parts, optimizer.param_groups)):
+        if all(_length_of_parts(group) is None for group in optimizer.param_groups):
             raise BadInput("no group of this optimizer has a ball with parts: entries, filters, directions")
         self.optimizer = optimizer
         self.strength = strength
@@ -60,9 +60,10 @@ class SoftThreshold:
         """Note what a step of the optimizer has added, and take it off where it is time."""
         self.last_step += 1
         for index, group in enumerate(self.optimizer.param_groups):
-            if not _has_parts(group):
+            length = _length_of_parts(group)
+            if length is None:
                 continue
-            self._pending[index] += self.strength * min(1.0, float(group["lr"])) * _length_of_parts(group)
+            self._pending[index] += self.strength * min(1.0, float(group["lr"])) * length
             if self.last_step % self.every == 0:
                 self._apply(group, self._pending[index])
                 self._pending[index] = 0.0
@@ -87,16 +88,15 @@ class SoftThreshold:
                 p.copy_(_like(shorter, p))
 
 
-def _has_parts(group: dict[str, Any]) -> bool:
-    norm = None if group["ball"] is None else NormBall.from_spec(group["ball"]).norm
-    return norm is not None and (norm_k(norm) is not None or getattr(norm, "inner", norm) == Lp(1))
-
-
-def _length_of_parts(group: dict[str, Any]) -> float:
-    """Return the L2 length of a part of a vertex, the root mean square over its parts."""
+def _length_of_parts(group: dict[str, Any]) -> float | None:
+    """Return the L2 length of a part of a vertex, the root mean square over its parts; None for balls without parts."""
+    if group["ball"] is None:
+        return None
     ball = NormBall.from_spec(group["ball"])
-    shapes = [p.shape for p in (group["params"] if group["joint"] else group["params"][:1])]
-    parts = norm_k(ball.norm) or 1
+    parts = 1 if getattr(ball.norm, "inner", ball.norm) == Lp(1) else norm_k(ball.norm)
+    if parts is None:
+        return None
+    shapes = ball_shapes(group)
     if isinstance(ball.norm, Blocks):
         parts *= sum(math.prod(shape) for shape in shapes) // ball.norm.size
     return ball.diameter(shapes) / 2 / math.sqrt(parts)
