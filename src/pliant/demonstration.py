@@ -16,7 +16,7 @@ from pliant.training import train
 # turnover and k for SFW.
 RECIPES: dict[str, dict[str, Any]] = {
     "sgd": {"weight_decay": 0.05},
-    "sfw-filters": {"turnover": 16.0},
+    "sfw-filters": {"turnover": 16.0, "k": 0.25, "strength": 0.0},
     "sfw-rank": {"turnover": 14.0, "k": 0.1, "strength": 0.0},
 }
 COMPRESSORS = {"sgd": ("filters", "rank"), "sfw-filters": ("filters",), "sfw-rank": ("rank",)}
