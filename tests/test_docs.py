@@ -323,7 +323,7 @@ def test_pictures_can_be_drawn(tmp_path: Path) -> None:
 def test_the_table_of_the_readme_is_that_of_the_records(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    image, page = tmp_path / "cifar16.png", tmp_path / "README.md"
+    image, page = tmp_path / "comparison.png", tmp_path / "README.md"
     page.write_text(
         re.sub(r"(?<=`make pictures`: -->\n).*(?=<!-- until here)", "", readme, flags=re.DOTALL), encoding="utf-8"
     )

@@ -1,7 +1,7 @@
 """Draw a comparison and write its table into the README: ``python docs/pictures/comparison.py [IMAGE [PAGE]]``.
 
-Both are made of ``comparisons/cifar16/records.jsonl`` alone, in seconds, and come out the same every time. For each way
-of cutting there are our method, the best of the others and SGD; all methods are in ``comparisons/cifar16/report.md``.
+Both are made of the ``records.jsonl`` of one comparison alone, in seconds, and come out the same every time. For each way
+of cutting there are our method, the best of the others and SGD; all methods are in the ``report.md`` beside the records.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pliant.standings import KEPT, Standing, standings
 from pliant.tables import percent, spread
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "comparisons" / "cifar16" / "records.jsonl"
-IMAGE = ROOT / "docs" / "images" / "cifar16.png"
+RECORDS = ROOT / "comparisons" / "fashion" / "records.jsonl"
+IMAGE = ROOT / "docs" / "images" / "comparison.png"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by `make pictures`: -->\n", "<!-- until here -->\n"
 

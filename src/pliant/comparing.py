@@ -102,11 +102,10 @@ class Comparison:
         self.records = read_records(folder / RECORDS) if (folder / RECORDS).exists() else []
 
     def run(self) -> None:
-        """Do what is missing: the search, then the chosen settings seed by seed, then what needs these."""
+        """Do what is missing: the search, then the chosen settings with every seed, then what needs these."""
         write_text(self.folder / "suite.yaml", self.suite.text)
         self._perform("search", [job for job in self._search() if not self._searched(job)])
-        for seed in self.suite.seeds:
-            self._perform(f"seed {seed}", self._missing(self._chosen(seed)))
+        self._perform("seeds", self._missing(job for seed in self.suite.seeds for job in self._chosen(seed)))
         self._perform("retraining", self._missing(self._retrainings()))
         if "time" in self.suite.equal:
             self._perform("equal time", self._missing(self._equal_time()))
