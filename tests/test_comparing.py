@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,20 @@ def test_ray_gives_the_same_records(finished: Path, tmp_path: Path, monkeypatch:
     there = told(records(tmp_path / "out"))
     assert there
     assert there.items() <= here.items()
+
+
+@pytest.mark.slow
+def test_on_ray_jobs_of_one_training_take_turns(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ray = pytest.importorskip("ray", reason="the extra pliant[ray] is not installed")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    file = changed(finished, tmp_path, retraining={**CONTENT["retraining"], "schedules": ["FT", "SLR"]})
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("trials.jsonl", "records.jsonl"):  # what is shared of a comparison: the runs stay behind
+        shutil.copy(finished / name, out)
+    try:
+        compare(file, out=str(out), methods="sgd", ray="local")
+    finally:
+        ray.shutdown()
+    again = {(r.seed, r.config["retraining"]) for r in records(out) if r.config.get("retraining")}
+    assert again == {(seed, schedule) for seed in (0, 1) for schedule in ("LLR", "FT", "SLR")}

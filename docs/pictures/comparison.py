@@ -1,7 +1,7 @@
 """Draw a comparison and write its table into the README: ``python docs/pictures/comparison.py [IMAGE [PAGE]]``.
 
-Both are made of the ``records.jsonl`` of one comparison alone, in seconds, and come out the same every time. For each way
-of cutting there are our method, the best of the others and SGD; all methods are in the ``report.md`` beside the records.
+Both are made of the ``records.jsonl`` of one comparison alone, in seconds, and come out the same every time. For each
+way of cutting there are our method, the best of the others and SGD; ``report.md`` beside the records has all methods.
 """
 
 from __future__ import annotations

@@ -262,10 +262,16 @@ def _on_ray(address: str) -> Performer:
     remote = ray.remote(max_retries=3)(performed)
 
     def each(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
-        waiting = {remote.remote(job, folder.resolve()): job for job in jobs}
+        # Jobs of the same training take turns: only one of them can train it.
+        queues = grouped(jobs, lambda job: job.training)
+        waiting = {remote.remote(first, folder.resolve()): first for first, *_ in queues.values()}
         while waiting:
             (done, *_), _ = ray.wait(list(waiting), num_returns=1)
-            yield waiting.pop(done), ray.get(done)
+            job = waiting.pop(done)
+            queues[job.training].remove(job)
+            for following in queues[job.training][:1]:
+                waiting[remote.remote(following, folder.resolve())] = following
+            yield job, ray.get(done)
 
     return each
 
