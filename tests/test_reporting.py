@@ -239,6 +239,12 @@ def test_steps_are_ordered_by_ratio_and_shares_are_of_the_dense_network() -> Non
     [
         ("filters", 0.5, "Filters removed", ["parameters left (%)", "MACs left (%)"]),
         ("rank-whitened", 0.0, "Layers factorised to low rank", ["parameters left (%)", "MACs left (%)"]),
+        (
+            "rank-whitened-spatial",
+            0.5,
+            "Layers factorised to low rank, whitened, spatial",
+            ["parameters left (%)", "MACs left (%)"],
+        ),
         ("weights", 0.5, "Single weights zeroed", ["non-zero parameters left (%)"]),
         ("weights", 0.0, "Single weights zeroed", ["non-zero parameters left (%)"]),
         ("nm", 0.5, "N:M patterns", ["non-zero parameters left (%)"]),

@@ -97,23 +97,23 @@ def test_other_settings_are_another_measurement(run: Path, tmp_path: Path, capsy
 
 def test_a_scheme_is_another_measurement_and_the_default_keeps_its_name(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
-    for scheme in ("channel", "spatial", "best"):
-        sweep([run], "rank", ratios=[0.5], calibration=64, whiten=False, scheme=scheme, out=str(out))
+    for scheme, whiten in (("channel", False), ("spatial", False), ("best", False), ("spatial", True)):
+        sweep([run], "rank", ratios=[0.5], calibration=64, whiten=whiten, scheme=scheme, out=str(out))
     records = read_records(out)
-    assert [r.compressor for r in records] == ["rank", "rank-spatial", "rank-best"]
-    assert len({r.key() for r in records}) == 3
+    assert [r.compressor for r in records] == ["rank", "rank-spatial", "rank-best", "rank-whitened-spatial"]
+    assert len({r.key() for r in records}) == 4
     layers = [{layer["name"]: (layer["kept"], layer["total"]) for layer in r.layers} for r in records]
     assert layers[0] != layers[1]  # the ranks that fit differ with the shapes of the factors
     assert Trial(Run.open(run), "filters+rank", whiten=False, scheme="spatial").name == "filters+rank-spatial"
 
 
 def test_spatial_factors_are_written_and_read_again(run: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"whiten": False, "scheme": "spatial", "allocation": "uniform", "calibration": 2}
+    options: dict[str, Any] = {"scheme": "spatial", "allocation": "uniform", "calibration": 64}
     small = pliant.load(compress_run(run, "rank", out=str(tmp_path / "small"), **options))
     kernels = {m.kernel_size for m in small.modules() if isinstance(m, nn.Conv2d)}
     assert {(5, 1), (1, 5)} <= kernels
     record = json.loads((tmp_path / "small" / "record.json").read_text())
-    assert (record["compressor"], record["params"]) == ("rank-spatial", measuring.parameters(small))
+    assert (record["compressor"], record["params"]) == ("rank-whitened-spatial", measuring.parameters(small))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_default_folder_tells_apart_all_options_that_make_another_network(run: P
     for options, name in (
         ({}, "lenet-rank-0.25"),
         ({"whiten": False}, "lenet-rank-plain-0.25"),
-        ({"whiten": False, "scheme": "spatial"}, "lenet-rank-spatial-0.25"),
-        ({"whiten": False, "scheme": "best", "allocation": "energy"}, "lenet-rank-best-energy-0.25"),
+        ({"scheme": "spatial"}, "lenet-rank-spatial-0.25"),
+        ({"whiten": False, "scheme": "best", "allocation": "energy"}, "lenet-rank-plain-best-energy-0.25"),
         ({"allocation": "uniform"}, "lenet-rank-uniform-0.25"),
         ({"calibration": 128}, "lenet-rank-calibration128-0.25"),
     ):
@@ -267,7 +267,6 @@ def test_a_run_with_other_weights_is_another_run(run: Path, tmp_path: Path) -> N
         ({"runs": []}, "at least one run"),
         ({"precision": "fp8"}, "precision"),
         ({"compressor": "rank", "scheme": "spatially", "whiten": False}, "scheme 'spatially': did you mean 'spatial'"),
-        ({"compressor": "rank", "scheme": "spatial"}, "--scheme spatial cannot be whitened: give --whiten false"),
         ({"compressor": "filters", "scheme": "best"}, "--scheme best is for the compressor rank; filters has"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.compression import LowRank, compress, replay, skeleton
-from pliant.compression.factored import matrices
+from pliant.compression.factored import factored, first_of_spatial, matrices
 from pliant.compression.rank import _decompose, _span, _truncate
 from pliant.compression.whitening import output_moments
 from pliant.errors import BadInput
@@ -27,6 +27,10 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear on sequences": (nn.Linear(7, 9), (5, 7)),
 }
 each = pytest.mark.parametrize("name", LAYERS)
+SPATIAL = [name for name, (layer, _) in LAYERS.items() if isinstance(layer, nn.Conv2d)]
+each_scheme = pytest.mark.parametrize(
+    ("name", "scheme"), [(name, "channel") for name in LAYERS] + [(name, "spatial") for name in SPATIAL]
+)
 
 
 def case(name: str, samples: int = 200) -> tuple[Any, Tensor]:
@@ -42,10 +46,11 @@ def case(name: str, samples: int = 200) -> tuple[Any, Tensor]:
     return layer, x * (scale if channel else scale.view(-1, *[1] * (len(shape) - 1)))
 
 
-def whitened(layer: Any, x: Tensor) -> Any:
-    span = _span(matrices(layer).double())
-    moments = output_moments(nn.Sequential(layer), {"0": span}, [x[:50], (x[50:], torch.zeros(len(x) - 50))])
-    return _decompose(layer, moment=moments["0"], span=span)
+def whitened(layer: Any, x: Tensor, scheme: str = "channel") -> Any:
+    span = _span(matrices(layer, scheme).double())
+    key = ("0", scheme)
+    moments = output_moments(nn.Sequential(layer), {key: span}, [x[:50], (x[50:], torch.zeros(len(x) - 50))])
+    return _decompose(layer, scheme, moment=moments[key], span=span)
 
 
 @torch.no_grad()
@@ -71,23 +76,29 @@ def columns(layer: Any, x: Tensor) -> Tensor:
     return y.unflatten(0, (probe.groups, n))
 
 
-@each
-def test_every_rank_gives_the_truncation_of_the_weight_times_the_root_of_the_second_moment(name: str) -> None:
+@each_scheme
+def test_every_rank_gives_the_truncation_of_the_weight_times_the_root_of_the_second_moment(
+    name: str, scheme: str
+) -> None:
     layer, x = case(name)
-    spectrum = whitened(layer, x)
-    unfolded = columns(layer, x)
+    spectrum = whitened(layer, x, scheme)
+    unfolded = columns(first_of_spatial(layer) if scheme == "spatial" else layer, x)
     moment = unfolded @ unfolded.mT / unfolded.shape[2]
     values, vectors = torch.linalg.eigh(moment)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(1) @ vectors.mT
     inverse = vectors / values.sqrt().unsqueeze(1) @ vectors.mT  # all directions are excited
-    weights = matrices(layer)
+    weights = matrices(layer, scheme)
     u, s, vh = torch.linalg.svd(weights @ root, full_matrices=False)
     for rank in range(1, s.shape[1] + 1):
         expected = u[..., :rank] * s[:, None, :rank] @ vh[:, :rank] @ inverse
-        thin: Any = _truncate(layer, spectrum, rank)
-        got = matrices(thin.expand) @ matrices(thin.reduce)
+        got = spectrum.basis[..., :rank] @ spectrum.coordinates[:, :rank]
         torch.testing.assert_close((got - expected) @ root, torch.zeros_like(got), rtol=0, atol=1e-7 * float(s.max()))
-        assert error(layer, thin, x) == pytest.approx(float(s[:, rank:].square().sum()), rel=1e-6, abs=1e-9)
+        lost, thin = float(s[:, rank:].square().sum()), _truncate(layer, spectrum, rank)
+        if scheme == "channel":
+            assert error(layer, thin, x) == pytest.approx(lost, rel=1e-6, abs=1e-9)
+        else:  # the error of the sum over k columns is at most k times the sum of their errors
+            total = (thin(x) - layer(x)).square().sum().item()
+            assert total <= layer.kernel_size[1] * lost * unfolded.shape[2] * (1 + 1e-6) + 1e-9
     torch.testing.assert_close(spectrum.energies, s.square().sum(0), rtol=1e-6, atol=1e-9 * float(s.max()) ** 2)
 
 
@@ -101,12 +112,21 @@ def test_no_rank_has_a_larger_output_error_than_plain_truncation(name: str) -> N
     assert errors[0][0] < 0.99 * errors[0][1]
 
 
-@each
+@pytest.mark.parametrize("name", SPATIAL)
+def test_the_first_of_two_directions_at_full_rank_loses_nothing(name: str) -> None:
+    layer, x = case(name)
+    weights = matrices(layer, "spatial")
+    second: Any = factored(layer, torch.eye(weights.shape[1]).double().expand(len(weights), -1, -1), weights, "spatial")
+    with torch.no_grad():
+        torch.testing.assert_close(second.expand(first_of_spatial(layer)(x)), layer(x))
+
+
+@each_scheme
 @pytest.mark.parametrize("images", ["few", "zero"])
-def test_full_rank_is_exact_even_where_the_images_excite_next_to_nothing(name: str, images: str) -> None:
+def test_full_rank_is_exact_even_where_the_images_excite_next_to_nothing(name: str, scheme: str, images: str) -> None:
     layer, x = case(name, samples=51)
     seen = torch.zeros_like(x) if images == "zero" else x[:1].expand_as(x)
-    spectrum = whitened(layer, seen)
+    spectrum = whitened(layer, seen, scheme)
     thin = _truncate(layer, spectrum, spectrum.basis.shape[2])
     with torch.no_grad():
         torch.testing.assert_close(thin(x), layer(x), rtol=1e-9, atol=1e-9)
@@ -121,6 +141,23 @@ def test_directions_that_no_image_excites_are_ordered_by_the_weight() -> None:
     thin: Any = _truncate(layer, whitened(layer, x), 3)
     kept = (thin.expand.weight @ thin.reduce.weight).diag()
     torch.testing.assert_close(kept, torch.tensor([1.0, 0, 6, 0, 5, 0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_a_layer_may_be_called_by_keyword_and_with_one_image(scheme: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.layer(input=one) for one in x])
+
+    layer, x = case("more columns than rows")
+    spans: dict[Any, Any] = {("layer", scheme): None}
+    moments = output_moments(Odd(layer), spans, [x])
+    expected = output_moments(nn.Sequential(layer), {("0", scheme): None}, [x])
+    torch.testing.assert_close(moments["layer", scheme], expected["0", scheme])
 
 
 # --- the compressor -----------------------------------------------------------------------------------------
@@ -142,10 +179,11 @@ def test_data_makes_whitened_the_default_and_the_plan_says_so() -> None:
         low = LowRank(0.5, whiten=whiten)
         analysis = low.analyse(model, x[:2], data)
         assert low.plan(model, x, analysis=analysis).options["whiten"] is expected
-    small, plain = (compress(model, LowRank(0.6), x[:2], data) for data in (batches(x), None))
-    with torch.no_grad():
-        close, far = ((net(x) - model(x)).square().mean() for net in (small, plain))
-    assert close < far
+    for scheme in ("channel", "spatial", "best"):
+        small, plain = (compress(model, LowRank(0.6, scheme=scheme), x[:2], data) for data in (batches(x), None))
+        with torch.no_grad():
+            close, far = ((net(x) - model(x)).square().mean() for net in (small, plain))
+        assert close < far
 
 
 def test_layers_that_the_data_does_not_reach_are_truncated_plainly() -> None:
@@ -201,7 +239,6 @@ def test_analysing_changes_nothing() -> None:
         ({}, [torch.randn(2, 4, 8, 8)], "calibration batch 0"),
         ({}, [torch.randn(2, 3, 8, 8), torch.randn(2, 3)], "calibration batch 1"),
         ({"whiten": "yes"}, None, "True, False or 'auto'"),
-        ({"whiten": True, "scheme": "best"}, None, "scheme='channel'"),
     ],
 )
 def test_bad_options_and_data(options: dict[str, Any], data: Any, message: str) -> None:

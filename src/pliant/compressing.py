@@ -59,7 +59,7 @@ def compress_run(
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×k then 1×1 (channel), k×1 then 1×k (spatial), or whichever
-            loses less (best). The latter two cannot be whitened: they need whiten false.
+            loses less, layer by layer (best).
         out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run, with what is not as usual in between, such
             as in RUN-rank-spatial-uniform-0.5.
 
@@ -117,10 +117,10 @@ def compress_run(
 def _unusual(trial: Trial) -> list[str]:
     """Return the words for all options that make another network than the usual ones would."""
     words = []
-    if trial.scheme != "channel":
-        words.append(trial.scheme)  # never whitened
-    elif factorises(trial.compressor) and not trial.whiten:
+    if factorises(trial.compressor) and not trial.whiten:
         words.append("plain")
+    if trial.scheme != "channel":
+        words.append(trial.scheme)
     if trial.allocation not in ("", "global"):  # nm has none
         words.append(trial.allocation)
     if trial.calibration != CALIBRATION:

@@ -230,7 +230,7 @@ class Panel(NamedTuple):
         """What the compressor does, in words."""
         family, _, variant = self.compressor.partition("-")
         title = _PANEL_TITLES.get((family, self.removes), family if self.removes else f"{family}, zeroed")
-        return f"{title}, {variant}" if variant else title
+        return ", ".join([title, *filter(None, variant.split("-"))])
 
     @property
     def chip(self) -> str:

@@ -197,7 +197,7 @@ def _data(name: str, data_dir: str | None, image_size: int | None) -> ImageData:
 
 
 def _trial(run: Run, job: Job, measure: Measure) -> Trial:
-    options: dict[str, Any] = {"allocation": measure.allocation, "whiten": measure.whiten}
+    options: dict[str, Any] = {name: getattr(measure, name) for name in ("allocation", "whiten", "scheme")}
     return Trial(run, measure.compressor, calibration=job.calibration, **options)
 
 

@@ -47,7 +47,7 @@ def sweep(
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×k then 1×1 (channel), k×1 then 1×k (spatial), or whichever
-            loses less (best). The latter two cannot be whitened: they need whiten false.
+            loses less, layer by layer (best).
         out: file of records to append to.
 
     Raises:

@@ -60,7 +60,7 @@ class Trial:
             augmented.
         precision: of the accuracy's forward passes, as in training; "auto" is the run's own.
         whiten: whether rank looks at the calibration images.
-        scheme: how rank factorises convolutions, as :class:`LowRank` says; only "channel" can be whitened.
+        scheme: how rank factorises convolutions, as :class:`LowRank` says.
 
     Raises:
         BadInput: an unknown name, a value out of range, or options that exclude each other.
@@ -78,7 +78,7 @@ class Trial:
         scheme: str = "channel",
     ) -> None:
         check_names(compressor, allocation)
-        _check_scheme(compressor, scheme, whiten)
+        check_scheme(compressor, scheme)
         if calibration < 2:
             raise BadInput(f"--calibration must be at least 2 images, got {calibration}")
         self.run = run
@@ -259,8 +259,8 @@ class Trial:
 
 def record_name(compressor: str, whiten: bool, scheme: str = "channel") -> str:
     """Return the name that records give a compressor: with its variant."""
-    variant = "whitened" if whiten and factorises(compressor) else scheme.removeprefix("channel")
-    return f"{compressor}-{variant}" if variant else compressor
+    variants = ["whitened"] if whiten and factorises(compressor) else []
+    return "-".join([compressor, *variants, *([] if scheme == "channel" else [scheme])])
 
 
 def check_names(compressor: str, allocation: str) -> None:
@@ -277,15 +277,11 @@ def check_names(compressor: str, allocation: str) -> None:
     check_choice("allocation", allocation, ALLOCATIONS)
 
 
-def _check_scheme(compressor: str, scheme: str, whiten: bool) -> None:
-    """Raise BadInput for an unknown scheme, or one that the compressor or whitening has no use for."""
+def check_scheme(compressor: str, scheme: str) -> None:
+    """Raise BadInput for an unknown scheme, or one that the compressor has no use for."""
     check_choice("scheme", scheme, (*SCHEMES, "best"))
-    if scheme == "channel":
-        return
-    if not factorises(compressor):
+    if scheme != "channel" and not factorises(compressor):
         raise BadInput(f"--scheme {scheme} is for the compressor rank; {compressor} has no such choice")
-    if whiten:
-        raise BadInput(f"--scheme {scheme} cannot be whitened: give --whiten false with it")
 
 
 def pattern_compressor(pattern: str) -> SemiStructured:

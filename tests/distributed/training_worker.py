@@ -18,6 +18,7 @@ OPTIONS: dict[str, Any] = {
     "method": "sfw-filters",
     "k": 0.1,
     "k_start": 0.5,
+    "strength": 0.1,
     "epochs": 3,
     "batch_size": 120,  # the last batch of 1294 images has 94
     "accumulate": 3,

@@ -111,6 +111,18 @@ def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "
     return convolution
 
 
+def first_of_spatial(module: nn.Conv2d) -> nn.Conv2d:
+    """Return the first layer of scheme ``"spatial"`` at full rank: the matrix itself as a k×1 convolution.
+
+    Its outputs have a channel for each filter and kernel column; the sum over the columns, each moved to its place, is
+    the output of ``module`` without bias.
+    """
+    weights = matrices(module, "spatial")
+    first = _one_direction(module, 0, module.in_channels, weights.shape[0] * weights.shape[1], bias=False)
+    _set_weight(first, weights, module.weight)
+    return first
+
+
 def convolution_like(
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: type[nn.Module], filters: int, *, bias: bool
 ) -> nn.Module:

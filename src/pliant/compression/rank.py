@@ -121,7 +121,8 @@ class LowRank(Compressor[Spectra]):
     more than 4096 rows and columns, and those that the data does not reach, are truncated plainly.
 
     ``scheme`` of 2-d convolutions with r filters in between: ``"channel"`` is k×k then 1×1, ``"spatial"`` k×1 then
-    1×k, ``"best"`` whichever loses less energy at the same cost, layer by layer. Only the first can be whitened.
+    1×k, ``"best"`` whichever loses less energy at the same cost, layer by layer. Whitened, the energy of ``"spatial"``
+    is that of the outputs of a k×1 convolution, see ``whitening``.
 
     The ``Conv1D`` of transformers is a linear layer too, and is replaced by two of PyTorch's.
 
@@ -147,8 +148,6 @@ class LowRank(Compressor[Spectra]):
         check_choice("cost", self.cost, COSTS)
         if self.whiten not in (True, False, "auto"):
             raise BadInput(f"whiten must be True, False or 'auto', got {self.whiten!r}")
-        if self.whiten is True and self.scheme != "channel":
-            raise BadInput(f"whiten=True needs scheme='channel', got {self.scheme!r}: use whiten=False")
 
     def analyse(
         self,
@@ -172,20 +171,22 @@ class LowRank(Compressor[Spectra]):
 
         sound, refused = replaceable(probe, inputs, _unfit, thinnest)
         applied = applications(probe, sound, inputs)
-        whitened = calibration is not None and self.whiten is not False and self.scheme == "channel"
-        spans: dict[str, Tensor | None] = {}
-        moments: dict[str, Tensor] = {}
+        whitened = calibration is not None and self.whiten is not False
+        spans: dict[tuple[str, str], Tensor | None] = {}
+        moments: dict[tuple[str, str], Tensor] = {}
         if calibration is not None and whitened:
             for name in sound:
-                rows, columns = matrices(_factorable(probe, name)).shape[1:]
-                if min(rows, columns) <= MAX_WIDTH:
-                    spans[name] = _span(matrices(_factorable(probe, name)).double())
+                module = _factorable(probe, name)
+                for scheme in self._schemes(module):
+                    weights = matrices(module, scheme)
+                    if min(weights.shape[1:]) <= MAX_WIDTH:
+                        spans[name, scheme] = _span(weights.double())
             moments = output_moments(probe, spans, calibration)
         layers = {}
         for name in sound:
             module = _factorable(probe, name)
             found = (
-                _decompose(module, scheme, applied[name], moments.get(name), spans.get(name))
+                _decompose(module, scheme, applied[name], moments.get((name, scheme)), spans.get((name, scheme)))
                 for scheme in self._schemes(module)
             )
             spectra = tuple(spectrum for spectrum in found if spectrum.max_rank)

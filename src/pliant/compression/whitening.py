@@ -10,12 +10,16 @@ without bias says all, has one row per filter where C has one per weight of a fi
 the padding, stride and dilation. A layer with more filters m than columns n has outputs in the span of W; they are
 measured in an orthonormal basis of it, so that no moment has more than min(m, n) rows.
 
+Under the scheme "spatial" (``factored``) W has a row per filter and kernel column, and y are the outputs of its k×1
+convolution, before those of a filter's columns are summed. The least error is that of these. k times it bounds the
+error of the sum (Cauchy-Schwarz), which also depends on how neighbouring columns of the images are correlated.
+
 Source: Zhang et al. 2016, "Accelerating very deep convolutional networks for classification and detection", §3.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from pliant.compression.base import inputs_of
-from pliant.compression.factored import Factorable
+from pliant.compression.factored import Factorable, first_of_spatial
 from pliant.errors import BadInput
 from pliant.layers import as_inputs, line, map_tensors, run, untransposed
+
+Layer = tuple[str, str]  # name and scheme
 
 # A moment of s rows takes 8·s² bytes and its decomposition about 10·s³ operations: 134 MB and minutes at 4096.
 MAX_WIDTH = 4096
@@ -33,30 +39,35 @@ _CHUNK = 1 << 22  # numbers that are held in float64 at a time while outputs are
 
 
 def output_moments(
-    model: nn.Module, spans: Mapping[str, Tensor | None], calibration: Iterable[Any]
-) -> dict[str, Tensor]:
+    model: nn.Module, spans: Mapping[Layer, Tensor | None], calibration: Iterable[Any]
+) -> dict[Layer, Tensor]:
     """Return E[z zᵀ] of each named layer, float64 (groups, s, s), where z = Qᵀy are its outputs without bias.
 
     The mean is over images, positions and calls; a layer that is not called is left out.
 
     Args:
         model: in eval mode; run on every batch.
-        spans: layer name → Q, float64 with orthonormal columns, (groups, m, s); None for the identity.
+        spans: name and scheme of a layer → Q, float64 with orthonormal columns, (groups, m, s); None for the identity.
         calibration: finite, of (images, labels) or images alone.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    sums: dict[str, Tensor] = {}
+    sums: dict[Layer, Tensor] = {}
     counts = dict.fromkeys(spans, 0)
 
-    def add(name: str, module: nn.Module, _: object, output: Tensor) -> None:
-        total, count = _second_moment(module, output, spans[name])
-        sums[name] = sums[name] + total if name in sums else total
-        counts[name] += count
+    def add(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if layer[1] == "spatial":
+            made = _along_one_direction(module, args[0] if args else kwargs["input"])
+        else:
+            made = iter([(output, module)])
+        for outputs, of in made:
+            total, count = _second_moment(of, outputs, spans[layer])
+            sums[layer] = sums[layer] + total if layer in sums else total
+            counts[layer] += count
 
     hooks = []
-    for name in spans:
-        hook: Callable[..., None] = partial(add, name)
-        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+    for layer in spans:
+        hook: Callable[..., None] = partial(add, layer)
+        hooks.append(model.get_submodule(layer[0]).register_forward_hook(hook, with_kwargs=True))
     batches = 0
     try:
         for batch in calibration:
@@ -69,7 +80,17 @@ def output_moments(
             handle.remove()
     if not batches:
         raise BadInput("the calibration data is empty")
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {layer: total / counts[layer] for layer, total in sums.items()}
+
+
+def _along_one_direction(module: nn.Module, images: Tensor) -> Iterator[tuple[Tensor, nn.Module]]:
+    """Yield the outputs of the first layer of scheme "spatial" for some images at a time, each with that layer."""
+    assert isinstance(module, nn.Conv2d)  # the caller has seen to it
+    first = first_of_spatial(module)
+    images = images.detach() if images.dim() == 4 else images.detach().unsqueeze(0)
+    numbers = first.out_channels * images[0, 0].numel()
+    for some in images.split(max(1, _CHUNK // numbers)):
+        yield first(some), first
 
 
 def _second_moment(module: nn.Module, output: Tensor, span: Tensor | None) -> tuple[Tensor, int]:

@@ -37,7 +37,7 @@ from pliant.methods import METHODS, with_defaults
 from pliant.records import CALIBRATION
 from pliant.sweeping import parse_ratios
 from pliant.training import check_kinds, check_settings, train
-from pliant.trials import check_names, pattern_compressor, record_name
+from pliant.trials import check_names, check_scheme, pattern_compressor, record_name
 
 SHIPPED = Path(__file__).parent
 EQUAL = ("epochs", "time")
@@ -55,10 +55,11 @@ class Measure:
     """Pairs (ratio, pattern): the dense network is (0, "")."""
     allocation: str = "global"
     whiten: bool = True
+    scheme: str = "channel"
 
     def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
         """Return what tells the record of a point apart among those of a run."""
-        name = record_name(self.compressor, self.whiten)
+        name = record_name(self.compressor, self.whiten, self.scheme)
         return name, "" if self.compressor == "nm" else self.allocation, 0.0 if pattern else round(ratio, 6), pattern
 
 
@@ -224,13 +225,15 @@ def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entra
 
 
 def _measure(where: str, entry: object) -> Measure:
-    known = {"compressor": True, "ratios": False, "patterns": False, "allocation": False, "whiten": False}
-    fields = _mapping(where, entry, known)
+    optional = ("ratios", "patterns", "allocation", "whiten", "scheme")
+    fields = _mapping(where, entry, {"compressor": True, **dict.fromkeys(optional, False)})
     compressor = fields["compressor"]
     if not isinstance(compressor, str):
         raise BadInput(f"{where}: a compressor is text, got {shown(compressor)}")
     allocation = fields.get("allocation", "global")
     check_names(compressor, allocation)
+    scheme = fields.get("scheme", "channel")
+    check_scheme(compressor, scheme)
     if (compressor == "nm") == ("ratios" in fields) or (compressor != "nm") == ("patterns" in fields):
         raise BadInput(f"{where}: nm takes patterns, such as ['2:4'], every other compressor ratios")
     if compressor == "nm":
@@ -242,7 +245,7 @@ def _measure(where: str, entry: object) -> Measure:
         points = [(ratio, "") for ratio in parse_ratios(_list(f"{where}.ratios", fields["ratios"]))]
         if points[0][0] != 0:
             raise BadInput(f"{where}.ratios starts with 0, the dense network")
-    return Measure(compressor, tuple(points), allocation, bool(fields.get("whiten", True)))
+    return Measure(compressor, tuple(points), allocation, bool(fields.get("whiten", True)), scheme)
 
 
 def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | None:
