@@ -155,6 +155,27 @@ def test_results_of_other_settings_are_refused(finished: Path, tmp_path: Path):
         compare(other, out=str(finished))
 
 
+def test_a_search_by_another_measure_is_refused(finished: Path, tmp_path: Path):
+    rank = [{"compressor": "rank", "scheme": "spatial", "ratios": [0, 0.5]}]
+    other = changed(finished, tmp_path, families={**CONTENT["families"], "rank": rank})
+    with pytest.raises(BadInput, match=r"has chosen ours by rank-whitened, .* is rank-whitened-spatial now"):
+        compare(other, out=str(finished))
+
+
+def test_a_default_turnover_that_has_changed_is_refused(finished: Path):
+    outcome = next(o for o in outcomes(finished) if o.label == "ours")
+    job = Job(task="", label="ours", trial=outcome.trial, settings=outcome.config, families={})
+    job.check(outcome.config, finished)
+    with pytest.raises(BadInput, match=r"with turnover 8\.0, the suite says 4\.0"):
+        job.check({**outcome.config, "turnover": 8.0}, finished)
+
+
+def test_trials_from_before_the_measure_was_kept_are_read(finished: Path):
+    outcome = outcomes(finished)[0].to_dict()
+    del outcome["compressor"]
+    assert Outcome.from_dict(outcome).compressor == ""
+
+
 def test_a_second_process_is_refused(finished: Path):
     with locked(finished), pytest.raises(Busy):
         compare(str(finished.parent / "small.yaml"), out=str(finished))

@@ -160,6 +160,15 @@ def test_a_layer_may_be_called_by_keyword_and_with_one_image(scheme: str) -> Non
     torch.testing.assert_close(moments["layer", scheme], expected["0", scheme])
 
 
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_a_batch_without_images_counts_for_nothing(scheme: str) -> None:
+    layer, x = case("more columns than rows")
+    key = ("0", scheme)
+    some, all_ = (output_moments(nn.Sequential(layer), {key: None}, data) for data in ([x, x[:0]], [x]))
+    torch.testing.assert_close(some[key], all_[key])
+    assert output_moments(nn.Sequential(layer), {key: None}, [x[:0]]) == {}
+
+
 # --- the compressor -----------------------------------------------------------------------------------------
 
 

@@ -175,6 +175,12 @@ class Comparison:
         found = [outcome for outcome in self.trials if outcome.run == job.training]
         for outcome in found:
             job.check(outcome.config, self.folder / TRIALS)
+            wanted = job.families[outcome.family][0].name if outcome.family in job.families else ""
+            if outcome.compressor and wanted and outcome.compressor != wanted:
+                raise BadInput(
+                    f"{self.folder / TRIALS} has chosen {outcome.label} by {outcome.compressor}, the first measure of "
+                    f"family {outcome.family} is {wanted} now: choose another --out, or remove what is there"
+                )
         return {outcome.family for outcome in found} >= set(job.families)
 
     def _missing(self, jobs: Iterable[Job]) -> list[Job]:

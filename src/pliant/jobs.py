@@ -83,8 +83,9 @@ class Job:
     def check(self, config: dict[str, Any], where: Path) -> None:
         """Raise BadInput if a result of this name was made with other settings."""
         settings = with_defaults(self.settings)
-        # A turnover and the length of the training decide lr; the run has that instead.
-        free = {*_PLACES, "lr", "turnover"} if settings["lr"] is None else {*_PLACES}
+        # A turnover and the length of the training decide lr; a run, other than the search, has that instead.
+        decided = settings["lr"] is None and config.get("turnover") is None
+        free = {*_PLACES, "lr", "turnover"} if decided else {*_PLACES}
         for name, value in settings.items():
             if name in config and name not in free and config[name] != value:
                 raise BadInput(
@@ -115,6 +116,7 @@ class Outcome:
         points: pairs (removed share of all parameters or of the non-zeros, validation accuracy).
         area: under that curve; None for a training that diverged.
         error: what diverged.
+        compressor: what cut it, as records name it; empty in files from before this was kept.
     """
 
     task: str
@@ -126,6 +128,7 @@ class Outcome:
     points: list[list[float]]
     area: float | None
     error: str = ""
+    compressor: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as plain data for JSON."""
@@ -134,8 +137,9 @@ class Outcome:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Outcome:
         """Return the outcome that :meth:`to_dict` made ``values`` of; raises BadInput if they are none."""
+        values = {"compressor": "", **values}
         kinds: dict[str, Any] = {
-            **dict.fromkeys(("task", "label", "family", "run", "error"), str),
+            **dict.fromkeys(("task", "label", "family", "run", "error", "compressor"), str),
             **dict.fromkeys(("trial", "config"), dict),
             "points": list,
             "area": float | int | None,
@@ -212,6 +216,7 @@ def _outcome(job: Job, family: str, points: list[list[float]], found: float | No
         points=points,
         area=found,
         error=error,
+        compressor=job.families[family][0].name,
     )
 
 

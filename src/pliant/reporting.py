@@ -256,12 +256,15 @@ def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
 
 def _command(record: Record, runs: str) -> list[str] | None:
     """Return the words of the command that compresses a run as a record tells, but the size; None if none does."""
-    compressor, _, variant = record.compressor.partition("-")
-    if "retraining" in record.config or variant not in ("", "whitened"):
+    compressor, *variants = record.compressor.split("-")
+    schemes = [variant for variant in variants if variant != "whitened"]
+    if "retraining" in record.config or not (schemes == [] or (factorises(compressor) and len(schemes) == 1)):
         return None
     words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
-    if factorises(compressor) and not variant:
+    if factorises(compressor) and "whitened" not in variants:
         words += ["--whiten", "false"]
+    for scheme in schemes:
+        words += ["--scheme", scheme]
     if record.allocation not in ("", "global"):
         words += ["--allocation", record.allocation]
     if (calibration := record.config.get("calibration", CALIBRATION)) != CALIBRATION:

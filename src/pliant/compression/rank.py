@@ -122,7 +122,7 @@ class LowRank(Compressor[Spectra]):
 
     ``scheme`` of 2-d convolutions with r filters in between: ``"channel"`` is k×k then 1×1, ``"spatial"`` k×1 then
     1×k, ``"best"`` whichever loses less energy at the same cost, layer by layer. Whitened, the energy of ``"spatial"``
-    is that of the outputs of a k×1 convolution, see ``whitening``.
+    is that of the outputs of a k×1 convolution, an estimate of the layer's own: see ``whitening``.
 
     The ``Conv1D`` of transformers is a linear layer too, and is replaced by two of PyTorch's.
 
@@ -177,10 +177,11 @@ class LowRank(Compressor[Spectra]):
         if calibration is not None and whitened:
             for name in sound:
                 module = _factorable(probe, name)
-                for scheme in self._schemes(module):
-                    weights = matrices(module, scheme)
-                    if min(weights.shape[1:]) <= MAX_WIDTH:
-                        spans[name, scheme] = _span(weights.double())
+                weights = {scheme: matrices(module, scheme) for scheme in self._schemes(module)}
+                if all(
+                    min(w.shape[1:]) <= MAX_WIDTH for w in weights.values()
+                ):  # else their energies would not compare
+                    spans |= {(name, scheme): _span(w.double()) for scheme, w in weights.items()}
             moments = output_moments(probe, spans, calibration)
         layers = {}
         for name in sound:

@@ -80,7 +80,7 @@ def output_moments(
             handle.remove()
     if not batches:
         raise BadInput("the calibration data is empty")
-    return {layer: total / counts[layer] for layer, total in sums.items()}
+    return {layer: total / counts[layer] for layer, total in sums.items() if counts[layer]}
 
 
 def _along_one_direction(module: nn.Module, images: Tensor) -> Iterator[tuple[Tensor, nn.Module]]:
@@ -88,6 +88,8 @@ def _along_one_direction(module: nn.Module, images: Tensor) -> Iterator[tuple[Te
     assert isinstance(module, nn.Conv2d)  # the caller has seen to it
     first = first_of_spatial(module)
     images = images.detach() if images.dim() == 4 else images.detach().unsqueeze(0)
+    if not images.numel():
+        return
     numbers = first.out_channels * images[0, 0].numel()
     for some in images.split(max(1, _CHUNK // numbers)):
         yield first(some), first

@@ -57,10 +57,19 @@ class Measure:
     whiten: bool = True
     scheme: str = "channel"
 
+    @property
+    def name(self) -> str:
+        """The compressor with its variant, as records name it."""
+        return record_name(self.compressor, self.whiten, self.scheme)
+
     def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
         """Return what tells the record of a point apart among those of a run."""
-        name = record_name(self.compressor, self.whiten, self.scheme)
-        return name, "" if self.compressor == "nm" else self.allocation, 0.0 if pattern else round(ratio, 6), pattern
+        return (
+            self.name,
+            "" if self.compressor == "nm" else self.allocation,
+            0.0 if pattern else round(ratio, 6),
+            pattern,
+        )
 
 
 @dataclass(frozen=True)
@@ -234,6 +243,9 @@ def _measure(where: str, entry: object) -> Measure:
     check_names(compressor, allocation)
     scheme = fields.get("scheme", "channel")
     check_scheme(compressor, scheme)
+    whiten = fields.get("whiten", True)
+    if not isinstance(whiten, bool):
+        raise BadInput(f"{where}.whiten is true or false, got {shown(whiten)}")
     if (compressor == "nm") == ("ratios" in fields) or (compressor != "nm") == ("patterns" in fields):
         raise BadInput(f"{where}: nm takes patterns, such as ['2:4'], every other compressor ratios")
     if compressor == "nm":
@@ -245,7 +257,7 @@ def _measure(where: str, entry: object) -> Measure:
         points = [(ratio, "") for ratio in parse_ratios(_list(f"{where}.ratios", fields["ratios"]))]
         if points[0][0] != 0:
             raise BadInput(f"{where}.ratios starts with 0, the dense network")
-    return Measure(compressor, tuple(points), allocation, bool(fields.get("whiten", True)), scheme)
+    return Measure(compressor, tuple(points), allocation, whiten, scheme)
 
 
 def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | None:
