@@ -76,6 +76,14 @@ def columns(layer: Any, x: Tensor) -> Tensor:
     return y.unflatten(0, (probe.groups, n))
 
 
+def product(thin: Any, scheme: str) -> Tensor:
+    """Return the matrix that two layers have in place of the weight, (groups, m, n)."""
+    expand = matrices(thin.expand)
+    if scheme == "spatial":  # (groups, filters, r·width), where the matrix has a row per filter and column
+        expand = expand.unflatten(2, (-1, thin.kernel_size[1])).transpose(2, 3).flatten(1, 2)
+    return expand @ matrices(thin.reduce)
+
+
 @each_scheme
 def test_every_rank_gives_the_truncation_of_the_weight_times_the_root_of_the_second_moment(
     name: str, scheme: str
@@ -91,9 +99,10 @@ def test_every_rank_gives_the_truncation_of_the_weight_times_the_root_of_the_sec
     u, s, vh = torch.linalg.svd(weights @ root, full_matrices=False)
     for rank in range(1, s.shape[1] + 1):
         expected = u[..., :rank] * s[:, None, :rank] @ vh[:, :rank] @ inverse
-        got = spectrum.basis[..., :rank] @ spectrum.coordinates[:, :rank]
+        thin: Any = _truncate(layer, spectrum, rank)
+        got = product(thin, scheme)
         torch.testing.assert_close((got - expected) @ root, torch.zeros_like(got), rtol=0, atol=1e-7 * float(s.max()))
-        lost, thin = float(s[:, rank:].square().sum()), _truncate(layer, spectrum, rank)
+        lost = float(s[:, rank:].square().sum())
         if scheme == "channel":
             assert error(layer, thin, x) == pytest.approx(lost, rel=1e-6, abs=1e-9)
         else:  # the error of the sum over k columns is at most k times the sum of their errors

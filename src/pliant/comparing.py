@@ -175,11 +175,11 @@ class Comparison:
         found = [outcome for outcome in self.trials if outcome.run == job.training]
         for outcome in found:
             job.check(outcome.config, self.folder / TRIALS)
-            wanted = job.families[outcome.family][0].name if outcome.family in job.families else ""
-            if outcome.compressor and wanted and outcome.compressor != wanted:
+            measures = job.families.get(outcome.family)
+            if measures and outcome.compressor not in ("", measures[0].name):
                 raise BadInput(
                     f"{self.folder / TRIALS} has chosen {outcome.label} by {outcome.compressor}, the first measure of "
-                    f"family {outcome.family} is {wanted} now: choose another --out, or remove what is there"
+                    f"family {outcome.family} is {measures[0].name} now: choose another --out, or remove what is there"
                 )
         return {outcome.family for outcome in found} >= set(job.families)
 
@@ -270,13 +270,19 @@ def _on_ray(address: str) -> Performer:
     def each(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
         # Jobs of the same training take turns: only one of them can train it.
         queues = grouped(jobs, lambda job: job.training)
-        waiting = {remote.remote(first, folder.resolve()): first for first, *_ in queues.values()}
+        waiting: dict[Any, Job] = {}
+
+        def start(queue: list[Job]) -> None:
+            job = queue.pop(0)
+            waiting[remote.remote(job, folder.resolve())] = job
+
+        for queue in queues.values():
+            start(queue)
         while waiting:
             (done, *_), _ = ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(done)
-            queues[job.training].remove(job)
-            for following in queues[job.training][:1]:
-                waiting[remote.remote(following, folder.resolve())] = following
+            if queues[job.training]:
+                start(queues[job.training])
             yield job, ray.get(done)
 
     return each

@@ -258,7 +258,7 @@ def _command(record: Record, runs: str) -> list[str] | None:
     """Return the words of the command that compresses a run as a record tells, but the size; None if none does."""
     compressor, *variants = record.compressor.split("-")
     schemes = [variant for variant in variants if variant != "whitened"]
-    if "retraining" in record.config or not (schemes == [] or (factorises(compressor) and len(schemes) == 1)):
+    if "retraining" in record.config or len(schemes) > factorises(compressor):  # only rank has a scheme, and one
         return None
     words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
     if factorises(compressor) and "whitened" not in variants:

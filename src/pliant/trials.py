@@ -259,8 +259,12 @@ class Trial:
 
 def record_name(compressor: str, whiten: bool, scheme: str = "channel") -> str:
     """Return the name that records give a compressor: with its variant."""
-    variants = ["whitened"] if whiten and factorises(compressor) else []
-    return "-".join([compressor, *variants, *([] if scheme == "channel" else [scheme])])
+    words = [compressor]
+    if whiten and factorises(compressor):
+        words.append("whitened")
+    if scheme != "channel":
+        words.append(scheme)
+    return "-".join(words)
 
 
 def check_names(compressor: str, allocation: str) -> None:

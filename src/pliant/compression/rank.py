@@ -178,9 +178,8 @@ class LowRank(Compressor[Spectra]):
             for name in sound:
                 module = _factorable(probe, name)
                 weights = {scheme: matrices(module, scheme) for scheme in self._schemes(module)}
-                if all(
-                    min(w.shape[1:]) <= MAX_WIDTH for w in weights.values()
-                ):  # else their energies would not compare
+                # All or none: energies of outputs and of weights do not compare.
+                if max(min(w.shape[1:]) for w in weights.values()) <= MAX_WIDTH:
                     spans |= {(name, scheme): _span(w.double()) for scheme, w in weights.items()}
             moments = output_moments(probe, spans, calibration)
         layers = {}

@@ -54,20 +54,31 @@ def output_moments(
     sums: dict[Layer, Tensor] = {}
     counts = dict.fromkeys(spans, 0)
 
-    def add(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if layer[1] == "spatial":
-            made = _along_one_direction(module, args[0] if args else kwargs["input"])
-        else:
-            made = iter([(output, module)])
-        for outputs, of in made:
-            total, count = _second_moment(of, outputs, spans[layer])
-            sums[layer] = sums[layer] + total if layer in sums else total
-            counts[layer] += count
+    def add(layer: Layer, module: nn.Module, output: Tensor) -> None:
+        total, count = _second_moment(module, output, spans[layer])
+        sums[layer] = sums[layer] + total if layer in sums else total
+        counts[layer] += count
+
+    def whole(layer: Layer, module: nn.Module, _: object, output: Tensor) -> None:
+        add(layer, module, output)
+
+    def along_one_direction(
+        layer: Layer, first: nn.Conv2d, _: object, args: tuple[Any, ...], kwargs: dict[str, Any], __: object
+    ) -> None:
+        for output in _in_parts(first, args[0] if args else kwargs["input"]):
+            add(layer, first, output)
 
     hooks = []
     for layer in spans:
-        hook: Callable[..., None] = partial(add, layer)
-        hooks.append(model.get_submodule(layer[0]).register_forward_hook(hook, with_kwargs=True))
+        name, scheme = layer
+        module = model.get_submodule(name)
+        hook: Callable[..., None]
+        if scheme == "spatial":
+            assert isinstance(module, nn.Conv2d)  # the caller has seen to it
+            hook = partial(along_one_direction, layer, first_of_spatial(module))
+        else:
+            hook = partial(whole, layer)
+        hooks.append(module.register_forward_hook(hook, with_kwargs=scheme == "spatial"))
     batches = 0
     try:
         for batch in calibration:
@@ -83,16 +94,14 @@ def output_moments(
     return {layer: total / counts[layer] for layer, total in sums.items() if counts[layer]}
 
 
-def _along_one_direction(module: nn.Module, images: Tensor) -> Iterator[tuple[Tensor, nn.Module]]:
-    """Yield the outputs of the first layer of scheme "spatial" for some images at a time, each with that layer."""
-    assert isinstance(module, nn.Conv2d)  # the caller has seen to it
-    first = first_of_spatial(module)
+def _in_parts(layer: nn.Conv2d, images: Tensor) -> Iterator[Tensor]:
+    """Yield the outputs of a layer with very many channels for some images at a time."""
     images = images.detach() if images.dim() == 4 else images.detach().unsqueeze(0)
     if not images.numel():
         return
-    numbers = first.out_channels * images[0, 0].numel()
+    numbers = layer.out_channels * images[0, 0].numel()
     for some in images.split(max(1, _CHUNK // numbers)):
-        yield first(some), first
+        yield layer(some)
 
 
 def _second_moment(module: nn.Module, output: Tensor, span: Tensor | None) -> tuple[Tensor, int]:
