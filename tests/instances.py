@@ -41,6 +41,8 @@ LIFTED_SHAPES: list[tuple[Lift, Shape, int]] = [
     (Spectral, (5, 3, 2, 2), 5),
     (partial(Spectral, dim=1), (3, 4, 2, 2), 4),
     (partial(Spectral, groups=2), (8, 3, 2, 1), 8),
+    (partial(Spectral, spatial=True), (2, 4, 2, 3), 6),
+    (partial(Spectral, dim=1, groups=2, spatial=True), (3, 4, 1, 2), 6),
     (blocks_of_4, (1, 8), 4),
     (blocks_of_4, (3, 8), 4),
     (blocks_of_4, (2, 4, 3, 1), 4),
@@ -59,6 +61,23 @@ INSTANCES: list[tuple[Norm, Shape]] = [
 def gaussian(shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal entries: no ties, no zeros, full rank; the same numbers in every dtype, up to rounding."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def unfolded(norm: Spectral, x: Tensor) -> Tensor:
+    """Return the matrices (groups, rows, columns) whose singular values a spectral norm sees."""
+    moved = x.movedim(norm.dim, 0)
+    if norm.spatial:
+        filters, channels, height, width = moved.shape
+        moved = moved.movedim(3, 1).reshape(filters * width, channels * height)
+    return moved.reshape(norm.groups, len(moved) // norm.groups, -1)
+
+
+def folded(norm: Spectral, matrices: Tensor, shape: Shape) -> Tensor:
+    """Return the tensor of this shape that :func:`unfolded` takes to the matrices."""
+    order = unfolded(norm, torch.arange(math.prod(shape)).reshape(shape)).flatten()
+    flat = torch.empty_like(matrices).flatten()
+    flat[order] = matrices.flatten()
+    return flat.reshape(shape)
 
 
 # Twelve small integers repeat through a tensor: full of ties and zeros, and its matrices have low rank.

@@ -94,6 +94,24 @@ def test_layouts() -> None:
     assert found["up.weight"].norm == Rows(KSupport(4), dim=1)  # type: ignore[union-attr]
 
 
+def test_spatial_matrices_are_for_kernels_with_rows_and_columns() -> None:
+    model = nn.ModuleDict(
+        {
+            "square": nn.Conv2d(6, 4, 3),
+            "grouped": nn.Conv2d(8, 4, 3, groups=2),
+            "pointwise": nn.Conv2d(6, 4, 1),
+            "row": nn.Conv2d(6, 4, (1, 3)),
+            "sequence": nn.Conv1d(6, 4, 3),
+            "linear": nn.Linear(6, 4),
+        }
+    )
+    found = balls(constrain(model, [("*.weight", rank(k=1.0, spatial=True))], default=None))
+    norms = {name.removesuffix(".weight"): ball.norm for name, ball in found.items() if ball}
+    assert norms.pop("square") == Spectral(KSupport(12), spatial=True)  # 4 filters · 3 columns, 6 channels · 3 rows
+    assert norms.pop("grouped") == Spectral(KSupport(12), groups=2, spatial=True)
+    assert norms == dict.fromkeys(["pointwise", "row", "sequence", "linear"], Spectral(KSupport(4)))
+
+
 def test_groups_train_a_network_and_take_a_weight_decay_for_the_rest() -> None:
     model = network()
     opt = SFW(constrain(model, [("*.weight", filters(k=0.5))], default=None), lr=0.1, weight_decay=0.01)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pliant.linalg import topk_mask
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
-from .instances import INSTANCES, LAYOUTS, Shape, few_integers, gaussian, tiled
+from .instances import INSTANCES, LAYOUTS, Shape, few_integers, folded, gaussian, tiled, unfolded
 
 every_instance = pytest.mark.parametrize(("norm", "shape"), INSTANCES, ids=str)
 NOT_SPECTRAL = [i for i in INSTANCES if not isinstance(i[0], Spectral)]
@@ -52,11 +52,11 @@ def symmetry(norm: Norm, shape: Shape) -> Callable[[Tensor], Tensor]:
             n = shape[dim]
             turns = orthogonal(n, entries // n, 1)
             return along(dim, lambda m: torch.einsum("rc,rcd->rd", m, turns)[permutation(n, 2)])
-        case Spectral(_, dim, groups):  # any order of groups, each multiplied from both sides
-            n = shape[dim] // groups
-            left, right = orthogonal(groups, n, 1), orthogonal(groups, entries // shape[dim], 2)
+        case Spectral(_, _, groups):  # any order of groups, each multiplied from both sides
+            _, rows, columns = unfolded(norm, torch.empty(shape)).shape
+            left, right = orthogonal(groups, rows, 1), orthogonal(groups, columns, 2)
             order = permutation(groups, 3)
-            return along(dim, lambda m: (left @ m.reshape(groups, n, -1) @ right)[order].reshape(m.shape))
+            return lambda x: folded(norm, (left @ unfolded(norm, x) @ right)[order], shape)
         case Blocks(_, size, dim):  # any order of blocks, each with its own signed permutation
 
             def shuffle(x: Tensor) -> Tensor:
@@ -252,9 +252,8 @@ def atoms(norm: Norm, x: Tensor) -> Tensor:
     match norm:
         case Rows(_, dim):
             return x.movedim(dim, 0).reshape(x.shape[dim], -1).any(dim=1).sum()
-        case Spectral(_, dim, groups):
-            values = torch.linalg.svdvals(x.movedim(dim, 0).reshape(groups, x.shape[dim] // groups, -1))
-            return (values > 1e-9).sum()
+        case Spectral():
+            return (torch.linalg.svdvals(unfolded(norm, x)) > 1e-9).sum()
         case Blocks(_, size, dim):
             return x.movedim(dim, -1).reshape(-1, size).count_nonzero(dim=1)
     return x.count_nonzero()

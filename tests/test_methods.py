@@ -118,7 +118,15 @@ def test_an_exploding_learning_rate_is_a_divergence(method: str, tmp_path: Path)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_setting_that_a_method_does_not_have_is_an_error(method: str) -> None:
-    values = {"k": 0.2, "vertices": "sparse", "rescale": "none", "pattern": "1:4", "every": 3, "factors": 2}
+    values = {
+        "k": 0.2,
+        "vertices": "sparse",
+        "rescale": "none",
+        "pattern": "1:4",
+        "every": 3,
+        "factors": 2,
+        "scheme": "spatial",
+    }
     for name in OWN:
         given = {name: values.get(name, 0.5)}
         if name in METHODS[method].own:
@@ -148,6 +156,7 @@ def test_the_command_line_says_so_in_one_line(tmp_path: Path, capsys: pytest.Cap
         ({"method": "condlr", "condition": 0.5}, "--condition must be >= 1"),
         ({"method": "muon", "other_lr": 0.0}, "--other_lr must be positive"),
         ({"method": "sfw-rank", "vertices": "spars"}, "did you mean 'sparse'"),
+        ({"method": "sfw-rank", "scheme": "best"}, "unknown scheme 'best'"),
         ({"method": "numuon", "k": 500}, r"conv1\.weight of shape .*k=500"),
         ({"method": "condlr", "k": 500}, r"conv1\.weight of shape .*k=500"),
     ],

@@ -8,11 +8,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from pliant.compression.factored import matrices
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
-from .instances import INSTANCES, LIFTED_SHAPES, VECTOR_NORMS, Lift, Shape, entries, few_integers, gaussian, tiled
+from .instances import (
+    INSTANCES,
+    LIFTED_SHAPES,
+    VECTOR_NORMS,
+    Lift,
+    Shape,
+    entries,
+    few_integers,
+    folded,
+    gaussian,
+    tiled,
+    unfolded,
+)
 
 every_instance = pytest.mark.parametrize(("norm", "shape"), INSTANCES, ids=str)
 every_lifted_shape = pytest.mark.parametrize(
@@ -176,6 +189,19 @@ def test_groups_are_one_block_diagonal_matrix(inner: VectorNorm) -> None:
     torch.testing.assert_close(torch.block_diag(*grouped.lmo(g).split(3)), plain.lmo(whole), atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.parametrize("inner", VECTOR_NORMS, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_spatial_matrices_are_those_that_a_convolution_is_factored_by(inner: VectorNorm, groups: int) -> None:
+    layer = nn.Conv2d(3 * groups, 4, (2, 3), groups=groups, dtype=torch.float64)
+    spatial, blocks = Spectral(inner, groups=groups, spatial=True), Spectral(inner, groups=groups)
+    weight, matrix = layer.weight.detach(), matrices(layer, "spatial").flatten(0, 1)
+    torch.testing.assert_close(spatial(weight), blocks(matrix))
+    layer.weight = nn.Parameter(spatial.lmo(weight))
+    torch.testing.assert_close(matrices(layer, "spatial").flatten(0, 1), blocks.lmo(matrix))
+    layer.weight = nn.Parameter(spatial.soft_threshold(weight, 0.1))
+    torch.testing.assert_close(matrices(layer, "spatial").flatten(0, 1), blocks.soft_threshold(matrix, 0.1))
+
+
 def test_rows_of_dimension_one_are_those_of_the_transpose() -> None:
     g = gaussian((3, 5, 2))
     moved = Rows(KSupport(2), dim=1).lmo(g).transpose(0, 1)
@@ -246,13 +272,11 @@ def longest_point(norm: Norm, shape: Shape, magnitudes: int) -> Tensor:
     match norm:
         case Rows(_, dim):
             x.movedim(dim, 0)[(slice(None), *first)] = a
-        case Spectral(_, dim, groups):
-            rows = x.movedim(dim, 0)
-            matrices = torch.stack([part.diag() for part in a.chunk(groups)])
-            columns = math.prod(shape) // shape[dim]
-            padded = torch.zeros(groups, shape[dim] // groups, columns, dtype=torch.float64)
-            padded[:, : matrices.shape[1], : matrices.shape[2]] = matrices
-            rows.copy_(padded.reshape(rows.shape))
+        case Spectral(_, _, groups):
+            diagonals = torch.stack([part.diag() for part in a.chunk(groups)])
+            padded = unfolded(norm, x)
+            padded[:, : diagonals.shape[1], : diagonals.shape[2]] = diagonals
+            x.copy_(folded(norm, padded, shape))
         case Blocks(_, size, dim):
             x.movedim(dim, -1)[(*first, slice(size))] = a
         case _:
@@ -315,6 +339,7 @@ def test_foreign_specs_are_refused(spec: dict[str, object]) -> None:
         lambda: Blocks(KSupport(5), 4),
         lambda: Blocks(KSupport(2), 0),
         lambda: Spectral(Lp(1), groups=0),
+        lambda: Spectral(Lp(1), spatial=1),  # type: ignore[arg-type]
     ],
 )
 def test_bad_norms_are_refused(make) -> None:  # type: ignore[no-untyped-def]
@@ -334,6 +359,8 @@ def test_bad_norms_are_refused(make) -> None:  # type: ignore[no-untyped-def]
         (Blocks(KSupport(2), 4), (8,)),
         (Rows(Lp(1), dim=3), (2, 2)),
         (Spectral(Lp(1), groups=3), (4, 4)),
+        (Spectral(Lp(1), spatial=True), (4, 4)),
+        (Spectral(Lp(1), groups=3, spatial=True), (4, 4, 3, 3)),
     ],
     ids=str,
 )

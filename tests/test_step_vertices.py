@@ -15,7 +15,7 @@ from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, Ve
 from pliant.oracles import unit_vertices
 from pliant.sfw import RESCALES, SFW, Rescale
 
-from .instances import INSTANCES, LAYOUTS, Shape, few_integers, gaussian, tiled
+from .instances import INSTANCES, LAYOUTS, Shape, few_integers, folded, gaussian, tiled, unfolded
 from .optimizer_cases import quiet_first_steps
 
 pytestmark = quiet_first_steps
@@ -226,6 +226,27 @@ def test_singular_directions_are_feasible_at_once_and_exact_in_the_end(
     torch.testing.assert_close(p.detach(), ball.lmo(g), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "norm", [Spectral(KSparse(4), spatial=True), Spectral(KSupport(4), 1, 2, spatial=True)], ids=str
+)
+def test_singular_directions_of_spatial_matrices_are_exact_in_the_end(norm: Spectral, layout: str) -> None:
+    shape = (12, 12, 2, 3)
+    _, rows, columns = unfolded(norm, torch.empty(shape)).shape
+    decay = 0.8 ** torch.arange(min(rows, columns), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(gaussian((norm.groups, rows, columns)), full_matrices=False)
+    g = folded(norm, torch.tensor([1.0, 0.9])[: norm.groups, None, None] * (u * decay @ vh), shape)
+    p = nn.Parameter(LAYOUTS[layout](torch.zeros(shape, dtype=torch.float64)))
+    ball = NormBall(norm, 1.0)
+    opt = SFW([{"params": [p], "ball": ball}], lr=1.0, momentum=0.0, rescale=None)
+    for _ in range(60):
+        p.grad = LAYOUTS[layout](g)
+        opt.step()
+        assert norm(p) <= 1 + 1e-9
+    assert "basis" in opt.state[p]
+    torch.testing.assert_close(p.detach(), ball.lmo(g), atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("inner", [KSupport(3), KSparse(3), Lp(1)], ids=str)
 def test_gradients_of_lower_rank_give_vertices_of_no_more_rank(inner: VectorNorm) -> None:
     g = gaussian((40, 2), 1) @ gaussian((2, 50), 2)
@@ -260,6 +281,8 @@ FULL_RANK = [
     (Spectral(KSparse(40)), [(40, 8, 3, 3)]),
     (Spectral(KSparse(40), dim=1), [(9, 40, 2, 3)]),
     (Spectral(KSparse(70), groups=2), [(70, 50, 1, 1)]),
+    (Spectral(KSparse(36), spatial=True), [(20, 12, 3, 3)]),
+    (Spectral(KSparse(72), 1, groups=2, spatial=True), [(18, 40, 2, 2)]),
     (Spectral(KSparse(43)), [(40, 60), (3, 8)]),  # jointly, one of them small
     (Spectral(KSparse(36)), [(48, 64)]),  # not all directions, but many
 ]

@@ -92,14 +92,23 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
     return Preset(norm, radius, coupled=lambda channels: _vector_norm(k, channels, vertices), orthogonal=orthogonal)
 
 
-def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
-    """Constrain to low rank: ``Spectral(KSupport(k))``; k counts singular directions, else as :func:`filters`."""
+def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support", spatial: bool = False) -> Preset:
+    """Constrain to low rank: ``Spectral(KSupport(k))``.
+
+    Args:
+        k: singular directions per vertex; a count or a fraction as in :func:`filters`.
+        radius: as there.
+        vertices: "support" or "sparse", as there.
+        spatial: read 2-d convolutions for k×1 then 1×k layers, not for k×k then 1×1 (:class:`~pliant.norms.Spectral`);
+            those with kernels of one row or column have no choice.
+    """
     check_k(k)
     _check_vertices(vertices)
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
-        n = Spectral(Lp(2), layout.dim, layout.groups).length(shape)
-        return Spectral(_vector_norm(k, n, vertices), layout.dim, layout.groups)
+        both_ways = len(shape) == 4 and min(shape[2:]) > 1
+        whole = Spectral(Lp(2), layout.dim, layout.groups, spatial and both_ways)
+        return replace(whole, inner=_vector_norm(k, whole.length(shape), vertices))
 
     return Preset(norm, radius)
 

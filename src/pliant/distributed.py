@@ -506,7 +506,7 @@ class Shards:
         return self._by_rows and (norm.dim > 0 or all(size % norm.size == 0 for size in self._sizes))
 
     def _has_directions(self, norm: Spectral) -> bool:
-        return self._by_rows and norm.dim == 0 and norm.groups == 1
+        return self._by_rows and norm.dim == 0 and norm.groups == 1 and not norm.spatial
 
     def _is_frobenius(self, norm: Norm) -> bool:
         match norm:

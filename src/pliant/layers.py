@@ -26,6 +26,7 @@ from pliant.attention import is_conv1d, projections, thin
 from pliant.errors import BadInput
 
 AxisName = Literal["outputs", "inputs"]
+SCHEMES = ("channel", "spatial")  # the two ways to read a convolution's weight as a matrix
 Example = Tensor | Sequence[Tensor] | Mapping[str, Any]  # for model(x), model(*xs) or model(**xs)
 Inputs = tuple[Tensor, ...] | dict[str, Any]
 Item = TypeVar("Item")

@@ -376,9 +376,9 @@ METHODS = {
     ),
     "sfw-rank": Method(
         "SFW towards low rank",
-        _sfw(lambda s: rank(s["k"], s["radius"], vertices=s["vertices"])),
+        _sfw(lambda s: rank(s["k"], s["radius"], vertices=s["vertices"], spatial=s["scheme"] == "spatial")),
         lr=None,
-        own={**_ANNEALED, "turnover": 4.0, "k": 0.5, "strength": 0.1},
+        own={**_ANNEALED, "turnover": 4.0, "k": 0.5, "strength": 0.1, "scheme": "channel"},
     ),
     "sfw-weights": Method(
         "SFW towards few weights",

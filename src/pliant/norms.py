@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 import torch
@@ -517,15 +517,22 @@ class Spectral(_Lift):
     ``Spectral(Lp(1))`` is the nuclear norm, ``Spectral(Lp(inf))`` the operator norm; a vertex of
     ``Spectral(KSupport(k))`` has rank at most k. With ``groups`` > 1 (grouped convolutions) the rows fall into that
     many consecutive matrices, read as one block-diagonal matrix.
+
+    ``spatial``: the matrix of a 2-d convolution has a row for each filter and kernel column, and a column for each
+    input channel and kernel row. Of rank r it is a k×1 convolution with r filters, then a 1×k one (Jaderberg et al.
+    2014), where otherwise it is a k×k one, then a 1×1.
     """
 
     dim: int = 0
     groups: int = 1
+    spatial: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
             raise ValueError(f"Spectral needs an integer groups >= 1, got {self.groups!r}")
+        if not isinstance(self.spatial, bool):
+            raise ValueError(f"Spectral needs spatial to be True or False, got {self.spatial!r}")
 
     def _length(self, shape: Shape) -> int:
         rows, columns = self._block_shape(shape)
@@ -546,14 +553,14 @@ class Spectral(_Lift):
         u = u * (blocks != 0).any(dim=2, keepdim=True)  # a zero row stays exactly zero
 
         def rebuild(w: Tensor) -> Tensor:
-            return _from_matrix(((u * w.reshape(s.shape)[:, None, :]) @ vh).flatten(0, 1), x.shape, self.dim)
+            return self._from_blocks((u * w.reshape(s.shape)[:, None, :]) @ vh, x)
 
         return s.flatten(), rebuild
 
     def _split_into_parts(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         blocks = self._blocks(x)
         if blocks.dtype == torch.float64:
-            return Spectral(Lp(1), self.dim, self.groups)._split(x)
+            return replace(self, inner=Lp(1))._split(x)
         # The Gram matrix in double precision has the singular values of a float32 matrix to within its own rounding,
         # in less than half the time.
         wide = blocks.shape[1] <= blocks.shape[2]
@@ -565,21 +572,37 @@ class Spectral(_Lift):
         def rebuild(w: Tensor) -> Tensor:
             factors = divide_or_zero(w.double(), s.flatten()).reshape(s.shape)
             matrix = (u * factors[:, None, :]) @ (u.mT @ a)
-            return _from_matrix((matrix if wide else matrix.mT).to(x.dtype).flatten(0, 1), x.shape, self.dim)
+            return self._from_blocks((matrix if wide else matrix.mT).to(x.dtype), x)
 
         return s.flatten().to(x.dtype), rebuild
 
     def _block_shape(self, shape: Shape) -> tuple[int, int]:
         if len(shape) < 2:
             raise ValueError(f"{self} needs a matrix or more dimensions, got shape {tuple(shape)}: use a vector norm")
+        if self.spatial and len(shape) != 4:
+            raise ValueError(f"{self} needs the weight of a 2-d convolution, got shape {tuple(shape)}")
         rows, columns = _matrix_shape(shape, self.dim)
         if rows % self.groups:
             raise ValueError(f"{self}: {rows} rows do not split into {self.groups} groups")
+        if self.spatial:
+            rows, columns = rows * shape[3], columns // shape[3]
         return rows // self.groups, columns
 
     def _blocks(self, x: Tensor) -> Tensor:
-        matrix = _as_matrix(x, self.dim)
-        return matrix.reshape(self.groups, -1, matrix.shape[1])
+        rows, columns = self._block_shape(x.shape)
+        matrix = x.permute(self._spatial_order()).flatten(2) if self.spatial else _as_matrix(x, self.dim)
+        return matrix.reshape(self.groups, rows, columns)
+
+    def _from_blocks(self, blocks: Tensor, like: Tensor) -> Tensor:
+        if not self.spatial:
+            return _from_matrix(blocks.flatten(0, 1), like.shape, self.dim)
+        order = self._spatial_order()
+        moved = blocks.reshape([like.shape[d] for d in order])
+        return moved.permute([order.index(d) for d in range(4)])
+
+    def _spatial_order(self) -> tuple[int, int, int, int]:
+        """Return the dimensions of filters, kernel columns, channels, kernel rows."""
+        return self.dim, 3, 1 - self.dim, 2
 
 
 @dataclass(frozen=True)

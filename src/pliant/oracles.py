@@ -250,27 +250,34 @@ def rank_of_vertices(norm: Spectral) -> int | None:
 
 def _matrices(stack: Tensor, norm: Spectral) -> list[Tensor]:
     """Return the stack as matrices (L, rows, columns), one for each group of rows."""
-    return list(_rows_first(stack, norm).flatten(2).chunk(norm.groups, dim=1))
+    return list(_flat(_rows_first(stack, norm), norm).chunk(norm.groups, dim=1))
 
 
 def _write_products(factors: list[tuple[Tensor, Tensor]], norm: Spectral, out: Tensor) -> None:
     """Write first·secondᵀ of each group to its rows of ``out``."""
     rows_first = _rows_first(out, norm)
-    matrix = rows_first.flatten(2)
+    matrix = _flat(rows_first, norm)
     for (first, second), place in zip(factors, matrix.chunk(norm.groups, dim=1), strict=True):
         torch.matmul(first, second.mT, out=place)
-    if rows_first.ndim > 3 and rows_first.stride(1) != max(rows_first.stride()[1:]):
+    if norm.spatial or (rows_first.ndim > 3 and rows_first.stride(1) != max(rows_first.stride()[1:])):
         rows_first.copy_(matrix.view(rows_first.shape))  # columns with rows between them: flatten made a copy
 
 
 def _rows_first(stack: Tensor, norm: Spectral) -> Tensor:
     """Return the view (L, rows, …) with the other dimensions in the order of memory.
 
-    Any order of the columns has the same singular values and left directions; this one needs no copy.
+    Any order of the columns has the same singular values and left directions; this one needs no copy. Of a spatial
+    matrix the view is (L, filters, kernel columns, channels, kernel rows).
     """
+    if norm.spatial:
+        return stack.permute(0, *(d + 1 for d in norm._spatial_order()))
     strides = stack.stride()
     others = sorted((d for d in range(1, stack.ndim) if d != norm.dim + 1), key=lambda d: (-strides[d], d))
     return stack.permute(0, norm.dim + 1, *others)
+
+
+def _flat(rows_first: Tensor, norm: Spectral) -> Tensor:
+    return (rows_first.flatten(1, 2) if norm.spatial else rows_first).flatten(2)
 
 
 def along(values: Tensor, stack: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from pliant.data import ImageData, Loader, load_data
 from pliant.display import Display
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged, unknown
 from pliant.files import is_empty, locked, make_folders, remove_leftovers, sync, write_bytes, write_text
+from pliant.layers import SCHEMES
 from pliant.measuring import eval_mode, evaluate, resolve_precision
 from pliant.methods import (
     METHODS,
@@ -100,6 +101,7 @@ def train(
     k: int | float | None = None,
     radius: float | None = None,
     vertices: str | None = None,
+    scheme: str | None = None,
     coupled: bool | None = None,
     turnover: float | None = None,
     rescale: str | None = None,
@@ -149,6 +151,8 @@ def train(
             rank to go to): 3 is a count, 0.1 a share.
         radius: size of the balls, relative to the weights at initialisation (scion: as published).
         vertices: the kind of SFW's balls: support, sparse or (sfw-filters) orthogonal.
+        scheme: how sfw-rank reads the weight of a convolution as a matrix: as the product of layers spatial (k×1 then
+            1×k) or channel (k×k then 1×1).
         coupled: give channels that residual connections tie together one ball (sfw-filters).
         turnover: how often the training replaces the weights, instead of lr: the sum of its convex steps (sfw-filters,
             sfw-rank without rescale).
@@ -586,7 +590,8 @@ class Log:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise BadInput for a setting that is unknown or out of range."""
-    for name, known in (("recipe", RECIPES), ("rescale", RESCALES), ("vertices", VERTICES), ("schedule", SCHEDULES)):
+    choices = {"recipe": RECIPES, "rescale": RESCALES, "vertices": VERTICES, "scheme": SCHEMES, "schedule": SCHEDULES}
+    for name, known in choices.items():
         if settings[name] is not None and settings[name] not in known:
             raise unknown(name, settings[name], known)
     if settings["pattern"] is not None:

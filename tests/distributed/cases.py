@@ -172,6 +172,7 @@ CASES["rows, another layout"] = steps_of_one_process([Rows(KSupport(2), dim=1)],
 CASES["spectral, another layout"] = steps_of_one_process([Spectral(KSupport(2), dim=1)], [(24, 36), (20, 4)], EXACT)
 CASES["spectral, grouped"] = steps_of_one_process([Spectral(KSupport(3), groups=2)], [(40, 30), (6, 30)], EXACT)
 CASES["blocks along rows"] = steps_of_one_process([Blocks(KSupport(2), 4, 0)], [(12, 3), (4, 2), (24, 5)], EXACT)
+CASES["spectral, spatial"] = steps_of_one_process([Spectral(KSupport(3), spatial=True)], [(20, 24, 3, 2)], EXACT)
 CASES["full rank"] = steps_of_one_process([Spectral(KSupport(20))], [(20, 30)], EXACT)
 CASES["full rank, by products"] = steps_of_one_process([Spectral(Lp(math.inf))], [(40, 48)], SPECTRAL)
 CASES["rows, orthogonal"] = steps_of_one_process([Rows(KSparse(2), orthogonal=True)], SHAPES, EXACT)
