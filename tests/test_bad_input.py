@@ -57,6 +57,8 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("radius", "--method sgd --radius 1", "not a setting of --method sgd"),
         ("vertices", "--method sfw-rank --vertices supports", "did you mean 'support'?"),
         ("vertices", "--vertices support", "not a setting of --method sgd"),
+        ("scheme", "--method sfw-rank --scheme spacial", "did you mean 'spatial'?"),
+        ("scheme", "--method sfw-filters --scheme spatial", "not a setting of --method sfw-filters"),
         ("rescale", "--method sfw-rank --rescale gradients", "did you mean 'gradient'?"),
         ("rescale", "--rescale none", "not a setting of --method sgd"),
         ("turnover", "--method sfw-filters --turnover 0", "positive and finite"),

@@ -40,6 +40,8 @@ CONTENT: dict[str, Any] = {
     "calibration": 64,
 }
 
+RANK = ("rank-whitened-spatial", "rank-spatial")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -93,7 +95,7 @@ def test_every_seed_and_size_is_measured_once(finished: Path):
     points = [(r.method, r.seed, r.compressor, r.ratio) for r in plain]
     assert sorted(points) == sorted(
         (method, seed, compressor, ratio)
-        for method, compressors in (("sgd", ("filters", "rank", "rank-whitened")), ("ours", ("rank", "rank-whitened")))
+        for method, compressors in (("sgd", ("filters", *RANK)), ("ours", RANK))
         for seed in (0, 1)
         for compressor in compressors
         for ratio in (0.0, 0.5)
@@ -115,10 +117,7 @@ def test_the_reference_with_retraining_is_marked(finished: Path):
     assert {r.run.endswith("+LLR") for r in again} == {True}
     assert {(r.method, r.config["retraining"], r.config["retraining_epochs"]) for r in again} == {("sgd", "LLR", 1)}
     assert {(r.compressor, r.ratio, r.seed) for r in again} == {
-        (compressor, ratio, seed)
-        for compressor in ("filters", "rank-whitened")
-        for ratio in (0.0, 0.5)
-        for seed in (0, 1)
+        (compressor, ratio, seed) for compressor in ("filters", RANK[0]) for ratio in (0.0, 0.5) for seed in (0, 1)
     }
 
 
@@ -156,9 +155,9 @@ def test_results_of_other_settings_are_refused(finished: Path, tmp_path: Path):
 
 
 def test_a_search_by_another_measure_is_refused(finished: Path, tmp_path: Path):
-    rank = [{"compressor": "rank", "scheme": "spatial", "ratios": [0, 0.5]}]
+    rank = [{"compressor": "rank", "scheme": "channel", "ratios": [0, 0.5]}]
     other = changed(finished, tmp_path, families={**CONTENT["families"], "rank": rank})
-    with pytest.raises(BadInput, match=r"has chosen ours by rank-whitened, .* is rank-whitened-spatial now"):
+    with pytest.raises(BadInput, match=r"has chosen ours by rank-whitened-spatial, .* is rank-whitened now"):
         compare(other, out=str(finished))
 
 
@@ -287,7 +286,7 @@ def test_a_training_that_diverges_is_an_outcome_without_area(tmp_path: Path):
 def test_what_is_measured_is_left_out():
     rank = (Measure("rank", ((0.0, ""), (0.5, ""))), Measure("nm", ((0.0, ""), (0.0, "2:4"))))
     job = a_job(families={"mixed": rank})
-    rest = job.without({("rank-whitened", "global", 0.0, ""), ("nm", "", 0.0, "2:4"), ("nm", "", 0.0, "")})
+    rest = job.without({("rank-whitened-spatial", "global", 0.0, ""), ("nm", "", 0.0, "2:4"), ("nm", "", 0.0, "")})
     assert rest.families == {"mixed": (Measure("rank", ((0.5, ""),)),)}
     assert not job.without({m.key(*p) for m in rank for p in m.points}).families
 

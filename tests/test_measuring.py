@@ -32,16 +32,22 @@ def test_macs_of_grouped_strided_convolutions() -> None:
     assert measuring.macs(model, torch.zeros(1, 8, 8, 8)) == 16 * 16 * 2 * 9
 
 
-def test_a_factorised_convolution_by_hand() -> None:
+def test_factorised_convolutions_by_hand() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1)), torch.randn(2, 8, 8, 8)
-    plan = LowRank(0.5).plan(model, x)
-    (layer,) = plan.layers
-    rank = layer.kept
-    assert 0 < rank < 16
-    small = LowRank().apply(model, plan)
-    assert measuring.parameters(small) == rank * 8 * 9 + 16 * rank + 16
-    assert measuring.macs(small, x) == 4 * 4 * (rank * 8 * 9 + 16 * rank)  # the stride is in the first of the two
+    for scheme in ("channel", "spatial"):
+        low = LowRank(0.5, scheme=scheme)
+        plan = low.plan(model, x)
+        (layer,) = plan.layers
+        rank = layer.kept
+        assert 0 < rank < 16
+        small = low.apply(model, plan)
+        if scheme == "channel":  # the stride is in the first of the two
+            assert measuring.parameters(small) == rank * 8 * 9 + 16 * rank + 16
+            assert measuring.macs(small, x) == 4 * 4 * (rank * 8 * 9 + 16 * rank)
+        else:  # each has the stride of its direction
+            assert measuring.parameters(small) == rank * 8 * 3 + 16 * rank * 3 + 16
+            assert measuring.macs(small, x) == 4 * 8 * (rank * 8 * 3) + 4 * 4 * (16 * rank * 3)
 
 
 def test_a_factorised_linear_layer_by_hand() -> None:

@@ -270,7 +270,7 @@ def test_finite_weights_with_a_sum_beyond_float32_are_taken() -> None:
 
 
 def test_plan_from_before_schemes_and_chains_is_read() -> None:
-    plan = LowRank(0.5).plan(build(), X)
+    plan = LowRank(0.5, scheme="channel").plan(build(), X)
     data = json.loads(json.dumps(plan.to_dict()))
     del data["links"]
     for layer in data["layers"]:

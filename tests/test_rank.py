@@ -188,7 +188,7 @@ def test_shipped_networks_shrink_to_the_ratio_and_never_grow(name: str) -> None:
 def test_multiplications_shrink_with_the_parameters_under_stride() -> None:
     model = nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False)
     x = torch.randn(1, 16, 16, 16)
-    small = compress(model, LowRank(0.5), x)
+    small = compress(model, LowRank(0.5, scheme="channel"), x)
     flops = []
     for network in (model, small):
         with FlopCounterMode(display=False) as counter:

@@ -36,7 +36,7 @@ def test_sweep_writes_true_records(compressor: str, run: Path, tmp_path: Path) -
     sweep(str(run), compressor, ratios=ratios, calibration=256, out=str(out))
     dense, half = read_records(out)
     assert (dense.run, dense.method, dense.model, dense.data, dense.seed) == ("lenet", "sgd", "lenet5", "digits", 0)
-    variant = "-whitened" if "rank" in compressor else ""
+    variant = "-whitened-spatial" if "rank" in compressor else ""
     assert dense.compressor == half.compressor == compressor + variant
     assert dense.ratio == dense.ratio_removed == 0
     assert dense.params == dense.params_dense == measuring.parameters(pliant.load(run))
@@ -87,7 +87,7 @@ def test_other_settings_are_another_measurement(run: Path, tmp_path: Path, capsy
             sweep([run], "rank", ratios=[0.5], out=str(out), **options)
     records = read_records(out)
     assert len(records) == len(settings) == capsys.readouterr().err.count("1 records exist already")
-    assert [r.compressor for r in records] == ["rank-whitened"] * 3 + ["rank", "rank-whitened"]
+    assert [r.compressor for r in records] == ["rank-whitened-spatial"] * 3 + ["rank-spatial", "rank-whitened-spatial"]
     assert [r.config["calibration"] for r in records] == [64, 32, 64, 64, 64]
     assert records[2].config["evaluation_precision"] == "bf16"
     for whiten in (True, False):
@@ -95,7 +95,7 @@ def test_other_settings_are_another_measurement(run: Path, tmp_path: Path, capsy
         assert plan.options["whiten"] is whiten
 
 
-def test_a_scheme_is_another_measurement_and_the_default_keeps_its_name(run: Path, tmp_path: Path) -> None:
+def test_a_scheme_is_another_measurement_with_a_name_of_its_own(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
     for scheme, whiten in (("channel", False), ("spatial", False), ("best", False), ("spatial", True)):
         sweep([run], "rank", ratios=[0.5], calibration=64, whiten=whiten, scheme=scheme, out=str(out))
@@ -156,8 +156,9 @@ def test_default_folder_tells_apart_all_options_that_make_another_network(run: P
     for options, name in (
         ({}, "lenet-rank-0.25"),
         ({"whiten": False}, "lenet-rank-plain-0.25"),
-        ({"scheme": "spatial"}, "lenet-rank-spatial-0.25"),
-        ({"whiten": False, "scheme": "best", "allocation": "energy"}, "lenet-rank-plain-best-energy-0.25"),
+        ({"scheme": "best"}, "lenet-rank-best-0.25"),
+        ({"whiten": False, "scheme": "channel", "allocation": "energy"}, "lenet-rank-plain-channel-energy-0.25"),
+        ({"calibration": 64, "scheme": "spatial"}, "lenet-rank-calibration64-0.25"),
         ({"allocation": "uniform"}, "lenet-rank-uniform-0.25"),
         ({"calibration": 128}, "lenet-rank-calibration128-0.25"),
     ):

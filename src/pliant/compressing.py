@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pliant.budgets import one_budget
+from pliant.compression import LowRank
 from pliant.compression.base import check_ratio
 from pliant.errors import BadInput
 from pliant.files import making_folder, remove_leftovers, write_text
@@ -33,7 +34,7 @@ def compress_run(
     calibration: int = CALIBRATION,
     precision: str = "auto",
     whiten: bool = True,
-    scheme: str = "channel",
+    scheme: str | None = None,
     out: str | None = None,
 ) -> Path:
     """Compress a trained network to one size, without retraining, and write it to a folder.
@@ -58,8 +59,8 @@ def compress_run(
         calibration: training images for whitening and the BatchNorm re-estimation.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
-        scheme: for rank, how convolutions are factorised: k×k then 1×1 (channel), k×1 then 1×k (spatial), or whichever
-            loses less, layer by layer (best).
+        scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
+            or whichever loses less energy, layer by layer (best).
         out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run, with what is not as usual in between, such
             as in RUN-rank-spatial-uniform-0.5.
 
@@ -119,7 +120,7 @@ def _unusual(trial: Trial) -> list[str]:
     words = []
     if factorises(trial.compressor) and not trial.whiten:
         words.append("plain")
-    if trial.scheme != "channel":
+    if trial.scheme not in (None, LowRank.scheme):
         words.append(trial.scheme)
     if trial.allocation not in ("", "global"):  # nm has none
         words.append(trial.allocation)

@@ -263,8 +263,8 @@ def _command(record: Record, runs: str) -> list[str] | None:
     words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
     if factorises(compressor) and "whitened" not in variants:
         words += ["--whiten", "false"]
-    for scheme in schemes:
-        words += ["--scheme", scheme]
+    if factorises(compressor):
+        words += ["--scheme", *(schemes or ["channel"])]
     if record.allocation not in ("", "global"):
         words += ["--allocation", record.allocation]
     if (calibration := record.config.get("calibration", CALIBRATION)) != CALIBRATION:

@@ -28,7 +28,7 @@ def sweep(
     calibration: int = CALIBRATION,
     precision: str = "auto",
     whiten: bool = True,
-    scheme: str = "channel",
+    scheme: str | None = None,
     out: str = "records.jsonl",
 ) -> Path:
     """Compress trained networks at many ratios, measure each, and append the records to a file.
@@ -46,8 +46,8 @@ def sweep(
         calibration: training images for whitening and the BatchNorm re-estimation.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
-        scheme: for rank, how convolutions are factorised: k×k then 1×1 (channel), k×1 then 1×k (spatial), or whichever
-            loses less, layer by layer (best).
+        scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
+            or whichever loses less energy, layer by layer (best).
         out: file of records to append to.
 
     Raises:

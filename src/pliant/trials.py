@@ -29,9 +29,9 @@ from pliant.compression import (
     reestimate_batchnorm,
 )
 from pliant.compression.base import ALLOCATIONS, check_choice
-from pliant.compression.factored import SCHEMES
 from pliant.data import Loader
 from pliant.errors import BadInput
+from pliant.layers import SCHEMES
 from pliant.methods import parse_pattern
 from pliant.records import CALIBRATION, Key, LayerCount, Record, factorises, record_key
 from pliant.runs import Run, versions
@@ -75,16 +75,15 @@ class Trial:
         calibration: int = CALIBRATION,
         precision: str = "auto",
         whiten: bool = True,
-        scheme: str = "channel",
+        scheme: str | None = None,
     ) -> None:
         check_names(compressor, allocation)
-        check_scheme(compressor, scheme)
+        self.scheme = resolve_scheme(compressor, scheme)
         if calibration < 2:
             raise BadInput(f"--calibration must be at least 2 images, got {calibration}")
         self.run = run
         self.compressor = compressor
         self.whiten = whiten and factorises(compressor)
-        self.scheme = scheme
         self.allocation = "" if compressor == "nm" else allocation
         self.calibration = calibration
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -245,7 +244,7 @@ class Trial:
         if name == "int8":
             return Int8()
         if name == "rank":
-            return LowRank(allocation=self.allocation, whiten=self.whiten, scheme=self.scheme)
+            return LowRank(allocation=self.allocation, whiten=self.whiten, scheme=self.scheme or LowRank.scheme)
         kinds: dict[str, Any] = {"filters": FilterPruning, "heads": HeadPruning, "weights": Magnitude}
         compressor: Compressor[Any] = kinds[name](allocation=self.allocation)
         return compressor
@@ -257,12 +256,13 @@ class Trial:
         return next(iter(Loader(self.run.data, "val", count)))[0].to(self.device).contiguous()
 
 
-def record_name(compressor: str, whiten: bool, scheme: str = "channel") -> str:
-    """Return the name that records give a compressor: with its variant."""
+def record_name(compressor: str, whiten: bool, scheme: str | None = None) -> str:
+    """Return the name that records give a compressor: with its variant. ``scheme``: None for the default."""
+    scheme = resolve_scheme(compressor, scheme)
     words = [compressor]
     if whiten and factorises(compressor):
         words.append("whitened")
-    if scheme != "channel":
+    if scheme is not None and scheme != "channel":  # the only one when the first records were made
         words.append(scheme)
     return "-".join(words)
 
@@ -281,11 +281,17 @@ def check_names(compressor: str, allocation: str) -> None:
     check_choice("allocation", allocation, ALLOCATIONS)
 
 
-def check_scheme(compressor: str, scheme: str) -> None:
-    """Raise BadInput for an unknown scheme, or one that the compressor has no use for."""
+def resolve_scheme(compressor: str, scheme: str | None) -> str | None:
+    """Return the scheme of a compressor, that of :class:`LowRank` for None; None if the compressor has no scheme.
+
+    Raises BadInput for an unknown scheme, or one that the compressor has no use for.
+    """
+    if scheme is None:
+        return LowRank.scheme if factorises(compressor) else None
     check_choice("scheme", scheme, (*SCHEMES, "best"))
-    if scheme != "channel" and not factorises(compressor):
+    if not factorises(compressor):
         raise BadInput(f"--scheme {scheme} is for the compressor rank; {compressor} has no such choice")
+    return scheme
 
 
 def pattern_compressor(pattern: str) -> SemiStructured:

@@ -205,14 +205,17 @@ def test_the_command_names_the_run_that_validation_prefers_and_pliant_understand
 
 # What a choice is called, and the end of its command but for --out.
 COMMANDS = {
-    "rank-whitened": ["--compressor", "rank", "--keep_params", "0.5"],
+    "rank-whitened": ["--compressor", "rank", "--scheme", "channel", "--keep_params", "0.5"],
     "rank-whitened-spatial": ["--compressor", "rank", "--scheme", "spatial", "--keep_params", "0.5"],
     "filters+rank-best": [
         *("--compressor", "filters+rank", "--whiten", "false"),
         *("--scheme", "best", "--keep_params", "0.5"),
     ],
-    "filters+rank-whitened": ["--compressor", "filters+rank", "--keep_params", "0.5"],
-    "filters+rank": ["--compressor", "filters+rank", "--whiten", "false", "--keep_params", "0.5"],
+    "filters+rank-whitened": ["--compressor", "filters+rank", "--scheme", "channel", "--keep_params", "0.5"],
+    "filters+rank": [
+        *("--compressor", "filters+rank", "--whiten", "false"),
+        *("--scheme", "channel", "--keep_params", "0.5"),
+    ],
     "heads": ["--compressor", "heads", "--keep_params", "0.5"],
     "weights (zeros)": ["--compressor", "weights", "--ratio", "0.5"],
     "nm (zeros)": ["--compressor", "nm", "--pattern", "2:4"],

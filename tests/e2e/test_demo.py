@@ -55,9 +55,9 @@ def test_the_demo_reports_all_networks_at_all_ratios(
     points = {(r.method, r.compressor) for r in records}
     assert points == {
         ("sgd", "filters"),
-        ("sgd", "rank-whitened"),
+        ("sgd", "rank-whitened-spatial"),
         ("sfw-filters", "filters"),
-        ("sfw-rank", "rank-whitened"),
+        ("sfw-rank", "rank-whitened-spatial"),
     }
     assert len(records) == 24
     assert "</html>" in Path("demo/report.html").read_text(encoding="utf-8")

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 Factorable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-SCHEMES = ("channel", "spatial")
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 

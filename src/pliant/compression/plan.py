@@ -115,7 +115,13 @@ class Plan:
         head = f"{self.compressor}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
         rows = [("layer", "kind", "kept", "parameters")]
         rows += [
-            (x.name, x.kind, f"{x.kept:,} / {x.total:,}", f"{x.params_dense:,} → {x.params:,}") for x in self.layers
+            (
+                x.name,
+                f"{x.kind}, spatial" if x.scheme == "spatial" else x.kind,
+                f"{x.kept:,} / {x.total:,}",
+                f"{x.params_dense:,} → {x.params:,}",
+            )
+            for x in self.layers
         ]
         rows.append(("model", "", "", f"{self.params_before:,} → {self.params_after:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]

@@ -37,7 +37,7 @@ from pliant.methods import METHODS, with_defaults
 from pliant.records import CALIBRATION
 from pliant.sweeping import parse_ratios
 from pliant.training import check_kinds, check_settings, train
-from pliant.trials import check_names, check_scheme, pattern_compressor, record_name
+from pliant.trials import check_names, pattern_compressor, record_name, resolve_scheme
 
 SHIPPED = Path(__file__).parent
 EQUAL = ("epochs", "time")
@@ -55,7 +55,7 @@ class Measure:
     """Pairs (ratio, pattern): the dense network is (0, "")."""
     allocation: str = "global"
     whiten: bool = True
-    scheme: str = "channel"
+    scheme: str | None = None
 
     @property
     def name(self) -> str:
@@ -241,8 +241,8 @@ def _measure(where: str, entry: object) -> Measure:
         raise BadInput(f"{where}: a compressor is text, got {shown(compressor)}")
     allocation = fields.get("allocation", "global")
     check_names(compressor, allocation)
-    scheme = fields.get("scheme", "channel")
-    check_scheme(compressor, scheme)
+    scheme = fields.get("scheme")
+    resolve_scheme(compressor, scheme)
     whiten = fields.get("whiten", True)
     if not isinstance(whiten, bool):
         raise BadInput(f"{where}.whiten is true or false, got {shown(whiten)}")
