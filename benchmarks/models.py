@@ -42,12 +42,13 @@ QUICK = ("resnet", "gpt2")
 BACKENDS = ("eager", "onnx")
 RATIO = 0.5
 
+RANK = pliant.LowRank(scheme="channel")  # a twin's weight is a product of two matrices
 COMPRESSORS: dict[str, Compressor[Any]] = {
     "filters": pliant.FilterPruning(RATIO),
     "heads": pliant.HeadPruning(RATIO),
-    "rank": pliant.LowRank(RATIO),
-    "filters+rank": pliant.Chain(pliant.FilterPruning(), pliant.LowRank()).at(RATIO),
-    "filters+rank+int8": pliant.Chain(pliant.FilterPruning(), pliant.LowRank(), pliant.Int8()).at(RATIO),
+    "rank": RANK.at(RATIO),
+    "filters+rank": pliant.Chain(pliant.FilterPruning(), RANK).at(RATIO),
+    "filters+rank+int8": pliant.Chain(pliant.FilterPruning(), RANK, pliant.Int8()).at(RATIO),
 }
 
 

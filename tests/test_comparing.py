@@ -175,6 +175,15 @@ def test_trials_from_before_the_measure_was_kept_are_read(finished: Path):
     assert Outcome.from_dict(outcome).compressor == ""
 
 
+def test_trials_from_before_the_measure_was_kept_were_chosen_by_channel(finished: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("runs"))
+    lines = [{**outcome.to_dict(), "compressor": ""} for outcome in outcomes(finished)]
+    (out / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with pytest.raises(BadInput, match=r"has chosen ours by rank-whitened, .* is rank-whitened-spatial now"):
+        compare(str(finished.parent / "small.yaml"), out=str(out))
+
+
 def test_a_second_process_is_refused(finished: Path):
     with locked(finished), pytest.raises(Busy):
         compare(str(finished.parent / "small.yaml"), out=str(finished))

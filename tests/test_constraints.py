@@ -110,6 +110,8 @@ def test_spatial_matrices_are_for_kernels_with_rows_and_columns() -> None:
     assert norms.pop("square") == Spectral(KSupport(12), spatial=True)  # 4 filters · 3 columns, 6 channels · 3 rows
     assert norms.pop("grouped") == Spectral(KSupport(12), groups=2, spatial=True)
     assert norms == dict.fromkeys(["pointwise", "row", "sequence", "linear"], Spectral(KSupport(4)))
+    with pytest.raises(BadInput, match="spatial must be True or False, got 'yes'"):
+        rank(k=1.0, spatial="yes")  # type: ignore[arg-type]
 
 
 def test_groups_train_a_network_and_take_a_weight_decay_for_the_rest() -> None:

@@ -146,6 +146,14 @@ def test_the_command_line_says_so_in_one_line(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "run").exists()
 
 
+def test_a_scheme_reaches_the_balls_of_convolutions() -> None:
+    for scheme, spatial in ((None, 0), ("channel", 0), ("spatial", 7)):  # as many convolutions are 3×3
+        model = build_model("resnet8", num_classes=10, image_shape=(1, 8, 8), width=0.25)
+        groups = make_optimizer(model, settings("sfw-rank", scheme=scheme, lr=0.1)).param_groups
+        norms = [group["ball"]["norm"] for group in groups if group["ball"] for _ in group["params"]]
+        assert sum(norm["spatial"] for norm in norms) == spatial
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -314,6 +314,12 @@ def test_spec_survives_json(norm: Norm, shape: Shape) -> None:
     assert hash(again) == hash(norm)
 
 
+def test_specs_from_before_spatial_matrices_are_read() -> None:
+    spec = Spectral(KSparse(3), groups=2).to_spec()
+    del spec["spatial"]
+    assert Norm.from_spec(spec) == Spectral(KSparse(3), groups=2)
+
+
 def test_infinity_is_a_string_in_a_spec() -> None:
     assert Lp(math.inf).to_spec() == {"norm": "Lp", "p": "inf"}
 

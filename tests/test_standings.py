@@ -232,6 +232,12 @@ def test_settings_chosen_for_each_compressor_make_one_training() -> None:
     assert [panel.title for panel in panels_of(section)] == ["Filters removed", "Layers factorised to low rank"]
 
 
+def test_settings_that_an_older_version_did_not_have_split_no_training() -> None:
+    configs = ({"lr": 0.1}, {"lr": 0.1, "scheme": None})
+    (section,) = sections_of([r for seed, config in enumerate(configs) for r in line("sgd", seed, 0.6, config=config)])
+    assert [curve.training for curve in section.curves] == ["sgd"]
+
+
 def test_settings_that_compete_under_one_compressor_are_told_everywhere() -> None:
     (section,) = sections_of(
         [

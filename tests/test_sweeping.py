@@ -269,6 +269,7 @@ def test_a_run_with_other_weights_is_another_run(run: Path, tmp_path: Path) -> N
         ({"precision": "fp8"}, "precision"),
         ({"compressor": "rank", "scheme": "spatially", "whiten": False}, "scheme 'spatially': did you mean 'spatial'"),
         ({"compressor": "filters", "scheme": "best"}, "--scheme best is for the compressor rank; filters has"),
+        ({"compressor": "nm", "scheme": "channel"}, "--scheme channel is for the compressor rank; nm has"),
     ],
 )
 def test_bad_sweeps(options: dict[str, Any], message: str, run: Path, tmp_path: Path) -> None:

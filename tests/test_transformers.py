@@ -212,7 +212,11 @@ def test_low_rank_factorises_all_layers_but_those_with_a_reason_of_their_own(nam
     for layer in (layer for layer in plan.layers if layer.kept < layer.total):
         thin: Any = small.get_submodule(layer.name)
         old: Any = merged.get_submodule(layer.name)
-        weight = thin.expand.weight.flatten(1) @ thin.reduce.weight.flatten(1)
+        if layer.scheme == "spatial":
+            expand, reduce = thin.expand.weight[:, :, 0], thin.reduce.weight[..., 0]
+            weight = torch.einsum("frw,rch->fchw", expand, reduce)
+        else:
+            weight = thin.expand.weight.flatten(1) @ thin.reduce.weight.flatten(1)
         old.weight.data = weight.T if is_conv1d(old) else weight.view_as(old.weight)
     again = skeleton(case.build(), Plan.from_dict(plan.to_dict())).eval()
     again.load_state_dict(small.state_dict())

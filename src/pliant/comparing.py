@@ -175,11 +175,16 @@ class Comparison:
         found = [outcome for outcome in self.trials if outcome.run == job.training]
         for outcome in found:
             job.check(outcome.config, self.folder / TRIALS)
-            measures = job.families.get(outcome.family)
-            if measures and outcome.compressor not in ("", measures[0].name):
+            if outcome.family not in job.families:
+                continue
+            first = job.families[outcome.family][0]
+            # Files from before the name was kept are also from before there was another scheme.
+            chosen = outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name
+            if chosen != first.name:
                 raise BadInput(
-                    f"{self.folder / TRIALS} has chosen {outcome.label} by {outcome.compressor}, the first measure of "
-                    f"family {outcome.family} is {measures[0].name} now: choose another --out, or remove what is there"
+                    f"{self.folder / TRIALS} has chosen {outcome.label} by {chosen}, the first measure of family "
+                    f"{outcome.family} is {first.name} now: give that measure another scheme, choose another --out, or "
+                    "remove what is there"
                 )
         return {outcome.family for outcome in found} >= set(job.families)
 

@@ -62,7 +62,7 @@ def compress_run(
         scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
             or whichever loses less energy, layer by layer (best).
         out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run, with what is not as usual in between, such
-            as in RUN-rank-spatial-uniform-0.5.
+            as in RUN-rank-channel-uniform-0.5.
 
     Raises:
         BadInput: an unknown name, a value out of range, two sizes, or the folder exists.

@@ -104,6 +104,8 @@ def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support", spat
     """
     check_k(k)
     _check_vertices(vertices)
+    if not isinstance(spatial, bool):
+        raise BadInput(f"spatial must be True or False, got {spatial!r}")
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
         both_ways = len(shape) == 4 and min(shape[2:]) > 1

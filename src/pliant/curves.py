@@ -183,7 +183,9 @@ _NO_SETTINGS = frozenset({"seed", "run", "name", "out", "data_dir", "tracker"})
 
 
 def _settings(record: Record, left_out: frozenset[str]) -> Settings:
-    return frozenset(f"{name}={value}" for name, value in flat(record.config) if name.split(".")[-1] not in left_out)
+    # null, too, is what a setting is that did not exist yet when an older record was made
+    found = [pair for pair in flat(record.config) if pair[1] != "null"]
+    return frozenset(f"{name}={value}" for name, value in found if name.split(".")[-1] not in left_out)
 
 
 class Axis(NamedTuple):

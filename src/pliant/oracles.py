@@ -259,7 +259,7 @@ def _write_products(factors: list[tuple[Tensor, Tensor]], norm: Spectral, out: T
     matrix = _flat(rows_first, norm)
     for (first, second), place in zip(factors, matrix.chunk(norm.groups, dim=1), strict=True):
         torch.matmul(first, second.mT, out=place)
-    if norm.spatial or (rows_first.ndim > 3 and rows_first.stride(1) != max(rows_first.stride()[1:])):
+    if matrix.data_ptr() != out.data_ptr():
         rows_first.copy_(matrix.view(rows_first.shape))  # columns with rows between them: flatten made a copy
 
 

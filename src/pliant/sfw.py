@@ -682,6 +682,7 @@ def _kind(ball: NormBall | None) -> str:
     if ball is None:
         return "no ball"
     lift, inner = type(ball.norm).__name__, getattr(ball.norm, "inner", None)
+    lift = f"spatial {lift}" if getattr(ball.norm, "spatial", False) else lift
     return f"a {lift} ball" if inner is None else f"a {lift}({type(inner).__name__}) ball"
 
 

@@ -151,8 +151,8 @@ def train(
             rank to go to): 3 is a count, 0.1 a share.
         radius: size of the balls, relative to the weights at initialisation (scion: as published).
         vertices: the kind of SFW's balls: support, sparse or (sfw-filters) orthogonal.
-        scheme: how sfw-rank reads the weight of a convolution as a matrix: as the product of layers spatial (k×1 then
-            1×k) or channel (k×k then 1×1).
+        scheme: how the balls of sfw-rank read the weight of a convolution as a matrix, for the layers channel (k×k then
+            1×1; also without it) or spatial (k×1 then 1×k); either can be compressed in both ways.
         coupled: give channels that residual connections tie together one ball (sfw-filters).
         turnover: how often the training replaces the weights, instead of lr: the sum of its convex steps (sfw-filters,
             sfw-rank without rescale).

@@ -121,9 +121,9 @@ class LowRank(Compressor[Spectra]):
     more than 4096 rows and columns, and those that the data does not reach, are truncated plainly.
 
     ``scheme`` of 2-d convolutions with r filters in between: ``"spatial"`` is k×1 then 1×k, ``"channel"`` k×k then
-    1×1, which is what all other convolutions get, ``"best"`` whichever loses less energy at the same cost, layer by
-    layer. At the same size ``"spatial"`` has kept more accuracy in everything measured. Whitened, its energy is that of
-    the outputs of a k×1 convolution, an estimate of the layer's own: see ``whitening``.
+    1×1, which is what convolutions of other dimensions and kernels of one row or column get in any case, ``"best"``
+    whichever loses less energy at the same cost, layer by layer. Whitened, the energy of ``"spatial"`` is that of the
+    outputs of a k×1 convolution, an estimate of the layer's own: see ``whitening``.
 
     The ``Conv1D`` of transformers is a linear layer too, and is replaced by two of PyTorch's.
 

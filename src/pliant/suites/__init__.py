@@ -241,8 +241,7 @@ def _measure(where: str, entry: object) -> Measure:
         raise BadInput(f"{where}: a compressor is text, got {shown(compressor)}")
     allocation = fields.get("allocation", "global")
     check_names(compressor, allocation)
-    scheme = fields.get("scheme")
-    resolve_scheme(compressor, scheme)
+    scheme = resolve_scheme(compressor, fields.get("scheme"))
     whiten = fields.get("whiten", True)
     if not isinstance(whiten, bool):
         raise BadInput(f"{where}.whiten is true or false, got {shown(whiten)}")
