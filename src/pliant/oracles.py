@@ -250,16 +250,22 @@ def rank_of_vertices(norm: Spectral) -> int | None:
 
 def _matrices(stack: Tensor, norm: Spectral) -> list[Tensor]:
     """Return the stack as matrices (L, rows, columns), one for each group of rows."""
-    return list(_flat(_rows_first(stack, norm), norm).chunk(norm.groups, dim=1))
+    rows_first = _rows_first(stack, norm)
+    matrix = (rows_first.flatten(1, 2) if norm.spatial else rows_first).flatten(2)
+    return list(matrix.chunk(norm.groups, dim=1))
 
 
 def _write_products(factors: list[tuple[Tensor, Tensor]], norm: Spectral, out: Tensor) -> None:
     """Write first·secondᵀ of each group to its rows of ``out``."""
     rows_first = _rows_first(out, norm)
-    matrix = _flat(rows_first, norm)
+    if norm.spatial:
+        products = torch.cat([first @ second.mT for first, second in factors], dim=1)
+        rows_first.copy_(products.view(rows_first.shape))
+        return
+    matrix = rows_first.flatten(2)
     for (first, second), place in zip(factors, matrix.chunk(norm.groups, dim=1), strict=True):
         torch.matmul(first, second.mT, out=place)
-    if matrix.data_ptr() != out.data_ptr():
+    if rows_first.ndim > 3 and rows_first.stride(1) != max(rows_first.stride()[1:]):
         rows_first.copy_(matrix.view(rows_first.shape))  # columns with rows between them: flatten made a copy
 
 
@@ -274,10 +280,6 @@ def _rows_first(stack: Tensor, norm: Spectral) -> Tensor:
     strides = stack.stride()
     others = sorted((d for d in range(1, stack.ndim) if d != norm.dim + 1), key=lambda d: (-strides[d], d))
     return stack.permute(0, norm.dim + 1, *others)
-
-
-def _flat(rows_first: Tensor, norm: Spectral) -> Tensor:
-    return (rows_first.flatten(1, 2) if norm.spatial else rows_first).flatten(2)
 
 
 def along(values: Tensor, stack: Tensor) -> Tensor:
