@@ -36,6 +36,7 @@ CASES = {
     "entries": Case(NormBall(KSupport(5), 4.0)),
     "entries, no momentum": Case(NormBall(KSparse(5), 2.0), {"momentum": 0.0}),
     "filters": Case(NormBall(Rows(KSupport(2)), 4.0)),
+    "filters, persistence": Case(NormBall(Rows(KSparse(3)), 2.0), {"rescale": None, "persistence": 1.0}),
     "group lasso, diameter": Case(NormBall(Rows(Lp(1)), 6.0), {"rescale": "diameter"}),
     "2:4": Case(NormBall(Blocks(KSupport(2), 4), 4.0)),
     "low rank": Case(NormBall(Spectral(KSupport(2)), 4.0), {"power_iterations": 1}),

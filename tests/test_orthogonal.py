@@ -70,6 +70,17 @@ def test_the_rows_of_a_wide_vertex_are_orthonormal_and_nearest(k: int) -> None:
     assert -inner_product(g, vertex) == pytest.approx(s.sum().item(), rel=2e-3)  # the nuclear norm of these rows
 
 
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_rows_are_chosen_among_those_of_several_tensors_and_turned_in_each(k: int) -> None:
+    tensors = [gaussian((2, 20), 1), gaussian((7, 12), 2)]  # k may be more than a tensor has rows
+    found, plain = rows(k).lmo(tensors), Rows(KSparse(k)).lmo(tensors)
+    in_the_ball(rows(k), found)
+    for vertex, unturned, g in zip(found, plain, tensors, strict=True):
+        chosen = unturned.any(dim=1)
+        torch.testing.assert_close(vertex[chosen], rows(int(chosen.sum())).lmo(g[chosen]) if chosen.any() else g[:0])
+        assert not vertex[~chosen].any()
+
+
 def test_rows_that_are_orthogonal_already_attain_the_dual_norm() -> None:
     q = torch.linalg.qr(gaussian((12, 6))).Q.T
     g = torch.tensor([5.0, 4, 3, 2, 1, 0.5]).double()[:, None] * q

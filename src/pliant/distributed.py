@@ -67,6 +67,8 @@ from pliant.oracles import (
     Vertex,
     _equal_lengths,
     leading_vertices,
+    persistent,
+    powers,
     rank_of_vertices,
     resized,
     unit_vertices,
@@ -143,6 +145,28 @@ class Shards:
         """Return the same as :meth:`unit_vertices`, by putting the directions together on every process."""
         lengths, vertices = unit_vertices(norm, [x[None] for x in self._whole(directions)])
         return lengths, self._pieces(vertices)
+
+    def persistent(
+        self, norm: Rows | Channels, directions: Sequence[Tensor], weights: Sequence[Tensor], persistence: float
+    ) -> list[Tensor]:
+        """Return what :func:`~pliant.oracles.persistent` does, for pieces.
+
+        Args:
+            norm: of the ball.
+            directions: pieces (1, *shape).
+            weights: pieces (*shape).
+            persistence: the exponent.
+        """
+        if not self._has_rows(norm):
+            all_of = [[x[None] for x in self._whole(some)] for some in ([x[0] for x in directions], weights)]
+            scaled = persistent(norm, all_of[0], all_of[1], persistence)
+            return [v.carrier for v in self._pieces([Vertex(x, _ones(x.new_ones(1))) for x in scaled])]
+        _, lengths, places = self._magnitudes(norm, [w.to(d.dtype) for w, d in zip(weights, directions, strict=True)])
+        factors = powers(lengths, persistence)
+        return [
+            x * factors[place].view(1, -1, *(1 for _ in x.shape[2:]))
+            for x, place in zip(directions, places, strict=True)
+        ]
 
     def _row_vertices(self, norm: Rows | Channels, directions: list[Tensor]) -> tuple[Tensor, list[Vertex]]:
         scale, a, places = self._magnitudes(norm, directions)

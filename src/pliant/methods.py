@@ -92,9 +92,10 @@ def with_defaults(settings: Settings) -> Settings:
             raise BadInput("--turnover is for --rescale none without --lr, which it decides")
         found |= {"turnover": None, "lr": 0.1 if found["lr"] is None else found["lr"]}
     if found["rescale"] not in (None, "none"):  # only convex steps have a known length
-        if settings["strength"]:
-            raise BadInput(f"--strength of --method {settings['method']} needs --rescale none")
-        found |= {"strength": None, "every": settings["every"]}
+        for name in ("strength", "persistence"):
+            if settings[name]:
+                raise BadInput(f"--{name} of --method {settings['method']} needs --rescale none")
+        found |= {"strength": None, "every": settings["every"], "persistence": None}
     return found
 
 
@@ -217,6 +218,8 @@ def _sfw(preset: Callable[[Settings], Preset]) -> Build:
         for group in groups:
             if group["ball"] is None and settings["other_lr"] is not None:
                 group["lr"] = settings["other_lr"]
+            if group["ball"] is not None:
+                group["persistence"] = settings["persistence"] or 0.0
         rescale = None if settings["rescale"] == "none" else settings["rescale"]
         return SFW(groups, rescale=rescale, check_finite=True, **_common(settings))
 
@@ -367,8 +370,9 @@ METHODS = {
         own={
             **_ANNEALED,
             "turnover": 6.0,
-            "k": 0.25,
-            "strength": 0.05,
+            "k": 0.5,
+            "strength": 0.0,
+            "persistence": 1.0,
             "vertices": "orthogonal",
             "radius": 1.0,
             "coupled": True,

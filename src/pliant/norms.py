@@ -435,7 +435,10 @@ class Rows(_Lift):
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         matrix = _as_matrix(x, self.dim)
         a = without_vanished(vector_norm(matrix, dim=1))
-        return a, lambda w: _from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
+        return a, lambda w: self._times(x, divide_or_zero(w, a))
+
+    def _times(self, x: Tensor, factors: Tensor) -> Tensor:
+        return _from_matrix(factors[:, None] * _as_matrix(x, self.dim), x.shape, self.dim)
 
     def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         a, rebuild = self._split(x)
@@ -491,13 +494,11 @@ class Channels(_Lift):
         return vector_norm(self._runs(x), dim=(0, 2))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        runs = self._runs(x)
-        a = without_vanished(vector_norm(runs, dim=(0, 2)))
+        a = without_vanished(vector_norm(self._runs(x), dim=(0, 2)))
+        return a, lambda w: self._times(x, divide_or_zero(w, a))
 
-        def rebuild(w: Tensor) -> Tensor:
-            return _from_matrix((divide_or_zero(w, a)[:, None] * runs).flatten(0, 1), x.shape, self.dim)
-
-        return a, rebuild
+    def _times(self, x: Tensor, factors: Tensor) -> Tensor:
+        return _from_matrix((factors[:, None] * self._runs(x)).flatten(0, 1), x.shape, self.dim)
 
     def _split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         a, rebuild = self._split(x)
@@ -685,7 +686,7 @@ def _turned(runs: Tensor, w: Tensor, inner: VectorNorm, columns: int) -> Tensor:
         columns: of a row.
     """
     assert isinstance(inner, KSparse)
-    chosen = w.topk(inner.k).indices
+    chosen = w.topk(min(inner.k, len(w))).indices  # one of several tensors may have fewer rows
     # Where a chosen channel has no part in these tensors, another one would come in its place.
     rows = runs[:, chosen] * (w[chosen] > 0)[:, None]
     turned = polar(rows.reshape(1, -1, columns)).reshape(rows.shape)

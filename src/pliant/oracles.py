@@ -33,11 +33,12 @@ from pliant.linalg import (
     starting_directions,
     vector_norm,
 )
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral, without_vanished
+from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral, without_vanished
 
 MANY = 32  # from this many singular directions on, products that find a polar factor cost less than a decomposition
 SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
 AT_FIRST = 2  # iterations more where nothing is known of the directions
+LEAST = 1e-3  # the length, relative to the mean, that a part of the weights counts at least: so what is 0 can come back
 SAFE = 2.0**40  # squares of numbers between 1/SAFE and SAFE, and their sums, neither overflow nor vanish in float32
 
 
@@ -135,6 +136,39 @@ def unit_vertices(
                 keep_n_of_m(x, n, size, dim + 1, out)
             return lengths, _on_the_sphere(memory)
     return lengths, [Vertex(v[None], -torch.ones_like(lengths)) for v in norm.lmo([x[0] for x in stacks])]
+
+
+def persistent(
+    norm: Rows | Channels, directions: Sequence[Tensor], weights: Sequence[Tensor], persistence: float
+) -> list[Tensor]:
+    """Return directions whose rows or channels are multiplied by a power of how long they are in the weights.
+
+    The vertex for these has the parts with the largest ‖mᵢ‖·‖θᵢ‖^persistence: of those that the loss asks for, rather
+    the ones that there are. Lengths are relative to the mean over the ball, and at least :data:`LEAST`.
+
+    Args:
+        norm: of the balls.
+        directions: one stack (L, *shape), or J stacks with L = 1 for a joint ball.
+        weights: shaped as the directions.
+        persistence: the exponent.
+    """
+    if len(directions) == 1:
+
+        def single(direction: Tensor, weight: Tensor) -> Tensor:
+            return norm._times(direction, powers(norm._magnitudes(weight), persistence))
+
+        return [torch.vmap(single)(directions[0], weights[0].to(directions[0].dtype))]
+    magnitudes = [norm._magnitudes(w[0].to(d.dtype)) for w, d in zip(weights, directions, strict=True)]
+    factors = powers(norm._combine(magnitudes), persistence)
+    own = [factors] * len(magnitudes) if isinstance(norm, Channels) else factors.split([len(a) for a in magnitudes])
+    return [norm._times(d[0], f)[None] for d, f in zip(directions, own, strict=True)]
+
+
+def powers(lengths: Tensor, exponent: float) -> Tensor:
+    """Return powers of lengths (n,) relative to their mean; of those that are all 0, 1."""
+    mean = lengths.mean()
+    relative = torch.where(mean == 0, 1, divide_or_zero(lengths, mean))
+    return relative.clamp_min(LEAST) ** exponent
 
 
 def _asks_for_polar_factors(norm: Spectral, shapes: Sequence[Shape]) -> bool:

@@ -37,12 +37,13 @@ from pliant.linalg import (
     local_piece,
     readable,
 )
-from pliant.norms import Spectral
+from pliant.norms import Channels, Rows, Spectral
 from pliant.oracles import (
     Vertex,
     along,
     keeps_directions,
     leading_vertices,
+    persistent,
     rank_of_vertices,
     unit_vertices,
     well_scaled,
@@ -100,6 +101,10 @@ class SFW(Optimizer):
         power_iterations: block power iterations per step of ``Spectral`` balls, which keep their singular directions
             from step to step (small matrices are decomposed exactly). None: 1, and more for a tensor where a
             measurement every 64 steps finds its vertices more than 2 % below what further iterations reach.
+        persistence: α ≥ 0, for balls of ``Rows`` and ``Channels`` with ``rescale=None``: the vertex is then that for m
+            with each row or channel multiplied by (‖θᵢ‖ / their mean)^α. With 0 the momentum alone chooses the parts of
+            a vertex; with 1 it is ‖mᵢ‖·‖θᵢ‖, as in the importance of Molchanov et al. 2017 (arXiv 1611.06440): vertices
+            agree more. Still a vertex of the ball, but not the best one for m; :meth:`gap` is that of the ball.
         foreach: None or True: many tensors at a time, those without a ball by ``torch._foreach`` operations and small
             ones with equal balls and shapes in one batch; False: one by one.
         fused: True: C kernels that pass over memory once, for float32 tensors on a CPU with a ball of their own of
@@ -122,6 +127,7 @@ class SFW(Optimizer):
         maximize: bool = False,
         check_finite: bool = False,
         power_iterations: int | None = None,
+        persistence: float = 0.0,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -135,6 +141,7 @@ class SFW(Optimizer):
             "maximize": maximize,
             "check_finite": check_finite,
             "power_iterations": power_iterations,
+            "persistence": persistence,
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
@@ -286,7 +293,7 @@ class SFW(Optimizer):
     def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: dict[str, Any]) -> None:
         """Move tensors with a ball each, all of one shape, or the tensors of one joint ball."""
         p = sets[0][0]
-        alone = len(sets) == len(sets[0]) == 1
+        alone = len(sets) == len(sets[0]) == 1 and not group["persistence"]
         if group["fused"] and alone and group["momentum"] and fused.fits(ball.norm, p, self._momentum(p)):
             if self._fused_step(p, ball, group):
                 return
@@ -297,13 +304,15 @@ class SFW(Optimizer):
         if is_sharded(sets[0]):
             self._sharded_step(sets[0], directions, ball, group)
             return
+        weights = [_stack(ps) for ps in zip(*sets, strict=True)]
+        if group["persistence"] and isinstance(ball.norm, Rows | Channels):
+            directions = persistent(ball.norm, directions, weights, group["persistence"])
         memory = self._memory(directions) if len(sets) == 1 and readable(directions[0]) else None
         if isinstance(ball.norm, Spectral) and keeps_directions(ball.norm, [p.shape for p in sets[0]]):
             lengths, directions, _ = well_scaled(directions)
             vertices = self._leading_vertices(sets, ball.norm, directions, memory, group)
         else:
             lengths, vertices = unit_vertices(ball.norm, directions, memory)
-        weights = [_stack(ps) for ps in zip(*sets, strict=True)]
         diameter = ball.diameter([p.shape for p in sets[0]])
         lr, rescale = group["lr"], group["rescale"]
         sfw_update(weights, lengths, vertices, memory, radius=ball.radius, diameter=diameter, lr=lr, rescale=rescale)
@@ -337,6 +346,9 @@ class SFW(Optimizer):
     ) -> None:
         """Move the tensors of one ball, of which this process has a piece each."""
         shards = _shards(members, group)
+        if group["persistence"] and isinstance(ball.norm, Rows | Channels):
+            pieces = [local_piece(p) for p in members]
+            directions = shards.persistent(ball.norm, directions, pieces, group["persistence"])
         if isinstance(ball.norm, Spectral) and keeps_directions(ball.norm, [p.shape for p in members]):
             lengths, directions = shards.well_scaled(directions)
             vertices = self._leading_vertices([members], ball.norm, directions, None, group, shards)
@@ -725,6 +737,16 @@ def _check_options(group: dict[str, Any], ball: NormBall | None) -> None:
     iterations = group["power_iterations"]
     if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1):
         raise ValueError(f"power_iterations must be None or an integer >= 1, got {iterations!r}")
+    if not group["persistence"] >= 0:
+        raise ValueError(f"persistence must be >= 0, got {group['persistence']}")
+    if group["persistence"] and ball is not None:
+        if not isinstance(ball.norm, Rows | Channels):
+            raise ValueError(
+                f"persistence={group['persistence']} is for balls of rows or channels, got {ball.norm}: "
+                "set it in their groups alone"
+            )
+        if group["rescale"] is not None:
+            raise ValueError(f"persistence needs rescale=None, got {group['rescale']!r}")
     if group["fused"]:
         fused.library()  # its errors belong here
     if group["rescale"] not in RESCALES:

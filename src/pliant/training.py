@@ -110,6 +110,7 @@ def train(
     anneal: float | None = None,
     strength: float | None = None,
     every: int | None = None,
+    persistence: float | None = None,
     energy: float | None = None,
     factors: int | None = None,
     condition: float | None = None,
@@ -163,6 +164,8 @@ def train(
         strength: factor of what the method adds to SGD: of its penalty, threshold, decay or perturbation. Of the sfw
             methods: the share of its vertices that a part of a weight must be in to stay; needs rescale none.
         every: steps between two decompositions or thresholds (trp, q3r, sfw).
+        persistence: how much the length that a filter has already counts when the vertices choose filters: its power
+            (sfw-filters; needs rescale none).
         energy: share of the squared singular values that trp may leave out.
         factors: how many matrices lorita multiplies for a weight.
         condition: largest ratio of the singular values of a weight (condlr).
@@ -617,7 +620,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name in ("momentum", "warmup", "energy"):
         if settings[name] is not None and not 0 <= settings[name] < 1:
             raise BadInput(f"--{name} must lie in [0, 1), got {settings[name]}")
-    for name, smallest in (("weight_decay", 0), ("strength", 0), ("condition", 1)):
+    for name, smallest in (("weight_decay", 0), ("strength", 0), ("persistence", 0), ("condition", 1)):
         if settings[name] is not None and not (settings[name] >= smallest and math.isfinite(settings[name])):
             raise BadInput(f"--{name} must be >= {smallest} and finite, got {settings[name]}")
 

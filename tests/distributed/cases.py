@@ -202,6 +202,18 @@ def joint_balls(mesh: DeviceMesh, folder: Path) -> None:
 
 
 @case
+def persistence(mesh: DeviceMesh, folder: Path) -> None:
+    options = (("rescale", None), ("persistence", 1.0))
+    shapes = [(12, 5, 3, 3), (12,), (24, 2), (12,)]
+    for norm in (Rows(KSupport(5)), Rows(KSparse(5)), Rows(KSparse(5), orthogonal=True)):
+        Problem(norm, [(24, 36), (50, 20), (2, 40)], True, options=options).check(mesh, 3, EXACT)
+    for norm in (Rows(KSparse(2)), Rows(KSparse(2), dim=1), Rows(KSparse(2), orthogonal=True)):
+        Problem(norm, [(24, 36), (5, 4)], options=options).check(mesh, 3, EXACT)
+    for coupled in (Channels(KSupport(3), 12), Channels(KSparse(3), 12), Channels(KSparse(3), 12, orthogonal=True)):
+        Problem(coupled, shapes, True, options=options).check(mesh, 3, EXACT)
+
+
+@case
 def parameters_without_gradient(mesh: DeviceMesh, folder: Path) -> None:
     shapes = [(12, 8), (5, 4), (1, 8)]
     for norm in (Rows(KSupport(1)), KSupport(2), Spectral(KSupport(1)), Blocks(KSupport(2), 4)):
