@@ -25,17 +25,23 @@ IMAGES, BATCH = 24, 8
 def rehearse(suite: Suite) -> None:
     """Train each method of each task for three steps on noise, and take each measure at one size.
 
-    Raises whatever error the comparison itself would meet.
+    Compressors know nothing of how a network was trained: the first method of a family takes its measures, the others
+    are trained. Raises whatever error the comparison itself would meet.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     with tempfile.TemporaryDirectory(prefix="pliant-") as folder:
         for task, settings in suite.tasks.items():
             data = noise(settings["data"], settings["image_size"])
+            seen: set[str] = set()
             for entrant in suite.methods:
                 job = _job(suite, task, entrant)
-                for one in (dataclasses.replace(job, search=True), job, *_again(suite, job)):
+                new = {family: measures for family, measures in job.families.items() if family not in seen}
+                seen |= set(new)
+                search = dataclasses.replace(job, families=new, search=True)
+                for one in (search, *([dataclasses.replace(job, families=new)] if new else []), *_again(suite, job)):
                     lines = list(perform(one, Path(folder), data))
-                    console.print(f"{one.name}: {len(lines)} measurements" + (", search" if one.search else ""))
+                    told = f"{len(lines)} measurements" if one.families else "trained"
+                    console.print(f"{one.name}: {told}" + (", search" if one.search and one.families else ""))
     console.print("Everything runs; nothing is kept.")
 
 
@@ -71,11 +77,13 @@ def _few(measure: Measure) -> Measure:
 
 
 def _again(suite: Suite, job: Job) -> list[Job]:
+    """Return the jobs that train again: the first schedule after each compressor, the others after one."""
     wanted = suite.retraining
     if wanted is None or wanted.method != job.label:
         return []
     families = {family: tuple(map(_few, wanted.measures(of))) for family, of in job.families.items()}
+    first = dict(list(families.items())[:1])
     return [
-        dataclasses.replace(job, families=families, retraining=schedule, retraining_epochs=1)
-        for schedule in wanted.schedules
+        dataclasses.replace(job, families=first if index else families, retraining=schedule, retraining_epochs=1)
+        for index, schedule in enumerate(wanted.schedules)
     ]
