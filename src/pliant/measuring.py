@@ -9,10 +9,8 @@ import contextlib
 import copy
 import functools
 import itertools
-import math
 import statistics
 import tempfile
-import timeit
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import benchmark
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.errors import BadInput, unknown
@@ -257,26 +255,13 @@ def _ready_call(model: Callable[..., object], inputs: Inputs) -> Callable[[], ob
 def _take_turns(
     calls: Sequence[Callable[[], object]], *, seconds: float, rounds: int, threads: int
 ) -> list[list[float]]:
-    """Return the seconds that each call takes in each of the rounds, means over at least ``seconds``."""
-    timers = [timeit.Timer(call, timer=benchmark.timer) for call in calls]  # this clock waits for the GPU
-    numbers = [0] * len(calls)
+    """Return the seconds that each call takes in each of the rounds, medians over at least ``seconds``."""
+    timers = [Timer("call()", globals={"call": call}, num_threads=threads) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
-    with _threads(threads):
-        for _ in range(rounds):
-            for index, timer in enumerate(timers):
-                numbers[index] = numbers[index] or _number(timer, seconds)
-                times[index].append(timer.timeit(numbers[index]) / numbers[index])
+    for _ in range(rounds):
+        for timer, series in zip(timers, times, strict=True):
+            series.append(timer.blocked_autorange(min_run_time=seconds).median)
     return times
-
-
-def _number(timer: timeit.Timer, seconds: float) -> int:
-    """Return how many calls take at least ``seconds``, about; the first ones warm up."""
-    timer.timeit(1)
-    number, taken = 1, timer.timeit(1)
-    while taken < seconds / 4:
-        number *= 2
-        taken = timer.timeit(number)
-    return max(1, math.ceil(number * seconds / taken))
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
