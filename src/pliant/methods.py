@@ -370,8 +370,8 @@ METHODS = {
         own={
             **_ANNEALED,
             "turnover": 6.0,
-            "k": 0.5,
-            "strength": 0.0,
+            "k": 0.35,
+            "strength": 0.03,
             "persistence": 1.0,
             "vertices": "orthogonal",
             "radius": 1.0,
