@@ -169,6 +169,15 @@ def test_a_default_turnover_that_has_changed_is_refused(finished: Path):
         job.check({**outcome.config, "turnover": 8.0}, finished)
 
 
+def test_a_setting_that_did_not_exist_yet_had_no_value(finished: Path):
+    outcome = next(o for o in outcomes(finished) if o.label == "ours")
+    job = Job(task="", label="ours", trial=outcome.trial, settings=outcome.config, families={})
+    job.check({name: value for name, value in outcome.config.items() if name != "persistence"}, finished)
+    older = {name: value for name, value in outcome.config.items() if name != "strength"}
+    with pytest.raises(BadInput, match=r"with strength None, the suite says 0\.1"):
+        job.check(older, finished)
+
+
 def test_trials_from_before_the_measure_was_kept_are_read(finished: Path):
     outcome = outcomes(finished)[0].to_dict()
     del outcome["compressor"]

@@ -87,9 +87,10 @@ class Job:
         decided = settings["lr"] is None and config.get("turnover") is None
         free = {*_PLACES, "lr", "turnover"} if decided else {*_PLACES}
         for name, value in settings.items():
-            if name in config and name not in free and config[name] != value:
+            found = config.get(name)  # None, too, for a setting that did not exist yet
+            if name not in free and found != value:
                 raise BadInput(
-                    f"{where} holds {self.training} with {name} {shown(config[name])}, the suite says {value!r}: "
+                    f"{where} holds {self.training} with {name} {shown(found)}, the suite says {value!r}: "
                     "choose another --out, or remove what is there"
                 )
 
