@@ -161,17 +161,17 @@ def wander(ball: NormBall, dtype: torch.dtype, rates: list[float], steps: int) -
 
 @pytest.mark.slow
 @every_ball
-def test_many_steps_in_single_precision_stay_in_the_ball(ball: NormBall) -> None:
+def test_thousands_of_steps_in_single_precision_stay_in_the_ball(ball: NormBall) -> None:
     # Measured: 13 units under Spectral(Lp(inf)), 8 under Lp(1.5), 4 elsewhere. All of it is the rounding of norms: it
     # does not grow with the number of steps, because each step shrinks the errors of the earlier ones with the weight.
-    assert wander(ball, torch.float32, [1.0, 0.1, 0.01, 0.001], 1200) <= 16
+    assert wander(ball, torch.float32, [1.0, 0.1, 0.01, 0.001], 2000) <= 16
 
 
 @pytest.mark.slow
 @every_ball
-def test_large_steps_in_bfloat16_stay_in_the_ball(ball: NormBall) -> None:
+def test_a_thousand_large_steps_in_bfloat16_stay_in_the_ball(ball: NormBall) -> None:
     # NormBall.contains allows 4 units. Measured: 2 under Spectral, 1 elsewhere.
-    assert wander(ball, torch.bfloat16, [1.0, 0.1], 480) <= 4
+    assert wander(ball, torch.bfloat16, [1.0, 0.1], 1000) <= 4
 
 
 @every_ball
