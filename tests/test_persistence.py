@@ -1,7 +1,6 @@
 """Vertices that rather have the rows or channels that the weights have already."""
 
 import copy
-import inspect
 from typing import Any
 
 import pytest
@@ -12,14 +11,14 @@ import pliant
 from pliant.ball import NormBall
 from pliant.constraints import KSchedule
 from pliant.errors import BadInput
-from pliant.methods import make_optimizer, with_defaults
+from pliant.methods import make_optimizer
 from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Rows, Spectral
 from pliant.oracles import LEAST
 from pliant.sfw import SFW
-from pliant.training import train
 
 from .instances import gaussian
 from .optimizer_cases import quiet_first_steps
+from .test_methods import settings
 
 NORMS = {
     "rows": Rows(KSparse(3)),
@@ -37,8 +36,8 @@ exponents = pytest.mark.parametrize("persistence", [0.5, 1.0, 2.0])
 def vertex(ball: NormBall, weights: list[Tensor], gradients: list[Tensor], persistence: float) -> list[Tensor]:
     """Return where a step of length 1 leads."""
     parameters = [nn.Parameter(w.clone()) for w in weights]
-    opt = SFW([{"params": parameters, "ball": ball, "joint": len(parameters) > 1}], lr=1.0, momentum=0.0, rescale=None)
-    opt.param_groups[0]["persistence"] = persistence
+    group = {"params": parameters, "ball": ball, "joint": len(parameters) > 1}
+    opt = SFW([group], lr=1.0, momentum=0.0, rescale=None, persistence=persistence)
     for p, g in zip(parameters, gradients, strict=True):
         p.grad = g.clone()
     opt.step()
@@ -127,8 +126,8 @@ def test_vertices_of_noise_agree_more() -> None:
     kept = {}
     for persistence in (0.0, 1.0):
         p = nn.Parameter(1e-3 * torch.ones(30, 8, dtype=torch.float64))
-        opt = SFW([{"params": [p], "ball": NormBall(Rows(KSparse(10)), 1.0)}], lr=0.05, rescale=None)
-        opt.param_groups[0]["persistence"] = persistence
+        group = {"params": [p], "ball": NormBall(Rows(KSparse(10)), 1.0)}
+        opt = SFW([group], lr=0.05, rescale=None, persistence=persistence)
         for step in range(200):
             p.grad = gaussian((30, 8), step)
             opt.step()
@@ -170,17 +169,14 @@ def test_what_makes_no_sense_is_refused() -> None:
         opt.set_ball(opt.param_groups[0], NormBall(KSparse(2), 1.0))
 
 
-def settings(**given: Any) -> dict[str, Any]:
-    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    return with_defaults({**defaults, "method": "sfw-filters", **given})
-
-
 def test_the_method_has_it_where_the_steps_are_convex() -> None:
     model = pliant.build_model("resnet8", num_classes=10, image_shape=(1, 8, 8), width=0.25)
     for given, expected in (({}, 1.0), ({"persistence": 0.5}, 0.5), ({"recipe": "paper"}, 0.0)):
-        opt = make_optimizer(copy.deepcopy(model), settings(**given) | {"lr": 0.1}, torch.zeros(2, 1, 8, 8))
+        opt = make_optimizer(
+            copy.deepcopy(model), settings("sfw-filters", **given) | {"lr": 0.1}, torch.zeros(2, 1, 8, 8)
+        )
         assert {g["persistence"] for g in opt.param_groups if g["ball"] is not None} == {expected}
     with pytest.raises(BadInput, match="--persistence of --method sfw-filters needs --rescale none"):
-        settings(recipe="paper", persistence=1.0)
+        settings("sfw-filters", recipe="paper", persistence=1.0)
     with pytest.raises(BadInput, match="--persistence is not a setting of --method sfw-rank"):
-        settings(method="sfw-rank", persistence=1.0)
+        settings("sfw-rank", persistence=1.0)

@@ -435,7 +435,7 @@ class Rows(_Lift):
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         matrix = _as_matrix(x, self.dim)
         a = without_vanished(vector_norm(matrix, dim=1))
-        return a, lambda w: self._times(x, divide_or_zero(w, a))
+        return a, lambda w: _from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
 
     def _times(self, x: Tensor, factors: Tensor) -> Tensor:
         return _from_matrix(factors[:, None] * _as_matrix(x, self.dim), x.shape, self.dim)
@@ -494,8 +494,13 @@ class Channels(_Lift):
         return vector_norm(self._runs(x), dim=(0, 2))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        a = without_vanished(vector_norm(self._runs(x), dim=(0, 2)))
-        return a, lambda w: self._times(x, divide_or_zero(w, a))
+        runs = self._runs(x)
+        a = without_vanished(vector_norm(runs, dim=(0, 2)))
+
+        def rebuild(w: Tensor) -> Tensor:
+            return _from_matrix((divide_or_zero(w, a)[:, None] * runs).flatten(0, 1), x.shape, self.dim)
+
+        return a, rebuild
 
     def _times(self, x: Tensor, factors: Tensor) -> Tensor:
         return _from_matrix((factors[:, None] * self._runs(x)).flatten(0, 1), x.shape, self.dim)

@@ -293,8 +293,9 @@ class SFW(Optimizer):
     def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: dict[str, Any]) -> None:
         """Move tensors with a ball each, all of one shape, or the tensors of one joint ball."""
         p = sets[0][0]
-        alone = len(sets) == len(sets[0]) == 1 and not group["persistence"]
-        if group["fused"] and alone and group["momentum"] and fused.fits(ball.norm, p, self._momentum(p)):
+        alone = len(sets) == len(sets[0]) == 1
+        fusible = group["fused"] and alone and group["momentum"] and not group["persistence"]
+        if fusible and fused.fits(ball.norm, p, self._momentum(p)):
             if self._fused_step(p, ball, group):
                 return
             directions = [self._direction(p, group)[None]]
