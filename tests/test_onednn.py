@@ -1,8 +1,8 @@
 """Convolutions that oneDNN computes wrongly on some CPUs."""
 
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +33,7 @@ def test_onednn_is_left_out_where_it_fails(
 
 
 @pytest.mark.slow
-def test_a_narrow_network_trains_on_every_cpu(tmp_path: os.PathLike[str]) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+def test_a_narrow_network_trains_on_every_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pliant", "train", "--epochs", "1", "--width", "0.25", "--out", "run"]
-    job = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert job.returncode == 0, job.stderr
