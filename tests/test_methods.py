@@ -244,3 +244,11 @@ def test_k_sparse_is_sfw_with_sparse_vertices() -> None:
         for chosen in (settings("k-sparse"), settings("sfw-weights", vertices="sparse"), settings("sfw-weights"))
     ]
     assert balls[0] == balls[1] != balls[2]
+
+
+@pytest.mark.parametrize("recipe", ["gradient", "paper"])
+@pytest.mark.parametrize("method", ["sfw-filters", "sfw-rank", "sfw-weights"])
+def test_k_can_be_annealed_under_a_recipe_that_does_not(method: str, recipe: str) -> None:
+    constant, annealed = (settings(method, recipe=recipe, lr=0.1, k_start=start) for start in (None, 1.0))
+    assert make_k_schedule(make_optimizer(net(), constant, torch.zeros(1, 3, 8, 8)), constant, steps=10) is None
+    assert make_k_schedule(make_optimizer(net(), annealed, torch.zeros(1, 3, 8, 8)), annealed, steps=10) is not None

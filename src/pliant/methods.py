@@ -339,7 +339,6 @@ GRADIENT: Settings = {
     "rescale": "gradient",
     "k": 0.1,
     "k_start": None,
-    "anneal": None,
     "turnover": None,
     "other_lr": None,
     "coupled": False,
