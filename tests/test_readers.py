@@ -281,6 +281,14 @@ def test_image_folder_with_train_and_test(tmp_path: Path) -> None:
     assert (data.flip, data.pad) == (True, 2)
 
 
+def test_image_folder_with_train_and_val_as_imagenet_has_them(tmp_path: Path) -> None:
+    for part, count in (("train", 20), ("val", 3)):
+        write_images(tmp_path / part / "cat", pictures(count, (8, 8), seed=count))
+    assert len(load_data("image-folder", tmp_path).test.labels) == 3
+    write_images(tmp_path / "test" / "cat", pictures(2, (8, 8), seed=0))
+    assert len(load_data("image-folder", tmp_path).test.labels) == 2
+
+
 def test_image_folder_of_classes_gives_a_fifth_to_the_test(tmp_path: Path) -> None:
     images = {name: pictures(20, (8, 8), seed=seed) for seed, name in enumerate("ab")}
     for name in images:

@@ -14,11 +14,15 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 
 
 def read_image_folder(request: Request) -> Raw:
-    """Read the images under ``train/`` and ``test/``, or all of them where there are only class folders."""
+    """Read the images under ``train/`` and ``test/``, or all of them where there are only class folders.
+
+    Where there is no ``test/``, the one of ImageNet's names for it, ``val/``, counts as such.
+    """
     root = request.folder
     if root is None:
         raise BadInput("image-folder needs --data_dir, a folder with train/ and test/ or with one folder per class")
-    parts = [part for part in ("train", "test") if (root / part).is_dir()]
+    second = "test" if (root / "test").is_dir() else "val"
+    parts = [part for part in ("train", second) if (root / part).is_dir()]
     if len(parts) == 1:
         raise DamagedFile(f"{root} holds {parts[0]}/ alone: expected train/ and test/, or one folder per class")
     found = [_class_files(root / part) for part in parts] if parts else [_class_files(root)]
