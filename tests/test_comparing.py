@@ -203,6 +203,19 @@ def test_some_methods_alone(finished: Path):
         compare(str(finished.parent / "small.yaml"), out=str(finished), methods="sgd,our")
 
 
+def test_some_tasks_alone_with_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump({**CONTENT, "tasks": {"small": {}, "own": {"data": "image-folder"}}}))
+    seen: list[Suite] = []
+    monkeypatch.setattr(comparing, "rehearse", seen.append)
+    compare(str(file), tasks="own", data_dir=str(tmp_path), dry_run=True)
+    assert {name: (task["data"], task["data_dir"]) for name, task in seen[0].tasks.items()} == {
+        "own": ("image-folder", str(tmp_path))
+    }
+    with pytest.raises(BadInput, match="unknown task of this suite 'owl': did you mean 'own'"):
+        compare(str(file), tasks="small,owl", dry_run=True)
+
+
 def test_a_missing_ray_is_said(finished: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(BadInput, match=r"pip install 'pliant\[ray\]'"):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +42,7 @@ def compare(
     out: str | None = None,
     data_dir: str | None = None,
     methods: str | None = None,
+    tasks: str | None = None,
     ray: str | None = None,
     dry_run: bool = False,
 ) -> Path | None:
@@ -52,6 +53,7 @@ def compare(
         out: folder of the comparison; by default comparisons/NAME. What it holds already is not made again.
         data_dir: folder of the data files; digits needs none.
         methods: only these of the suite, separated by commas.
+        tasks: only these of the suite, separated by commas; needed where tasks have different data folders.
         ray: address of a Ray cluster to train on, or auto; without it, train here, one run after the other.
         dry_run: only a few steps of every method on images made of noise, to see that everything runs; nothing is kept.
 
@@ -61,7 +63,10 @@ def compare(
     """
     read = Suite.open(suite)
     if methods is not None:
-        read = _only(read, methods.split(","))
+        read = _only_methods(read, methods)
+    if tasks is not None:
+        chosen = _chosen("task", tasks, read.tasks)
+        read = dataclasses.replace(read, tasks={name: read.tasks[name] for name in chosen})
     if data_dir is not None:
         place = str(Path(data_dir).expanduser().resolve())
         read = dataclasses.replace(read, tasks={name: {**t, "data_dir": place} for name, t in read.tasks.items()})
@@ -302,11 +307,17 @@ def _check_reachable(address: str) -> None:
         raise BadInput(f"--ray {address} cannot be reached ({error}): start Ray there, or give its HOST:PORT") from None
 
 
-def _only(suite: Suite, labels: list[str]) -> Suite:
-    known = [entrant.label for entrant in suite.methods]
-    for label in labels:
-        if label not in known:
-            raise unknown("method of this suite", label, known)
+def _only_methods(suite: Suite, names: str) -> Suite:
+    labels = _chosen("method", names, [entrant.label for entrant in suite.methods])
     retraining = suite.retraining if suite.retraining and suite.retraining.method in labels else None
     methods = tuple(entrant for entrant in suite.methods if entrant.label in labels)
     return dataclasses.replace(suite, methods=methods, retraining=retraining)
+
+
+def _chosen(what: str, names: str, known: Collection[str]) -> list[str]:
+    """Return the names between the commas; raise BadInput if the suite lacks one of them."""
+    chosen = names.split(",")
+    for name in chosen:
+        if name not in known:
+            raise unknown(f"{what} of this suite", name, known)
+    return chosen
