@@ -283,8 +283,9 @@ def test_image_folder_with_train_and_test(tmp_path: Path) -> None:
 
 def test_image_folder_with_train_and_val_as_imagenet_has_them(tmp_path: Path) -> None:
     for part, count in (("train", 20), ("val", 3)):
-        write_images(tmp_path / part / "cat", pictures(count, (8, 8), seed=count))
-    assert len(load_data("image-folder", tmp_path).test.labels) == 3
+        for name in ("cat", "dog"):
+            write_images(tmp_path / part / name, pictures(count, (8, 8), seed=count))
+    assert len(load_data("image-folder", tmp_path).test.labels) == 6
     write_images(tmp_path / "test" / "cat", pictures(2, (8, 8), seed=0))
     assert len(load_data("image-folder", tmp_path).test.labels) == 2
 
@@ -332,10 +333,10 @@ def test_image_folder_errors_name_the_culprit(tmp_path: Path) -> None:
     with pytest.raises(DamagedFile, match="holds no images"):
         load_data("image-folder", tmp_path)
     write_images(tmp_path / "train/a", pictures(12, (8, 8)))
-    write_images(tmp_path / "val/a", pictures(2, (8, 8)))
+    write_images(tmp_path / "validation/a", pictures(2, (8, 8)))
     with pytest.raises(DamagedFile, match="holds train/ alone: expected train/ and test/"):
         load_data("image-folder", tmp_path)
-    (tmp_path / "val").rename(tmp_path / "test")
+    (tmp_path / "validation").rename(tmp_path / "test")
     broken = tmp_path / "train/a/005.png"
     broken.write_bytes(broken.read_bytes()[:40])
     with pytest.raises(DamagedFile) as error:

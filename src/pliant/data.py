@@ -74,8 +74,8 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
     ``cifar100``       60,000 of 3x32x32, 100 (fine) classes       as ``cifar10``
     ``parquet``        any; an image and a label column are found  ``data_dir`` with train*.parquet and
                        by type and name                            test*.parquet
-    ``image-folder``   any; one folder of image files per class    ``data_dir`` with train/ and test/, or with
-                                                                   the class folders (20 % are the test)
+    ``image-folder``   any; one folder of image files per class    ``data_dir`` with train/ and test/ (or val/), or
+                                                                   with the class folders (20 % are the test)
     ``hub:OWNER/X``    any; columns as in ``parquet``              the Hugging Face hub: splits train and test,
                                                                    else validation as test, else 20 % of train
     =================  ==========================================  ==========================================

@@ -24,7 +24,7 @@ def read_image_folder(request: Request) -> Raw:
     second = "test" if (root / "test").is_dir() else "val"
     parts = [part for part in ("train", second) if (root / part).is_dir()]
     if len(parts) == 1:
-        raise DamagedFile(f"{root} holds {parts[0]}/ alone: expected train/ and test/, or one folder per class")
+        raise DamagedFile(f"{root} holds {parts[0]}/ alone: expected train/ and test/ (or val/), or one folder per class")
     found = [_class_files(root / part) for part in parts] if parts else [_class_files(root)]
     classes = tuple(sorted({name for files in found for name, _ in files}))
     number = {name: label for label, name in enumerate(classes)}
