@@ -604,3 +604,15 @@ def test_sets_and_sparse_gradients_are_refused() -> None:
     assert torch.equal(first, before)
     with pytest.raises(ValueError, match="must be a NormBall"):
         SFW([{"params": [first], "ball": "l2"}])
+
+
+def test_scratch_is_what_is_kept_beside_the_state() -> None:
+    large, small, free = parameter(6, 5, seed=1), parameter(3, 2, seed=2), parameter(40)
+    groups = [*group(large, NormBall(Rows(KSupport(2)), 1.0)), *group(small, NormBall(Lp(2), 1.0)), *group(free, None)]
+    opt = SFW(groups)
+    assert opt.scratch == []
+    for p in (large, small, free):
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert sum(x.numel() for x in opt.scratch) == large.numel()
+    assert all(x.data_ptr() != kept.data_ptr() for x in opt.scratch for s in opt.state.values() for kept in s.values())

@@ -77,8 +77,8 @@ class SFW(Optimizer):
     for matrices of up to 16 rows or columns, and for fewer than 32 directions of equal lengths (``KSparse``).
 
     The state of a parameter is its ``momentum_buffer`` and, under a large ``Spectral`` ball, its ``basis`` of k
-    columns. On a CPU the optimizer also keeps memory for one vertex, as large as the largest
-    tensor with a ball.
+    columns. On a CPU the optimizer also keeps memory for one vertex (``scratch``), as large as the largest tensor with
+    a ball, or as all tensors of the largest joint ball.
 
     Parameters may be DTensors, cut by ``fully_shard`` (FSDP2) or by hand: every process then calls ``step`` and
     ``gap``, and all take the steps of one process with the whole tensors. See docs/distributed.md.
@@ -429,6 +429,11 @@ class SFW(Optimizer):
             self._kept_views[key] = views
         return self._kept_views[key]
 
+    @property
+    def scratch(self) -> list[Tensor]:
+        """The memory that is kept from step to step beside the state, for what it takes; its values mean nothing."""
+        return list(self._kept_memory.values())
+
     # --- state ---
 
     def _batches(self, group: dict[str, Any], ball: NormBall) -> list[list[list[Tensor]]]:
@@ -461,7 +466,7 @@ class SFW(Optimizer):
             return
         far = [
             (factor, name)
-            for factor, name in zip(torch.stack(shrinkages).tolist(), names, strict=True)
+            for factor, name in zip(_together(shrinkages).tolist(), names, strict=True)
             if factor > FAR_OUTSIDE
         ]
         if far:
@@ -537,7 +542,7 @@ class SFW(Optimizer):
         if is_sharded([p for p, _ in checked]):
             finite = self._finite_everywhere(checked, flags)
         elif flags:
-            finite = iter(torch.stack(flags).tolist())
+            finite = iter(_together(flags).tolist())
         else:
             return
         bad = [_name(p, group) for p, group in checked if p.grad is not None and not next(finite)]
@@ -617,6 +622,11 @@ def sfw_update(
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """Return (L, *shape); a single tensor as a view, so that changing it in place changes the tensor."""
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def _together(values: Sequence[Tensor]) -> Tensor:
+    """Return scalars as one tensor on the device of the first: a model may lie on several."""
+    return torch.stack([value.to(values[0].device) for value in values])
 
 
 def _to_host(values: Tensor) -> list[Tensor]:

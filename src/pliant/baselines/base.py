@@ -88,7 +88,7 @@ class MatrixSGD(SGD):
             for name, p in zip(_names(group), group["params"], strict=True)
             if p.grad is not None
         ]
-        finite = torch.stack([g.isfinite().all() for _, g in named]).tolist() if named else []
+        finite = torch.stack([g.isfinite().all().to(named[0][1].device) for _, g in named]).tolist() if named else []
         bad = [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
         if bad:
             raise FloatingPointError(f"NaN or infinite gradient in {', '.join(bad[:5])}; the step was refused")
