@@ -213,9 +213,40 @@ def test_seeds_with_different_epochs_are_one_training_in_equal_time() -> None:
     assert found["cram"].areas[0].n == 2
 
 
+def test_the_seeds_of_a_training_are_in_equal_time_all_or_none() -> None:
+    runs = [(seed, 0.6 + 0.1 * seed, cost("epochs", step)) for seed, step in enumerate((1.04, 1.0, 1.16))]
+    other = [r for seed, top, c in runs for r in line("numuon", seed, top, cost=c)]
+    noisy = [r for seed in (0, 1) for r in line("sgd", seed, 0.5, cost=cost("epochs", 0.9 + 0.4 * seed))]
+    found = by_name([*noisy, *other, *IN_TIME], view="time")
+    assert {name: found[name].areas[0].n for name in ("sgd", "numuon")} == {"sgd": 2, "numuon": 3}
+
+
 def test_one_kind_of_records_is_one_view() -> None:
     (section,) = sections_of([*SGD, *CHEAP])
     assert list(section.views) == ["epochs"]
+
+
+@pytest.mark.parametrize("difference", [{"config": {"image_size": 64}}, {"chance": 0.005}])
+def test_other_images_of_the_same_reader_are_a_section_of_their_own(difference: dict[str, Any]) -> None:
+    records = [
+        *line("sgd", 0, 0.6, data="image-folder", config={"image_size": 224}, chance=0.001),
+        *line("sgd", 0, 0.8, **{"data": "image-folder", "config": {"image_size": 224}, "chance": 0.001, **difference}),
+    ]
+    sections = sections_of(records)
+    assert sorted(curve.dense for section in sections for curve in section.curves) == [0.6, 0.8]
+    assert all(len(section.curves) == 1 for section in sections)
+    assert "image-folder at 224×224" in [section.data for section in sections]
+
+
+def test_ours_are_known_by_their_method_whatever_they_are_called() -> None:
+    records = [
+        *line("mine", 0, 0.6, config={"method": "sfw-rank", "recipe": "default"}),
+        *line("sfw-imitation", 0, 0.5, config={"method": "sgd"}),
+        *line("theirs", 0, 0.4, config={"method": "sfw-rank", "recipe": "paper"}),
+    ]
+    found = by_name(records)
+    assert [name for name, standing in found.items() if standing.curve.ours] == ["mine"]
+    assert [name for name, standing in found.items() if standing.is_baseline] == ["sfw-imitation"]
 
 
 # ------------------------------------------------------------------------------------------------------ names

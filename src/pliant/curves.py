@@ -1,9 +1,9 @@
 """Curves: what a sweep measured, sorted into what can be compared. Plain data, made of records alone.
 
-Records with the same model and data make a *section*. Its *views* compare what was granted the same: as many epochs as
-SGD, or as much time. In a view, runs that differ only in their seed make a *training*; a training under one compressor
-and allocation makes a *curve*; curves of one compressor share a *panel*, the figures and the table that compare them.
-Along a curve, the records of all runs that were asked for the same size make a *step*.
+Records with the same model, data and size of the images make a *section*. Its *views* compare what was granted the
+same: as many epochs as SGD, or as much time. In a view, runs that differ only in their seed make a *training*; a
+training under one compressor and allocation makes a *curve*; curves of one compressor share a *panel*, the figures and
+the table that compare them. Along a curve, the records of all runs that were asked for the same size make a *step*.
 
 A network that was trained again after it was compressed is a reference "with retraining"; it is no rival of those that
 were not. Neither torch nor numpy is loaded.
@@ -12,6 +12,7 @@ were not. Neither torch nor numpy is loaded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -26,7 +27,7 @@ ANCHOR = "sgd"
 TIME_SLACK = 1.1
 """A training whose step takes at most this much longer than SGD's has, with the same epochs, the same time."""
 OURS = "sfw-"
-"""How the names of this package's own methods begin."""
+"""How the names of this package's own methods begin; with the paper's settings they are the paper's."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Curve:
 
     @property
     def ours(self) -> bool:
-        """Whether the method is one of this package's own."""
-        return self.records[0].method.startswith(OURS)
+        """Whether the method is one of this package's own, whatever its name in the comparison."""
+        config = self.records[0].config
+        return str(config.get("method", self.records[0].method)).startswith(OURS) and config.get("recipe") != "paper"
 
     @property
     def runs(self) -> dict[tuple[str, str], list[Record]]:
@@ -99,12 +101,20 @@ class Section:
 
 
 def sections_of(records: Iterable[Record]) -> list[Section]:
-    """Return the records by data set and model, sorted by their names, as sections."""
-    by_setting = grouped(records, lambda record: (record.data, record.model))
+    """Return the records by data set and model, sorted by their names, as sections.
+
+    Two folders of images share the name of their reader; their sizes or numbers of classes tell them apart.
+    """
+    by_setting = grouped(records, lambda record: (_data(record), record.model, record.chance or 0.0))
     return [
         Section(model, data, found, {name: _curves(seen, name) for name, seen in _views(found).items()})
-        for (data, model), found in sorted(by_setting.items())
+        for (data, model, _), found in sorted(by_setting.items())
     ]
+
+
+def _data(record: Record) -> str:
+    size = record.config.get("image_size")
+    return record.data if size is None else f"{record.data} at {size}×{size}"
 
 
 def _views(records: list[Record]) -> dict[str, list[Record]]:
@@ -112,8 +122,9 @@ def _views(records: list[Record]) -> dict[str, list[Record]]:
     views = grouped(records, lambda record: record.cost["equal"] if record.cost else "epochs")
     if "time" in views:
         own = set(map(_what, views["time"]))
-        runs = grouped(views.get("epochs", []), run_of).values()
-        same = [record for run in runs if _is_as_fast_as_sgd(run) for record in run if _what(record) not in own]
+        trainings = grouped(views.get("epochs", []), lambda record: _training(record, _settings(record, _NO_SETTINGS)))
+        as_fast = [found for found in trainings.values() if (step_ratio(found) or math.inf) <= TIME_SLACK]
+        same = [record for training in as_fast for record in training if _what(record) not in own]
         views["time"] = same + views["time"]
     return {name: views[name] for name in VIEWS if name in views}
 
@@ -122,10 +133,16 @@ def _what(record: Record) -> tuple[object, ...]:
     return record.method, retraining_of(record), record.seed, record.compressor, record.allocation
 
 
-def _is_as_fast_as_sgd(run: list[Record]) -> bool:
-    # A comparison that was stopped and goes on times the steps of a run again.
-    times = [record.cost["step_s"] / record.cost["step_s_sgd"] for record in run if record.cost is not None]
-    return median(times) <= TIME_SLACK if times else run[0].method == ANCHOR
+def step_ratio(training: Iterable[Record]) -> float | None:
+    """Return how much longer a step takes than one of SGD, the median over all records of a training.
+
+    It is 1 for SGD itself, however its two measurements differ, and None if nothing was measured.
+    """
+    found = list(training)
+    if found and found[0].config.get("method", found[0].method) == ANCHOR:
+        return 1.0
+    times = [record.cost["step_s"] / record.cost["step_s_sgd"] for record in found if record.cost is not None]
+    return median(times) if times else None
 
 
 def _curves(records: list[Record], view: str) -> list[Curve]:
