@@ -15,10 +15,11 @@ import yaml
 import pliant
 from pliant import comparing, jobs
 from pliant.comparing import Comparison, compare
-from pliant.errors import BadInput, Busy, DamagedFile
+from pliant.errors import BadInput, Busy, DamagedFile, Diverged
 from pliant.files import locked
 from pliant.jobs import Job, Outcome, perform
 from pliant.lines import read_lines
+from pliant.methods import with_defaults
 from pliant.records import Record, read_records
 from pliant.suites import Measure, Suite
 
@@ -41,6 +42,8 @@ CONTENT: dict[str, Any] = {
 }
 
 RANK = ("rank-whitened-spatial", "rank-spatial")
+SEARCHED = [{"compressor": "rank", "ratios": [0, 0.7]}, {"compressor": "rank", "whiten": False, "ratios": [0, 0.5]}]
+UNIFORM = [{"compressor": "filters", "allocation": "uniform", "ratios": [0, 0.5]}]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,7 @@ def test_a_suite_may_grow(finished: Path, tmp_path: Path, monkeypatch: pytest.Mo
         yield from ()
 
     monkeypatch.setattr(comparing, "perform", noted)
-    monkeypatch.setattr(comparing, "report", lambda *_, **__: None)
+    monkeypatch.setattr(comparing, "write_report", lambda *_, **__: None)
     compare(changed(finished, tmp_path, seeds=[0, 1, 2]), out=str(finished))
     assert made
     assert all("seed=2" in name for name in made)
@@ -157,8 +160,96 @@ def test_results_of_other_settings_are_refused(finished: Path, tmp_path: Path):
 def test_a_search_by_another_measure_is_refused(finished: Path, tmp_path: Path):
     rank = [{"compressor": "rank", "scheme": "channel", "ratios": [0, 0.5]}]
     other = changed(finished, tmp_path, families={**CONTENT["families"], "rank": rank})
-    with pytest.raises(BadInput, match=r"has chosen ours by rank-whitened-spatial, .* is rank-whitened now"):
+    with pytest.raises(BadInput, match=r"compressor 'rank-whitened-spatial', .* has 'rank-whitened' now"):
         compare(other, out=str(finished))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration": 128}, "with calibration 64, the first .* has 128 now"),
+        (
+            {"retraining": {**CONTENT["retraining"], "schedules": ["LLR"], "epochs": 2}},
+            "with retraining_epochs 1, .* 2",
+        ),
+        ({"families": {**CONTENT["families"], "rank": SEARCHED}}, r"with points .*, the first .* has .*0\.7"),
+        (
+            {"families": {**CONTENT["families"], "filters": UNIFORM}},
+            "allocation 'global', the first .* has 'uniform' now",
+        ),
+        ({"settings": {**CONTENT["settings"], "precision": "bf16"}}, "with precision 'fp32', the suite says 'bf16'"),
+    ],
+)
+def test_results_measured_otherwise_are_refused(finished: Path, tmp_path: Path, changes: dict[str, Any], message: str):
+    names = ("records.jsonl", "trials.jsonl", "suite.yaml")
+    before = [(finished / name).read_bytes() for name in names]
+    with pytest.raises(BadInput, match=message):
+        compare(changed(finished, tmp_path, **changes), out=str(finished))
+    assert before == [(finished / name).read_bytes() for name in names]
+
+
+def test_a_count_is_not_the_share_of_the_same_value(tmp_path: Path):
+    job = dataclasses.replace(a_job(), settings={**a_job().settings, "method": "sfw-rank", "k": 1})
+    config = with_defaults(job.settings)
+    job.check(config, tmp_path)
+    with pytest.raises(BadInput, match=r"with k 1\.0, the suite says 1:"):
+        job.check({**config, "k": 1.0}, tmp_path)
+
+
+def test_any_precision_is_that_of_auto(tmp_path: Path):
+    job = dataclasses.replace(a_job(), settings={**a_job().settings, "precision": "auto"})
+    job.check(with_defaults(job.settings) | {"precision": "bf16"}, tmp_path)
+
+
+def test_what_was_chosen_once_and_is_not_any_more_is_not_reported(finished: Path, tmp_path: Path):
+    shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
+    lines = [outcome.to_dict() for outcome in outcomes(finished)]
+    areas = [line["area"] for line in lines if line["label"] == "ours"]
+    for line in lines:  # now the other trial is the better one
+        line["area"] = sum(areas) - line["area"] if line["label"] == "ours" else line["area"]
+    (tmp_path / "out" / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    comparison = Comparison(Suite.from_dict("small", CONTENT), tmp_path / "out", lambda *_: iter(()))
+    assert {record.method for record in comparison.records} == {"sgd", "ours"}
+    assert {record.method for record in comparison.current()} == {"sgd"}
+    unchanged = Comparison(Suite.from_dict("small", CONTENT), finished, lambda *_: iter(()))
+    assert len(unchanged.current()) == len({record.key() for record in unchanged.records})
+
+
+def test_a_report_tells_what_diverged(finished: Path, tmp_path: Path):
+    shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
+    best, other = sorted((o for o in outcomes(finished) if o.label == "ours"), key=lambda o: -(o.area or 0))
+    lost = best.run.replace("seed=0", "seed=1")
+    diverged = {lost: dataclasses.replace(best, run=lost), other.run: other}
+    kept = [outcome for outcome in outcomes(finished) if outcome is not other and outcome.run not in diverged]
+    made = [*kept, *(dataclasses.replace(o, area=None, error="the loss is nan") for o in diverged.values())]
+    text = "".join(json.dumps(outcome.to_dict()) + "\n" for outcome in made)
+    (tmp_path / "out" / "trials.jsonl").write_text(text, encoding="utf-8")
+    compare(str(finished.parent / "small.yaml"), out=str(tmp_path / "out"))
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / "out" / name).read_text(encoding="utf-8").replace("\\", "")
+        assert f"Diverged, so that the means are of the other seeds: {lost}." in page
+        assert f"Diverged in the search: {other.run}." in page
+
+
+def test_without_its_network_a_sweep_is_measured_whole(finished: Path, tmp_path: Path):
+    def missing(folder: Path) -> list[tuple[str, int]]:
+        found: list[tuple[str, int]] = []
+
+        def noted(wanted: list[Job], _: Path) -> Iterator[tuple[Job, Any]]:
+            found.extend((job.name, sum(len(m.points) for of in job.families.values() for m in of)) for job in wanted)
+            yield from ()
+
+        Comparison(Suite.from_dict("small", CONTENT), folder, noted).run()
+        return found
+
+    shutil.copytree(finished, tmp_path / "out")
+    lines = (finished / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    short = [line for line in lines if not (json.loads(line)["method"] == "ours" and json.loads(line)["ratio"])]
+    (tmp_path / "out" / "records.jsonl").write_text("".join(line + "\n" for line in short), encoding="utf-8")
+    here = missing(tmp_path / "out")
+    assert {count for _, count in here} == {2}  # one size of two measures
+    shutil.rmtree(tmp_path / "out" / "runs")
+    assert missing(tmp_path / "out") == [(name, 4) for name, _ in here]
 
 
 def test_a_default_turnover_that_has_changed_is_refused(finished: Path):
@@ -180,16 +271,18 @@ def test_a_setting_that_did_not_exist_yet_had_no_value(finished: Path):
 
 def test_trials_from_before_the_measure_was_kept_are_read(finished: Path):
     outcome = outcomes(finished)[0].to_dict()
-    del outcome["compressor"]
-    assert Outcome.from_dict(outcome).compressor == ""
+    del outcome["compressor"], outcome["measure"]
+    assert (Outcome.from_dict(outcome).compressor, Outcome.from_dict(outcome).measure) == ("", {})
 
 
 def test_trials_from_before_the_measure_was_kept_were_chosen_by_channel(finished: Path, tmp_path: Path):
     out = tmp_path / "out"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("runs"))
-    lines = [{**outcome.to_dict(), "compressor": ""} for outcome in outcomes(finished)]
+    lines = [{**outcome.to_dict(), "compressor": "", "measure": {}} for outcome in outcomes(finished)]
     (out / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    with pytest.raises(BadInput, match=r"has chosen ours by rank-whitened, .* is rank-whitened-spatial now"):
+    with pytest.raises(
+        BadInput, match=r"has chosen ours with compressor 'rank-whitened', .* has 'rank-whitened-spatial' now"
+    ):
         compare(str(finished.parent / "small.yaml"), out=str(out))
 
 
@@ -247,9 +340,19 @@ def test_with_equal_time_a_slower_step_means_fewer_epochs(finished: Path, tmp_pa
     content = {**CONTENT, "settings": {**CONTENT["settings"], "epochs": 7}, "equal": ["epochs", "time"]}
     Comparison(Suite.from_dict("small", content), tmp_path, noted).run()
     assert [(job.label, job.equal, job.settings["epochs"], job.settings["seed"]) for job in made] == [
-        ("ours", "time", 4, 0),  # 7 epochs in half the steps, rounded to whole ones
-        ("ours", "time", 4, 1),
+        ("ours", "time", 3, 0),  # 7 epochs in half the steps; with four it would be 8/7 of SGD's time
+        ("ours", "time", 3, 1),
     ]
+    short = {**next(line for line in lines if line["method"] == "ours"), "run": made[0].name}
+    short["config"] = {**short["config"], "epochs": 3}
+    short["cost"] = {**short["cost"], "equal": "time"}
+    for line in lines:
+        line["cost"]["step_s"] *= 1.4  # measured anew, steps take longer
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, short])
+    (tmp_path / "records.jsonl").write_text(text, encoding="utf-8")
+    made.clear()
+    Comparison(Suite.from_dict("small", content), tmp_path, noted).run()
+    assert {job.settings["epochs"] for job in made} == {3}
 
 
 # --- rehearsals -------------------------------------------------------------------------------------------------------
@@ -279,6 +382,17 @@ def test_a_rehearsal_meets_the_errors_of_the_comparison(tmp_path: Path):
     file.write_text(yaml.safe_dump({**CONTENT, "methods": methods, "retraining": None}), encoding="utf-8")
     with pytest.raises(BadInput, match="--k"):
         compare(str(file), out=str(tmp_path / "out"), dry_run=True)
+
+
+@pytest.mark.parametrize("families", [["filters"], []])
+def test_a_rehearsal_says_what_diverges(families: list[str], tmp_path: Path):
+    file = tmp_path / "small.yaml"
+    exploding = {"method": "sgd", "families": ["filters"], "trials": [{"lr": 1e30}]}
+    methods = {"fine": {**exploding, "trials": [{"lr": 0.1}]}, "sgd": exploding}
+    content = {**CONTENT, "methods": methods if not families else {"sgd": exploding}, "retraining": None}
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    with pytest.raises(Diverged, match=r"sgd,lr=1e\+30,seed=0"):
+        compare(str(file), dry_run=True)
 
 
 # --- one job ----------------------------------------------------------------------------------------------------------
@@ -345,13 +459,33 @@ def test_a_retrained_network_is_trained_again(tmp_path: Path):
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_network_of_turnover_is_retrained_with_the_lr_that_its_training_had(tmp_path: Path):
+    measure = {"filters": (Measure("filters", ((0.5, ""),)),)}
+    own = {"method": "sfw-filters", "lr": None}
+    job = a_job(families=measure, label="ours", retraining="FT", retraining_epochs=1)
+    (record,) = perform(dataclasses.replace(job, settings={**job.settings, **own}), tmp_path)
+    assert isinstance(record, Record)
+    assert record.run.endswith("+FT")
+
+
+def test_memory_counts_what_an_optimizer_keeps_beside_its_state(tmp_path: Path):
+    measure = {"filters": (Measure("filters", ((0.5, ""),)),)}
+    job = a_job(families=measure, label="ours")
+    own = {"method": "sfw-filters", "lr": None}
+    (record,) = perform(dataclasses.replace(job, settings={**job.settings, **own}), tmp_path)
+    assert isinstance(record, Record)
+    assert record.cost is not None
+    assert 1.05 < record.cost["memory"] / record.cost["memory_sgd"] < 1.5  # a vertex of the largest joint ball
+
+
 def test_retraining_in_bf16_sees_the_weights_of_every_step():
     job = a_job(retraining="LLR", retraining_epochs=2)
     torch.manual_seed(0)
     model = pliant.build_model("resnet8", num_classes=10, image_shape=(1, 8, 8), width=0.25)
     after = {}
     for precision in ("fp32", "bf16"):
-        again = jobs._retraining(job, jobs.data_of(job.settings), precision)(copy.deepcopy(model))
+        settings = {**with_defaults(job.settings), "precision": precision}
+        again = jobs._retraining(job, jobs.data_of(job.settings), settings)(copy.deepcopy(model))
         after[precision] = torch.cat([p.detach().flatten() for p in again.parameters()])
     moved = (after["fp32"] - torch.cat([p.detach().flatten() for p in model.parameters()])).norm()
     # 0.21 was measured; with the weights of the first step it is 1.4.

@@ -58,6 +58,17 @@ RANK = content()["families"]["rank"]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {
+                "tasks": {"a": {}, "a-b": {}},
+                "methods": {"c": {**METHODS["sgd"], "method": "sgd"}, "b-c": METHODS["ours"]},
+            },
+            "same name, TASK-METHOD",
+        ),
+        (
+            {"retraining": {"method": "sgd", "schedules": ["FT", "LRW"], "epochs": 3, "ratios": [0.5]}},
+            "LRW goes back at most the 2 epochs of the training, got 3",
+        ),
         ({"tusks": {}}, "unknown entry of a suite 'tusks': did you mean 'tasks'"),
         ({"methods": {**METHODS, "muon": {"families": ["rank"]}}}, "number of trials; here: sgd 2, ours 2, muon 1"),
         ({"methods": {"sdg": {"families": ["rank"]}}}, "unknown method of methods.sdg 'sdg': did you mean 'sgd'"),

@@ -18,19 +18,19 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
 
-from pliant.curves import TIME_SLACK, grouped
-from pliant.errors import BadInput, unknown
-from pliant.files import locked, make_folders, write_text
+from pliant.curves import TIME_SLACK, grouped, step_ratio
+from pliant.errors import BadInput, Diverged, shown, unknown
+from pliant.files import locked, make_folders, sha256, write_text
 from pliant.jobs import Job, Line, Outcome, data_of, perform
 from pliant.lines import append_line, read_lines
 from pliant.records import Record, append_record, read_records
 from pliant.rehearsing import rehearse
-from pliant.reporting import report
+from pliant.reporting import write_report
+from pliant.runs import WEIGHTS
 from pliant.suites import Entrant, Suite
 from pliant.sweeping import describe
 
@@ -60,8 +60,9 @@ def compare(
     Raises:
         BadInput: the suite names something unknown, or its runs exist with other settings.
         DamagedFile: the suite, data or earlier results cannot be read.
+        Diverged: every training did.
     """
-    read = Suite.open(suite)
+    whole = read = Suite.open(suite)
     if methods is not None:
         read = _only_methods(read, methods)
     if tasks is not None:
@@ -82,7 +83,12 @@ def compare(
     make_folders(folder)
     with locked(folder):
         Comparison(read, folder, each).run()
-        return report([folder / RECORDS], folder / "report.html", markdown=folder / "report.md")
+        done = Comparison(whole, folder, each)
+        found, remarks, page = done.current(), done.diverged(), folder / "report.html"
+        if not found:
+            raise Diverged(f"{folder}: there is nothing to report. {' '.join(remarks)}")
+        write_report(found, page, markdown=folder / "report.md", runs=str(folder / "runs"), remarks=remarks)
+        return page
 
 
 Performer = Callable[[list[Job], Path], Iterator[tuple[Job, Iterable[Line]]]]
@@ -108,12 +114,44 @@ class Comparison:
 
     def run(self) -> None:
         """Do what is missing: the search, then the chosen settings with every seed, then what needs these."""
+        search = [job for job in self._search() if not self._searched(job)]
+        self._missing(self._wanted())  # refuses what was measured otherwise, before anything is written or trained
         write_text(self.folder / "suite.yaml", self.suite.text)
-        self._perform("search", [job for job in self._search() if not self._searched(job)])
+        self._perform("search", search)
         self._perform("seeds", self._missing(job for seed in self.suite.seeds for job in self._chosen(seed)))
         self._perform("retraining", self._missing(self._retrainings()))
         if "time" in self.suite.equal:
             self._perform("equal time", self._missing(self._equal_time()))
+
+    def current(self) -> list[Record]:
+        """Return the records of what the suite wants now.
+
+        Where another trial was chosen once, before the suite grew, its records stay in the file; reported beside those
+        of the choice of today, test images would decide between them.
+        """
+        wanted = {job.name for job in self._wanted()}
+        latest = {record.key(): record for record in self.records if record.run in wanted}
+        return list(latest.values())
+
+    def diverged(self) -> list[str]:
+        """Return a sentence that tells what is missing in the records, for it diverged; none if nothing did."""
+        runs = dict.fromkeys(outcome.run for outcome in self.trials if outcome.area is None)
+        wanted = {job.training for job in self._wanted()}
+        lost = [run for run in runs if run in wanted]
+        tried = [run for run in runs if run not in wanted]
+        sentences = []
+        if lost:
+            sentences.append(f"Diverged, so that the means are of the other seeds: {'; '.join(lost)}.")
+        if tried:
+            sentences.append(f"Diverged in the search: {'; '.join(tried)}.")
+        return sentences
+
+    def _wanted(self) -> Iterator[Job]:
+        for seed in self.suite.seeds:
+            yield from self._chosen(seed)
+        yield from self._retrainings()
+        if "time" in self.suite.equal:
+            yield from self._equal_time()
 
     # --- what is to be done ---
 
@@ -147,13 +185,17 @@ class Comparison:
                         yield dataclasses.replace(again, retraining=schedule)
 
     def _equal_time(self) -> Iterator[Job]:
-        """Yield runs of fewer epochs for the methods whose steps take longer than SGD's."""
+        """Yield runs of fewer epochs for the methods whose steps take longer than SGD's.
+
+        They have as many as do not take longer than SGD's time and TIME_SLACK; those of an earlier seed, once there
+        is one, for the times of steps are never quite the same.
+        """
         for seed in self.suite.seeds:
             for job in self._chosen(seed):
-                ratio = None if job.settings["method"] == "sgd" else self._step_ratio(job)
+                ratio = self._step_ratio(job)
                 if ratio is not None and ratio > TIME_SLACK:
-                    epochs = max(1, int(job.settings["epochs"] / ratio + 0.5))
-                    yield dataclasses.replace(job, settings={**job.settings, "epochs": epochs}, equal="time")
+                    allowed = max(1, int(TIME_SLACK * job.settings["epochs"] / ratio))
+                    yield _shortened(job, self._epochs_in_time(job) or allowed)
 
     def _job(
         self,
@@ -180,18 +222,22 @@ class Comparison:
         found = [outcome for outcome in self.trials if outcome.run == job.training]
         for outcome in found:
             job.check(outcome.config, self.folder / TRIALS)
-            if outcome.family not in job.families:
-                continue
-            first = job.families[outcome.family][0]
-            # Files from before the name was kept are also from before there was another scheme.
-            chosen = outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name
-            if chosen != first.name:
-                raise BadInput(
-                    f"{self.folder / TRIALS} has chosen {outcome.label} by {chosen}, the first measure of family "
-                    f"{outcome.family} is {first.name} now: give that measure another scheme, choose another --out, or "
-                    "remove what is there"
-                )
+            if outcome.family in job.families:
+                self._check_measure(outcome, job)
         return {outcome.family for outcome in found} >= set(job.families)
+
+    def _check_measure(self, outcome: Outcome, job: Job) -> None:
+        """Raise BadInput if the search was by another measure than the first one of the family is now."""
+        first = job.families[outcome.family][0]
+        # Files from before the name was kept are also from before there was another scheme.
+        old = {"compressor": outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name}
+        for name, now in job.chosen_by(outcome.family).items():
+            before = (outcome.measure or old).get(name, now)  # files from before a thing was kept do not tell it
+            if before != now:
+                raise BadInput(
+                    f"{self.folder / TRIALS} has chosen {outcome.label} with {name} {shown(before)}, the first measure "
+                    f"of family {outcome.family} has {shown(now)} now: choose another --out, or remove what is there"
+                )
 
     def _missing(self, jobs: Iterable[Job]) -> list[Job]:
         """Return the jobs with something left to measure, without what is measured already."""
@@ -203,11 +249,17 @@ class Comparison:
             for record in done:
                 job.check(record.config, self.folder / RECORDS)
             rest = job.without(
-                {(r.compressor, r.allocation, 0.0 if r.pattern else round(r.ratio, 6), r.pattern) for r in done}
+                {(r.compressor, r.allocation, 0.0 if r.pattern else round(r.ratio, 6), r.pattern) for r in done},
+                anew=not self._is_here(job, done),
             )
             if rest.families and job.training not in diverged:
                 missing.append(rest)
         return missing
+
+    def _is_here(self, job: Job, done: list[Record]) -> bool:
+        """Return whether the network that the records are of lies here; without it, it is trained again."""
+        path = self.folder / "runs" / job.training
+        return (path / WEIGHTS).exists() and {record.weights for record in done} <= {sha256(path / WEIGHTS)}
 
     def _best(self, task: str, entrant: Entrant, family: str) -> dict[str, Any] | None:
         """Return the trial with the largest area under its validation curve; None if all diverged."""
@@ -221,9 +273,17 @@ class Comparison:
 
     def _step_ratio(self, job: Job) -> float | None:
         """Return how much longer a step takes than SGD's, over all seeds; None if that was not measured."""
-        runs = {dataclasses.replace(job, settings={**job.settings, "seed": seed}).name for seed in self.suite.seeds}
-        ratios = [r.cost["step_s"] / r.cost["step_s_sgd"] for r in self.records if r.run in runs and r.cost]
-        return median(ratios) if ratios else None
+        runs = {run.name for run in self._of_all_seeds(job)}
+        return step_ratio(record for record in self.records if record.run in runs)
+
+    def _epochs_in_time(self, job: Job) -> int | None:
+        """Return how many epochs the runs at equal time have that are there; None without one."""
+        lengths = range(1, job.settings["epochs"] + 1)
+        names = {_shortened(run, epochs).name: epochs for run in self._of_all_seeds(job) for epochs in lengths}
+        return next((names[record.run] for record in self.records if record.run in names), None)
+
+    def _of_all_seeds(self, job: Job) -> list[Job]:
+        return [dataclasses.replace(job, settings={**job.settings, "seed": seed}) for seed in self.suite.seeds]
 
     # --- doing it ---
 
@@ -254,6 +314,10 @@ class Comparison:
         self.console.print(text)
 
 
+def _shortened(job: Job, epochs: int) -> Job:
+    return dataclasses.replace(job, settings={**job.settings, "epochs": epochs}, equal="time")
+
+
 def _here(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
     for job in jobs:
         yield job, perform(job, folder)
@@ -275,7 +339,8 @@ def _on_ray(address: str) -> Performer:
     def performed(job: Job, folder: Path) -> list[Line]:
         return list(perform(job, folder))
 
-    remote = ray.remote(max_retries=3)(performed)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0  # one for each training, where there are any
+    remote = ray.remote(max_retries=3, num_gpus=gpus)(performed)
 
     def each(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
         # Jobs of the same training take turns: only one of them can train it.
@@ -288,12 +353,20 @@ def _on_ray(address: str) -> Performer:
 
         for queue in queues.values():
             start(queue)
+        errors = []
         while waiting:
             (done, *_), _ = ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(done)
             if queues[job.training]:
                 start(queues[job.training])
-            yield job, ray.get(done)
+            try:
+                lines = ray.get(done)
+            except Exception as error:  # what the others measure is kept first
+                errors.append(error)
+            else:
+                yield job, lines
+        if errors:
+            raise errors[0]
 
     return each
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import benchmark
 
 from pliant.areas import area
 from pliant.baselines.retraining import rates, retrain
@@ -27,15 +27,16 @@ from pliant.methods import OWN, with_defaults
 from pliant.onednn import sound_convolutions
 from pliant.records import CALIBRATION, Cost, Record
 from pliant.runs import Run
+from pliant.sfw import SFW
 from pliant.suites import Measure
-from pliant.training import CHECKPOINT, Session, learning_rate, train_run
+from pliant.training import CHECKPOINT, Session, differ, learning_rate, train_run
 from pliant.trials import Trial
 
 PHASES, ROUNDS = 4, 5
 """Where in the training steps are timed, for k may change, and how many at each."""
 
 
-_PLACES = ("data_dir", "precision", "tracker", "deterministic", "checkpoint_steps")  # where and how, not what
+_PLACES = ("data_dir", "tracker", "deterministic", "checkpoint_steps")  # where and how, not what
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,47 @@ class Job:
         settings = with_defaults(self.settings)
         # A turnover and the length of the training decide lr; a run, other than the search, has that instead.
         decided = settings["lr"] is None and config.get("turnover") is None
-        free = {*_PLACES, "lr", "turnover"} if decided else {*_PLACES}
+        free = {*_PLACES, *(("lr", "turnover") if decided else ()), *(("precision",) if _is_auto(settings) else ())}
+        settings = {name: value for name, value in settings.items() if name not in free}
+        # How it was measured, where the results tell that.
+        settings |= {name: value for name, value in self._measured().items() if name in config}
         for name, value in settings.items():
             found = config.get(name)  # None, too, for a setting that did not exist yet
-            if name not in free and found != value:
+            if differ(name, found, value):
                 raise BadInput(
                     f"{where} holds {self.training} with {name} {shown(found)}, the suite says {value!r}: "
                     "choose another --out, or remove what is there"
                 )
 
-    def without(self, done: set[tuple[str, str, float, str]]) -> Job:
-        """Return the job without what is measured: (compressor, allocation, ratio, pattern) as records have them."""
+    def _measured(self) -> dict[str, Any]:
+        return {"calibration": self.calibration, "retraining_epochs": self.retraining_epochs}
+
+    def chosen_by(self, family: str) -> dict[str, Any]:
+        """Return what the area of a trial of the search depends on beside its training, as plain data."""
+        first = self.families[family][0]
+        points = [list(point) for point in first.points]
+        return {
+            "compressor": first.name,
+            "allocation": first.allocation,
+            "points": points,
+            "calibration": self.calibration,
+        }
+
+    def without(self, done: set[tuple[str, str, float, str]], anew: bool = False) -> Job:
+        """Return the job without what is measured.
+
+        Args:
+            done: as (compressor, allocation, ratio, pattern), as records have them.
+            anew: a measure of which something is missing is taken at all its points, for it will be of another network.
+        """
         families = {}
         for family, measures in self.families.items():
-            rest = [
-                dataclasses.replace(measure, points=tuple(p for p in measure.points if measure.key(*p) not in done))
-                for measure in measures
-            ]
-            families[family] = tuple(measure for measure in rest if measure.points)
+            rest = []
+            for measure in measures:
+                missing = tuple(point for point in measure.points if measure.key(*point) not in done)
+                if missing:
+                    rest.append(measure if anew else dataclasses.replace(measure, points=missing))
+            families[family] = tuple(rest)
         return dataclasses.replace(self, families={family: rest for family, rest in families.items() if rest})
 
 
@@ -118,6 +142,7 @@ class Outcome:
         area: under that curve; None for a training that diverged.
         error: what diverged.
         compressor: what cut it, as records name it; empty in files from before this was kept.
+        measure: what else the area depends on, see :meth:`Job.chosen_by`; empty in files from before this was kept.
     """
 
     task: str
@@ -130,6 +155,7 @@ class Outcome:
     area: float | None
     error: str = ""
     compressor: str = ""
+    measure: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as plain data for JSON."""
@@ -138,10 +164,10 @@ class Outcome:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Outcome:
         """Return the outcome that :meth:`to_dict` made ``values`` of; raises BadInput if they are none."""
-        values = {"compressor": "", **values}
+        values = {"compressor": "", "measure": {}, **values}
         kinds: dict[str, Any] = {
             **dict.fromkeys(("task", "label", "family", "run", "error", "compressor"), str),
-            **dict.fromkeys(("trial", "config"), dict),
+            **dict.fromkeys(("trial", "config", "measure"), dict),
             "points": list,
             "area": float | int | None,
         }
@@ -153,14 +179,18 @@ class Outcome:
         return cls(**{name: values[name] for name in kinds})
 
 
+def _is_auto(settings: dict[str, Any]) -> bool:
+    return bool(settings["precision"] == "auto")  # then a run has what its machine is good at
+
+
 Line = Record | Outcome
 
 
 def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[Line]:
     """Train in ``folder``/runs, unless that is done, and yield the measurements one by one.
 
-    A training that diverges yields an :class:`Outcome` that says so, for each family. ``data`` replaces the data set
-    that the settings name.
+    A training that diverges yields an :class:`Outcome` that says so, for each family; Diverged is raised where there is
+    none. ``data`` replaces the data set that the settings name.
     """
     data = data or data_of(job.settings)
     path = folder / "runs" / job.training
@@ -169,6 +199,8 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
     try:
         train_run(job.settings, path, data)
     except Diverged as error:
+        if not job.families:
+            raise
         yield from (_outcome(job, family, [], None, str(error)) for family in job.families)
         return
     shutil.rmtree((path / CHECKPOINT).parent, ignore_errors=True)  # complete: nothing goes on from it
@@ -180,7 +212,7 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
             yield _outcome(job, family, points, area([(s, a) for s, a in points], 1 / data.num_classes))
         return
     cost = step_cost(job, data, run.seconds)
-    again = _retraining(job, data, run.config["precision"]) if job.retraining else None
+    again = _retraining(job, data, run.config) if job.retraining else None
     extra = {"retraining": job.retraining, "retraining_epochs": job.retraining_epochs} if job.retraining else {}
     for measures in job.families.values():
         for measure in measures:
@@ -218,6 +250,7 @@ def _outcome(job: Job, family: str, points: list[list[float]], found: float | No
         area=found,
         error=error,
         compressor=job.families[family][0].name,
+        measure=job.chosen_by(family),
     )
 
 
@@ -242,10 +275,10 @@ def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
                 sessions[0].k_schedule.step()
         for round_ in range(ROUNDS + 1):
             for step, taken in zip(steppers, times, strict=True):
-                started = time.perf_counter()
+                started = benchmark.timer()  # waits for a GPU
                 step()
                 if round_:  # the first one allocates, and k may have changed
-                    taken.append(time.perf_counter() - started)
+                    taken.append(benchmark.timer() - started)
     (step_s, step_s_sgd), (memory, memory_sgd) = map(median, times), map(_memory, sessions)
     return {
         "equal": job.equal,
@@ -268,17 +301,18 @@ def _stepper(session: Session) -> Callable[[], object]:
 def _memory(session: Session) -> int:
     """Return the bytes of the weights, their gradients and what the optimizer keeps."""
     state = [value for entry in session.optimizer.state.values() for value in entry.values()]
+    if isinstance(session.optimizer, SFW):
+        state += session.optimizer.scratch
     kept = [*session.model.parameters(), *session.model.buffers(), *state]
     gradients = [p.grad for p in session.model.parameters() if p.grad is not None]
-    return sum(t.numel() * t.element_size() for t in [*kept, *gradients] if isinstance(t, torch.Tensor))
+    return sum(t.nbytes for t in [*kept, *gradients] if isinstance(t, torch.Tensor))
 
 
 # --- the reference that trains again ----------------------------------------------------------------------------------
 
 
-def _retraining(job: Job, data: ImageData, precision: str) -> Callable[[nn.Module], nn.Module]:
-    """Return what trains a compressed network again, with the training's own batches."""
-    settings = with_defaults(job.settings)
+def _retraining(job: Job, data: ImageData, settings: dict[str, Any]) -> Callable[[nn.Module], nn.Module]:
+    """Return what trains a compressed network again, with the batches and the settings of its training."""
 
     def again(model: nn.Module) -> nn.Module:
         loader = Loader(
@@ -296,7 +330,7 @@ def _retraining(job: Job, data: ImageData, precision: str) -> Callable[[nn.Modul
 
         device = next(model.parameters()).device
         # Autocast would keep the weights that it cast first until the end, and each step would see those of the first.
-        half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+        half = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16", cache_enabled=False)
         with half, sound_convolutions(model):
             retrain(model, batches(), lrs, momentum=settings["momentum"], weight_decay=settings["weight_decay"])
         return model

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from pliant.data import ImageData, Split
-from pliant.jobs import Job, perform
+from pliant.errors import Diverged
+from pliant.jobs import Job, Line, Outcome, perform
 from pliant.suites import Entrant, Measure, Suite
 
 # Classes and image shape of the data sets that have a name; others are taken to have these of CIFAR-10.
@@ -39,7 +40,7 @@ def rehearse(suite: Suite) -> None:
                 seen |= set(new)
                 search = dataclasses.replace(job, families=new, search=True)
                 for one in (search, *([dataclasses.replace(job, families=new)] if new else []), *_again(suite, job)):
-                    lines = list(perform(one, Path(folder), data))
+                    lines = _performed(one, Path(folder), data)
                     told = f"{len(lines)} measurements" if one.families else "trained"
                     console.print(f"{one.name}: {told}" + (", search" if one.search and one.families else ""))
     console.print("Everything runs; nothing is kept.")
@@ -70,6 +71,18 @@ def _job(suite: Suite, task: str, entrant: Entrant) -> Job:
         families={family: tuple(map(_few, suite.families[family])) for family in entrant.families},
         calibration=BATCH,
     )
+
+
+def _performed(job: Job, folder: Path, data: ImageData) -> list[Line]:
+    """Return what a job yields; raises Diverged, where a comparison would go on without that training."""
+    try:
+        lines = list(perform(job, folder, data))
+    except Diverged as error:
+        raise Diverged(f"{job.name}: {error}") from None
+    for line in lines:
+        if isinstance(line, Outcome) and line.area is None:
+            raise Diverged(f"{job.name}: {line.error}")
+    return lines
 
 
 def _few(measure: Measure) -> Measure:

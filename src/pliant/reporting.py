@@ -80,23 +80,46 @@ def report(
     if not latest:
         where = ", ".join(map(str, paths)) or "an empty list of files"
         raise BadInput(f"expected records to report, got none in {where}; make some with `pliant sweep`")
-    found = list(latest.values())
-    pages = {out: render(found, str(paths[0].parent / "runs") if runs is None else runs)}
+    write_report(
+        list(latest.values()), out, markdown=markdown, runs=str(paths[0].parent / "runs") if runs is None else runs
+    )
+    return out
+
+
+def write_report(
+    records: Sequence[Record],
+    out: Path,
+    *,
+    markdown: str | Path | None = None,
+    runs: str = "runs",
+    remarks: Sequence[str] = (),
+) -> None:
+    """Write a page about these records, as :func:`report` does.
+
+    Args:
+        records: at least one.
+        out: the page.
+        markdown: file for the comparison as Markdown tables.
+        runs: folder of the run folders, for the commands on the page.
+        remarks: sentences about what the records do not tell.
+    """
+    pages = {out: render(records, runs, remarks)}
     if markdown is not None:
-        pages[Path(markdown)] = comparison_markdown(found)
+        pages[Path(markdown)] = comparison_markdown(records, remarks)
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     # A pipe or a file has no width to keep to, so that lines stay whole there.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
-    costly = any(record.cost is not None for record in found)
-    console.print(comparison_table(found) if costly else summary_table(found))
+    costly = any(record.cost is not None for record in records)
+    console.print(comparison_table(records) if costly else summary_table(records))
+    for remark in remarks:
+        console.print(remark, soft_wrap=True)
     console.print(f"Report: {out}", soft_wrap=True)
-    return out
 
 
-def render(records: Sequence[Record], runs: str = "runs") -> str:
-    """Return the page about ``records`` (at least one) as HTML; ``runs`` is the folder of the run folders."""
+def render(records: Sequence[Record], runs: str = "runs", remarks: Sequence[str] = ()) -> str:
+    """Return the page about ``records`` (at least one) as HTML; the arguments are those of :func:`write_report`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pliant", "templates"),
         autoescape=True,
@@ -108,6 +131,7 @@ def render(records: Sequence[Record], runs: str = "runs") -> str:
     trainings = {curve.training: curve for section in sections for curve in section.curves}
     versions = Counter(tuple(sorted(record.versions.items())) for record in records)
     return environment.get_template("report.html.j2").render(
+        remarks=remarks,
         runs=len(grouped(records, run_of)),
         trainings=trainings,
         retrained=any(curve.retrained for curve in trainings.values()),

@@ -81,8 +81,8 @@ def comparison_table(records: Sequence[Record]) -> Group:
     return Group(*parts, *map(Text, _notes(records)))
 
 
-def comparison_markdown(records: Sequence[Record]) -> str:
-    """Return the standings as Markdown: for every panel a title and a table, the best first and bold, and a note."""
+def comparison_markdown(records: Sequence[Record], remarks: Sequence[str] = ()) -> str:
+    """Return the standings as Markdown: for every panel a title and a table, the best first and bold, and notes."""
     parts = []
     for group in _groups(records):
         lines = [
@@ -95,7 +95,7 @@ def comparison_markdown(records: Sequence[Record]) -> str:
             name = f"**{_escaped(row.name)}**" if row.is_best else _escaped(row.name)
             lines.append(f"| {name} | {' | '.join(row.cells)} |")
         parts.append("\n".join(lines))
-    return "\n\n".join([*parts, *_notes(records)]) + "\n"
+    return "\n\n".join([*parts, *map(_escaped, remarks), *_notes(records)]) + "\n"
 
 
 def _notes(records: Sequence[Record]) -> list[str]:

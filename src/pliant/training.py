@@ -706,11 +706,15 @@ def check_resumable(given: dict[str, Any], arguments: dict[str, Any]) -> None:
             value = str(Path(value).expanduser().resolve())
         if name not in saved or value in (None, "auto"):
             continue
-        # An integer k is a count and a float a share.
-        if value != saved[name] or (name in ("k", "k_start") and type(value) is not type(saved[name])):
+        if differ(name, value, saved[name]):
             raise BadInput(
                 f"--{name} {value} contradicts {saved[name]!r} of {folder}: leave it out, or start another run"
             )
+
+
+def differ(name: str, one: object, other: object) -> bool:
+    """Return whether two values of a setting are different: an integer k is a count and a float a share."""
+    return one != other or (name in ("k", "k_start") and type(one) is not type(other))
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 def read_image_folder(request: Request) -> Raw:
     """Read the images under ``train/`` and ``test/``, or all of them where there are only class folders.
 
-    Where there is no ``test/``, the one of ImageNet's names for it, ``val/``, counts as such.
+    Where there is no ``test/``, ``val/`` counts as such, as ImageNet has it.
     """
     root = request.folder
     if root is None:
@@ -24,7 +24,9 @@ def read_image_folder(request: Request) -> Raw:
     second = "test" if (root / "test").is_dir() else "val"
     parts = [part for part in ("train", second) if (root / part).is_dir()]
     if len(parts) == 1:
-        raise DamagedFile(f"{root} holds {parts[0]}/ alone: expected train/ and test/ (or val/), or one folder per class")
+        raise DamagedFile(
+            f"{root} holds {parts[0]}/ alone: expected train/ and test/ (or val/), or one folder per class"
+        )
     found = [_class_files(root / part) for part in parts] if parts else [_class_files(root)]
     classes = tuple(sorted({name for files in found for name, _ in files}))
     number = {name: label for label, name in enumerate(classes)}

@@ -103,6 +103,13 @@ class Retraining:
         points = tuple((ratio, "") for ratio in self.ratios)
         return () if family[0].compressor == "nm" else (dataclasses.replace(family[0], points=points),)
 
+    def check(self, epochs: int) -> None:
+        """Raise BadInput if a schedule goes back further than a training of so many epochs is long."""
+        if "LRW" in self.schedules and self.epochs > epochs:
+            raise BadInput(
+                f"retraining.epochs: LRW goes back at most the {epochs} epochs of the training, got {self.epochs}"
+            )
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -187,7 +194,10 @@ class Suite:
             raise BadInput("equal starts with epochs: the time of a step is measured in those runs")
         if type(self.calibration) is not int or self.calibration < 2:
             raise BadInput(f"calibration must be at least 2 images, got {shown(self.calibration)}")
-        for task, entrant in itertools.product(self.tasks, self.methods):
+        pairs = list(itertools.product(self.tasks, self.methods))
+        if len({f"{task}-{entrant.label}" for task, entrant in pairs}) < len(pairs):
+            raise BadInput("two pairs of a task and a method have the same name, TASK-METHOD: rename a task")
+        for task, entrant in pairs:
             for trial in entrant.trials:
                 settings = self.settings(task, entrant, trial, self.seeds[0])
                 try:
@@ -196,6 +206,8 @@ class Suite:
                     with_defaults(settings)
                 except BadInput as error:
                     raise BadInput(f"methods.{entrant.label}: {error}") from None
+                if self.retraining is not None and self.retraining.method == entrant.label:
+                    self.retraining.check(settings["epochs"])
 
     def settings(self, task: str, entrant: Entrant, trial: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Return all settings of one training."""
