@@ -26,6 +26,8 @@ ANCHOR = "sgd"
 """The method that all costs are measured against."""
 TIME_SLACK = 1.1
 """A training whose step takes at most this much longer than SGD's has, with the same epochs, the same time."""
+PLACES = frozenset({"data_dir", "tracker", "deterministic", "checkpoint_steps"})
+"""Settings of a training that say where and how it runs: with others it is the same training."""
 OURS = "sfw-"
 """How the names of this package's own methods begin; with the paper's settings they are the paper's."""
 
@@ -196,7 +198,7 @@ def retraining_of(record: Record) -> str | None:
 
 
 # Entries of a run's config that say which run it is or where it ran, not how it was trained.
-_NO_SETTINGS = frozenset({"seed", "run", "name", "out", "data_dir", "tracker"})
+_NO_SETTINGS = PLACES | {"seed", "run", "name", "out"}
 
 
 def _settings(record: Record, left_out: frozenset[str]) -> Settings:

@@ -21,6 +21,7 @@ from torch.utils import benchmark
 
 from pliant.areas import area
 from pliant.baselines.retraining import rates, retrain
+from pliant.curves import PLACES
 from pliant.data import ImageData, Loader, load_data
 from pliant.errors import BadInput, Diverged, shown
 from pliant.methods import OWN, with_defaults
@@ -34,9 +35,6 @@ from pliant.trials import Trial
 
 PHASES, ROUNDS = 4, 5
 """Where in the training steps are timed, for k may change, and how many at each."""
-
-
-_PLACES = ("data_dir", "tracker", "deterministic", "checkpoint_steps")  # where and how, not what
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Job:
         settings = with_defaults(self.settings)
         # A turnover and the length of the training decide lr; a run, other than the search, has that instead.
         decided = settings["lr"] is None and config.get("turnover") is None
-        free = {*_PLACES, *(("lr", "turnover") if decided else ()), *(("precision",) if _is_auto(settings) else ())}
+        free = {*PLACES, *(("lr", "turnover") if decided else ()), *(("precision",) if _is_auto(settings) else ())}
         settings = {name: value for name, value in settings.items() if name not in free}
         # How it was measured, where the results tell that.
         settings |= {name: value for name, value in self._measured().items() if name in config}
