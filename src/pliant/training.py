@@ -154,12 +154,12 @@ def train(
         vertices: the kind of SFW's balls: support, sparse or (sfw-filters) orthogonal.
         scheme: how the balls of sfw-rank read the weight of a convolution as a matrix, for the layers channel (k×k then
             1×1; also without it) or spatial (k×1 then 1×k); either can be compressed in both ways.
-        coupled: give channels that residual connections tie together one ball (sfw-filters).
+        coupled: one ball for all that leaves with a channel: tied filters, biases, normalisations (sfw-filters).
         turnover: how often the training replaces the weights, instead of lr: the sum of its convex steps (sfw-filters,
             sfw-rank without rescale).
         rescale: what SFW multiplies lr by: gradient, fast-gradient, diameter or none.
         pattern: N:M for sfw-nm.
-        k_start: anneal k from here to k; without it (numuon: if it is k) k is constant.
+        k_start: anneal k from here down to k; k is constant without it (numuon: with the value of k).
         anneal: share of the training over which k goes from k_start to k.
         strength: factor of what the method adds to SGD: of its penalty, threshold, decay or perturbation. Of the sfw
             methods: the share of its vertices that a part of a weight must be in to stay; needs rescale none.
