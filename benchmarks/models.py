@@ -265,6 +265,7 @@ INTRODUCTION = """\
 Networks of random weights, compressed without any training: the costs are those of trained networks. Each compressor
 removes {ratio:.0%} of the parameters that *it can remove*, allocated globally; under each table stands what it had to
 leave alone, and why. The links of a chain share the work, and one that finds nothing to remove leaves it to the others.
+`rank` factorises convolutions by channels (`--scheme channel`: k×k, then 1×1), not in space, as is the default.
 
 * **parameters, MACs, bytes**: what the compact network stores, what it multiplies in one forward pass, the size of its
   safetensors file; in brackets as a share of the dense network's.
