@@ -34,7 +34,7 @@ from pliant.training import CHECKPOINT, Session, differ, learning_rate, train_ru
 from pliant.trials import Trial
 
 PHASES, ROUNDS = 4, 5
-"""Where in the training steps are timed, for k may change, and how many at each."""
+"""In how many parts of the training steps are timed, for k may change, and how many in each."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Job:
         equal: what the training is granted as much of as SGD: "epochs" or "time".
         retraining: schedule by which each compressed network is trained again; empty for none.
         retraining_epochs: for how long.
+        rounds: how many steps are timed in each part of the training.
     """
 
     task: str
@@ -64,6 +65,7 @@ class Job:
     equal: str = "epochs"
     retraining: str = ""
     retraining_epochs: int = 0
+    rounds: int = ROUNDS
 
     @property
     def training(self) -> str:
@@ -271,7 +273,7 @@ def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
         if sessions[0].k_schedule is not None and phase:
             for _ in range(sessions[0].steps // PHASES):
                 sessions[0].k_schedule.step()
-        for round_ in range(ROUNDS + 1):
+        for round_ in range(job.rounds + 1):
             for step, taken in zip(steppers, times, strict=True):
                 started = benchmark.timer()  # waits for a GPU
                 step()
