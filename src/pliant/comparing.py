@@ -248,12 +248,10 @@ class Comparison:
             done = measured.get(job.name, [])
             for record in done:
                 job.check(record.config, self.folder / RECORDS)
-            rest = job.without(
-                {(r.compressor, r.allocation, 0.0 if r.pattern else round(r.ratio, 6), r.pattern) for r in done},
-                anew=not self._is_here(job, done),
-            )
+            keys = {(r.compressor, r.allocation, 0.0 if r.pattern else round(r.ratio, 6), r.pattern) for r in done}
+            rest = job.without(keys)
             if rest.families and job.training not in diverged:
-                missing.append(rest)
+                missing.append(rest if self._is_here(job, done) else job.without(keys, anew=True))
         return missing
 
     def _is_here(self, job: Job, done: list[Record]) -> bool:
