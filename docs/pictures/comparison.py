@@ -1,6 +1,6 @@
-"""Draw a comparison and write its table into the README: ``python docs/pictures/comparison.py [IMAGE [PAGE]]``.
+"""Draw the comparisons and write their table into the README: ``python docs/pictures/comparison.py [IMAGE [PAGE]]``.
 
-Both are made of the ``records.jsonl`` of one comparison alone, in seconds, and come out the same every time. For each
+Both are made of the ``records.jsonl`` of the comparisons alone, in seconds, and come out the same every time. For each
 way of cutting there are our method, the best of the others and SGD; ``report.md`` beside the records has all methods.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import matplotlib
 
@@ -25,38 +26,48 @@ from pliant.standings import KEPT, Standing, standings
 from pliant.tables import percent, spread
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "comparisons" / "fashion" / "records.jsonl"
+COMPARISONS = ROOT / "comparisons"
 IMAGE = ROOT / "docs" / "images" / "comparison.png"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by `make pictures`: -->\n", "<!-- until here -->\n"
 
-TITLES = {"filters": "filters", "rank": "rank", "rank-whitened": "rank, whitened"}
-DRAWN = ("filters", "rank")
+
+class Shown(NamedTuple):
+    """What is shown: the networks of a suite, cut by a compressor."""
+
+    suite: str
+    compressor: str
+    data: str
+    cut_by: str
+
+
+SHOWN = (
+    Shown("fashion", "filters", "Fashion-MNIST", "filters"),
+    Shown("cifar", "filters", "CIFAR-10", "filters"),
+    Shown("cifar", "rank-whitened-spatial", "CIFAR-10", "rank"),
+)
 OURS, RIVAL, PLAIN = "#1f6fb2", "#d1495b", "#5c6670"
 
 
-def compared(records: Path = RECORDS) -> dict[str, tuple[Panel, list[Standing]]]:
-    """Return by compressor its panel and the standings that are shown, the best first."""
-    (section,) = sections_of(read_records(records))
-    found = {}
-    for panel in panels_of(section):
-        everybody = standings(panel, "epochs", section.chance)
-        shown = [s for s in everybody if s.curve.ours or s.is_baseline or s.curve.training == ANCHOR]
-        found[panel.compressor] = (panel, shown)
-    return found
+def compared(shown: Shown) -> tuple[Panel, list[Standing]]:
+    """Return its panel and the standings of our method, the best of the others and SGD, the best first."""
+    (section,) = sections_of(read_records(COMPARISONS / shown.suite / "records.jsonl"))
+    panel = next(panel for panel in panels_of(section) if panel.compressor == shown.compressor)
+    everybody = standings(panel, "epochs", section.chance)
+    return panel, [s for s in everybody if s.curve.ours or s.is_baseline or s.curve.training == ANCHOR]
 
 
 # --- the figure -------------------------------------------------------------------------------------------------------
 
 
-def figure(panels: dict[str, tuple[Panel, list[Standing]]]) -> Figure:
-    """Return accuracy against the parameters that are left, one picture for each of :data:`DRAWN`."""
-    drawn, axes = plt.subplots(1, len(DRAWN), figsize=(9.6, 3.9), dpi=120, sharey=True, layout="constrained")
-    for ax, compressor in zip(axes, DRAWN, strict=True):
-        panel, shown = panels[compressor]
-        for standing in reversed(shown):
+def figure() -> Figure:
+    """Return accuracy against the parameters that are left, one picture for each of :data:`SHOWN`."""
+    drawn, axes = plt.subplots(1, len(SHOWN), figsize=(12.6, 3.9), dpi=120, layout="constrained")
+    for ax, shown in zip(axes, SHOWN, strict=True):
+        panel, found = compared(shown)
+        for standing in reversed(found):
             draw(ax, panel, standing)
-        ax.set_title(f"cut by {TITLES[compressor]}, never retrained", fontsize=11)
+        ax.set_title(f"{shown.data}, cut by {shown.cut_by}, never retrained", fontsize=11)
         ax.set_xlabel("parameters left (%)")
         ax.set_xlim(100, 8)
         ax.grid(alpha=0.25)
@@ -84,19 +95,20 @@ def draw(ax: Axes, panel: Panel, standing: Standing) -> None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def table(panels: dict[str, tuple[Panel, list[Standing]]]) -> str:
+def table() -> str:
     """Return the table of the README: the areas and accuracies in %, mean over the seeds."""
     sizes = [f"{100 * share:.0f} %" for share in KEPT]
     lines = [
-        f"| cut by | trained by | mean over all sizes | dense | {' | '.join(sizes)} |",
-        "|---|---|" + "---|" * (2 + len(KEPT)),
+        f"| data | cut by | trained by | mean over all sizes | dense | {' | '.join(sizes)} |",
+        "|---|---|---|---|---|" + "---|" * len(KEPT),
     ]
-    for compressor, title in TITLES.items():
-        for standing in panels[compressor][1]:
+    for shown in SHOWN:
+        for standing in compared(shown)[1]:
             area, curve = standing.areas[0], standing.curve
             name = f"**{curve.training}**" if curve.ours else curve.training
             kept = ["-" if accuracy is None else percent(accuracy) for accuracy in standing.kept]
-            lines.append(f"| {title} | {name} | {spread(area)} | {percent(curve.dense)} | {' | '.join(kept)} |")
+            cells = [shown.data, shown.cut_by, name, spread(area), percent(curve.dense), *kept]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -111,9 +123,8 @@ def with_table(text: str, rows: str) -> str:
 
 def main(image: Path = IMAGE, page: Path = README) -> None:
     """Write the figure, and the table into the page."""
-    panels = compared()
-    figure(panels).savefig(image, metadata={"Software": None})
-    page.write_text(with_table(page.read_text(encoding="utf-8"), table(panels)), encoding="utf-8")
+    figure().savefig(image, metadata={"Software": None})
+    page.write_text(with_table(page.read_text(encoding="utf-8"), table()), encoding="utf-8")
 
 
 if __name__ == "__main__":
