@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO ?= demo
 PINS ?= constraints.txt
+# One more than there are cores: some tests wait for other processes.
+JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .DEFAULT_GOAL := help
 
@@ -33,7 +35,7 @@ demo: setup ## train three networks on small images, compress them, write demo/r
 
 .PHONY: test
 test: setup ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 .PHONY: coverage
 coverage: setup ## run all tests and tell which lines of src none of them runs, programs that tests start included

@@ -190,6 +190,7 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("out", "tiny --out full/file", "full/file: "),
         ("data_dir", "fashion --data_dir nowhere", "nowhere is not a folder"),
         ("methods", "tiny --methods sgdd", "did you mean 'sgd'?"),
+        ("tasks", "paper --tasks cifar11", "unknown task of this suite 'cifar11': did you mean 'cifar10'?"),
         ("methods", "tiny --methods ''", "known are"),
         ("ray", "tiny --methods sgd --dry_run --ray", "expects a value"),
         ("ray", "tiny --methods sgd --ray localhost:1", "cannot be reached"),

@@ -107,10 +107,18 @@ def sections_of(records: Iterable[Record]) -> list[Section]:
 
     Two folders of images share the name of their reader; their sizes or numbers of classes tell them apart.
     """
-    by_setting = grouped(records, lambda record: (_data(record), record.model, record.chance or 0.0))
+    found = list(records)
+    # Older records do not tell the accuracy of guessing: they belong to those that do.
+    told = {(_data(record), record.model): record.chance for record in found if record.chance is not None}
+
+    def setting(record: Record) -> tuple[str, str, float]:
+        chance = told.get((_data(record), record.model)) if record.chance is None else record.chance
+        return _data(record), record.model, chance or 0.0
+
+    by_setting = grouped(found, setting)
     return [
-        Section(model, data, found, {name: _curves(seen, name) for name, seen in _views(found).items()})
-        for (data, model, _), found in sorted(by_setting.items())
+        Section(model, data, those, {name: _curves(seen, name) for name, seen in _views(those).items()})
+        for (data, model, _), those in sorted(by_setting.items())
     ]
 
 
