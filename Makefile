@@ -5,8 +5,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO ?= demo
 PINS ?= constraints.txt
-# One more than there are cores: some tests wait for other processes.
-JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+# One more than there are cores, for some tests wait for other processes; who is done takes over what others have left.
+PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist worksteal
 
 .DEFAULT_GOAL := help
 
@@ -35,11 +35,11 @@ demo: setup ## train three networks on small images, compress them, write demo/r
 
 .PHONY: test
 test: setup ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 .PHONY: coverage
 coverage: setup ## run all tests and tell which lines of src none of them runs, programs that tests start included
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --cov --cov-report=term
 
 .PHONY: lowest
 lowest: ## run all tests with the oldest versions that pyproject.toml allows, in .venv-lowest
@@ -47,7 +47,7 @@ lowest: ## run all tests with the oldest versions that pyproject.toml allows, in
 	.venv-lowest/bin/pip install --quiet --disable-pip-version-check uv "$(TORCH)"
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --compile-bytecode \
 		--editable ".[all]" --group test
-	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n auto
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest $(PARALLEL)
 
 .PHONY: upgrade
 upgrade: ## make .venv anew with the newest versions and write them to constraints.txt
