@@ -496,6 +496,7 @@ def test_retraining_in_bf16_sees_the_weights_of_every_step():
 def test_ray_gives_the_same_records(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ray = pytest.importorskip("ray", reason="the extra pliant[ray] is not installed")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else the other tests on this machine starve them
     small = {**CONTENT, "seeds": [0], "methods": {"ours": CONTENT["methods"]["ours"]}}
     small.pop("retraining")
     file = tmp_path / "small.yaml"
@@ -518,6 +519,7 @@ def test_ray_gives_the_same_records(finished: Path, tmp_path: Path, monkeypatch:
 def test_on_ray_jobs_of_one_training_take_turns(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ray = pytest.importorskip("ray", reason="the extra pliant[ray] is not installed")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else the other tests on this machine starve them
     file = changed(finished, tmp_path, retraining={**CONTENT["retraining"], "schedules": ["FT", "SLR"]})
     out = tmp_path / "out"
     out.mkdir()
