@@ -49,6 +49,9 @@ SHOWN = (
 OURS, RIVAL, PLAIN = "#1f6fb2", "#d1495b", "#5c6670"
 
 
+Found = dict[Shown, tuple[Panel, list[Standing]]]
+
+
 def compared(shown: Shown) -> tuple[Panel, list[Standing]]:
     """Return its panel and the standings of our method, the best of the others and SGD, the best first."""
     (section,) = sections_of(read_records(COMPARISONS / shown.suite / "records.jsonl"))
@@ -60,12 +63,11 @@ def compared(shown: Shown) -> tuple[Panel, list[Standing]]:
 # --- the figure -------------------------------------------------------------------------------------------------------
 
 
-def figure() -> Figure:
-    """Return accuracy against the parameters that are left, one picture for each of :data:`SHOWN`."""
-    drawn, axes = plt.subplots(1, len(SHOWN), figsize=(12.6, 3.9), dpi=120, layout="constrained")
-    for ax, shown in zip(axes, SHOWN, strict=True):
-        panel, found = compared(shown)
-        for standing in reversed(found):
+def figure(found: Found) -> Figure:
+    """Return accuracy against the parameters that are left, one picture for each of what was found."""
+    drawn, axes = plt.subplots(1, len(found), figsize=(12.6, 3.9), dpi=120, layout="constrained")
+    for ax, (shown, (panel, members)) in zip(axes, found.items(), strict=True):
+        for standing in reversed(members):
             draw(ax, panel, standing)
         ax.set_title(f"{shown.data}, cut by {shown.cut_by}, never retrained", fontsize=11)
         ax.set_xlabel("parameters left (%)")
@@ -95,15 +97,15 @@ def draw(ax: Axes, panel: Panel, standing: Standing) -> None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def table() -> str:
+def table(found: Found) -> str:
     """Return the table of the README: the areas and accuracies in %, mean over the seeds."""
     sizes = [f"{100 * share:.0f} %" for share in KEPT]
     lines = [
         f"| data | cut by | trained by | mean over all sizes | dense | {' | '.join(sizes)} |",
         "|---|---|---|---|---|" + "---|" * len(KEPT),
     ]
-    for shown in SHOWN:
-        for standing in compared(shown)[1]:
+    for shown, (_, members) in found.items():
+        for standing in members:
             area, curve = standing.areas[0], standing.curve
             name = f"**{curve.training}**" if curve.ours else curve.training
             kept = ["-" if accuracy is None else percent(accuracy) for accuracy in standing.kept]
@@ -123,8 +125,9 @@ def with_table(text: str, rows: str) -> str:
 
 def main(image: Path = IMAGE, page: Path = README) -> None:
     """Write the figure, and the table into the page."""
-    figure().savefig(image, metadata={"Software": None})
-    page.write_text(with_table(page.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    found = {shown: compared(shown) for shown in SHOWN}
+    figure(found).savefig(image, metadata={"Software": None})
+    page.write_text(with_table(page.read_text(encoding="utf-8"), table(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":

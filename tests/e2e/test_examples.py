@@ -101,7 +101,7 @@ def test_accelerate_loop(tmp_path: Path) -> None:
     lines = run(tmp_path, "accelerate_loop", "--epochs", "5", "--out", "run", "--tracker", "tensorboard")
     rows = table(lines)
     assert_smaller_and_smaller(rows, 3)
-    assert rows[0][1] > 85  # 98 measured after 10 epochs
+    assert rows[0][1] > 85  # 97 measured
     assert any((tmp_path / "run" / "checkpoint").iterdir())
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
