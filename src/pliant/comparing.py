@@ -230,9 +230,10 @@ class Comparison:
         """Raise BadInput if the search was by another measure than the first one of the family is now."""
         first = job.families[outcome.family][0]
         # Files from before the name was kept are also from before there was another scheme.
-        old = {"compressor": outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name}
-        for name, now in job.chosen_by(outcome.family).items():
-            before = (outcome.measure or old).get(name, now)  # files from before a thing was kept do not tell it
+        compressor = outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name
+        told = {"compressor": compressor, **outcome.measure}
+        for name, now in {"compressor": first.name, **job.chosen_by(outcome.family)}.items():
+            before = told.get(name, now)  # files from before a thing was kept do not tell it
             if before != now:
                 raise BadInput(
                     f"{self.folder / TRIALS} has chosen {outcome.label} with {name} {shown(before)}, the first measure "

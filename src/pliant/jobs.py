@@ -102,15 +102,10 @@ class Job:
         return {"calibration": self.calibration, "retraining_epochs": self.retraining_epochs}
 
     def chosen_by(self, family: str) -> dict[str, Any]:
-        """Return what the area of a trial of the search depends on beside its training, as plain data."""
+        """Return what the area of a trial depends on beside its training and compressor, as plain data."""
         first = self.families[family][0]
         points = [list(point) for point in first.points]
-        return {
-            "compressor": first.name,
-            "allocation": first.allocation,
-            "points": points,
-            "calibration": self.calibration,
-        }
+        return {"allocation": first.allocation, "points": points, "calibration": self.calibration}
 
     def without(self, done: set[tuple[str, str, float, str]], anew: bool = False) -> Job:
         """Return the job without what is measured.
