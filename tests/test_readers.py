@@ -7,7 +7,8 @@ import io
 import os
 import struct
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -18,9 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pliant.data import Split, load_data
+from pliant.data import Loader, Split, load_data
 from pliant.errors import BadInput, DamagedFile
+from pliant.readers import folders, streaming
 from pliant.readers.named import DEBIAN_FASHION_MNIST
+from pliant.readers.streaming import ImageFiles
+from pliant.training import train
 
 from .pictures import as_bag, one_line, pictures, png, write_images
 
@@ -345,6 +349,111 @@ def test_image_folder_errors_name_the_culprit(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(broken)
     with pytest.raises(BadInput, match=r"005\.png: expected 8-bit pixels"):
         load_data("image-folder", tmp_path)
+
+
+# ------------------------------------------------------------------------------------- images that stay in their files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder of 3 classes with 20 images of 12x16 for training and 4 for the test each, one of them grey."""
+    for part, count in (("train", 20), ("test", 4)):
+        for seed, name in enumerate("abc"):
+            write_images(tmp_path / part / name, pictures(count, (12, 16, 3), seed=seed))
+    (tmp_path / "train/a/003.png").write_bytes(png(pictures(1, (12, 16))[0]))
+    return tmp_path
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "IN_MEMORY", 1000)
+
+
+def test_images_left_in_their_files_give_the_batches_of_those_in_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = load_data("image-folder", folder, image_size=10)
+    monkeypatch.setattr(folders, "IN_MEMORY", 72 * 300 - 1)  # 72 images of 300 numbers: one byte too many
+    files = load_data("image-folder", folder, image_size=10)
+    assert isinstance(memory.train.images, torch.Tensor)
+    assert isinstance(files.train.images, ImageFiles)
+    assert files.image_shape == memory.image_shape
+    assert (files.mean, files.std, files.classes, files.pad) == (memory.mean, memory.std, memory.classes, memory.pad)
+    for split in ("train", "val", "test"):
+        for options in ({}, {"shuffle": True, "augment": True, "seed": 3, "limit": 50}):
+            one, other = (Loader(data, split, 7, **options) for data in (memory, files))
+            for (images, labels), (expected, expected_labels) in zip(other, one, strict=True):
+                assert torch.equal(images, expected)
+                assert torch.equal(labels, expected_labels)
+                assert images.stride() == expected.stride()
+
+
+def test_images_that_just_fit_stay_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "IN_MEMORY", 72 * 300)
+    assert isinstance(load_data("image-folder", folder, image_size=10).train.images, torch.Tensor)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_grey_images_in_files_are_coloured(tmp_path: Path) -> None:
+    for name in "ab":
+        write_images(tmp_path / name, pictures(20, (8, 8)))
+    images, _ = next(iter(Loader(load_data("image-folder", tmp_path, image_size=8), "test", 3)))
+    assert images.shape == (3, 3, 8, 8)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_too_many_images_of_their_own_size_ask_for_one(folder: Path) -> None:
+    with pytest.raises(BadInput, match="72 images of 12x16 take 0 GiB: give an image_size"):
+        load_data("image-folder", folder)
+
+
+def test_mean_and_std_of_images_in_files_come_from_a_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_data("image-folder", folder, image_size=10)
+    monkeypatch.setattr(folders, "IN_MEMORY", 1000)
+    monkeypatch.setattr("pliant.data.SAMPLE", 20)
+    decoded: list[str] = []
+    picture = streaming.picture
+    monkeypatch.setattr(streaming, "picture", lambda *given: [decoded.append(given[0]), picture(*given)][1])
+    part = load_data("image-folder", folder, image_size=10)
+    assert 20 <= len(decoded) < 40
+    assert {Path(file).parent.name for file in decoded} == {"a", "b", "c"}
+    assert part.mean != whole.mean
+    assert np.allclose(part.mean, whole.mean, atol=0.05)
+    assert np.allclose(part.std, whole.std, atol=0.05)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(lambda file: file.write_bytes(file.read_bytes()[:40]), "cannot be decoded"), (Path.unlink, "cannot be read")],
+)
+def test_a_damaged_image_is_named_when_its_turn_comes(folder: Path, damage: Callable[[Path], None], words: str) -> None:
+    data = load_data("image-folder", folder, image_size=10)
+    file = folder / "test/b/002.png"
+    damage(file)
+    batches = iter(Loader(data, "test", 3))
+    assert len(next(batches)[1]) == len(next(batches)[1]) == 3
+    with pytest.raises(DamagedFile, match=words) as error:
+        list(batches)
+    assert str(file) in one_line(error)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_threads_end_with_the_last_batch_that_is_asked_for(folder: Path) -> None:
+    loader = Loader(load_data("image-folder", folder, image_size=10), "train", 2)
+    before = threading.active_count()
+    for _ in loader:
+        break
+    assert threading.active_count() == before
+    list(loader)
+    assert threading.active_count() == before
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_network_is_trained_on_images_in_files(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(data="image-folder", data_dir=str(folder), image_size=8, epochs=1, batch_size=16, out=str(run))
+    assert (run / "model.safetensors").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- the hub

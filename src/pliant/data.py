@@ -1,11 +1,12 @@
-"""Image data sets of the experiments, as tensors in memory, and the loader that feeds them to a network.
+"""Image data sets of the experiments and the loader that feeds them to a network.
 
 `load_data` reads a data set by name into an `ImageData`: three `Split`s (train, val, test) of uint8 images with
 what is needed to normalise and augment them. A `Loader` walks over one split in batches.
 
 The splits are a property of the data set, not of a run: the validation images (5,000, or 10 % where there are
 fewer than 50,000 training images) and, where a data set has no test split, the test images (20 %) are chosen once,
-stratified by class, and are the same for every training seed. Everything fits in memory: N·C·H·W bytes.
+stratified by class, and are the same for every training seed. They are N·C·H·W bytes in memory; of a folder with more
+than 4 GiB of them the images stay in their files, and all cores decode them batch by batch.
 
 Pillow, pyarrow and `datasets` belong to the extra ``pliant[data]`` and are imported where they are used; `digits`
 and `fashion-mnist` from IDX files need none of them.
@@ -28,14 +29,16 @@ from pliant.readers import READERS, Raw, Request
 from pliant.readers import Split as Split  # belongs to ImageData; defined where the readers reach it too
 
 SPLIT_SEED = 0  # of the held-out images; changing it changes every result
+SAMPLE = 20_000  # images that mean and std are measured on, where each has to be decoded
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set in memory.
+    """A data set.
 
-    ``mean`` and ``std`` hold one number per channel, measured on ``train``, for pixels scaled to [0, 1]. ``flip``
-    says whether a mirrored image still belongs to its class, ``pad`` by how many pixels a random crop may shift it.
+    ``mean`` and ``std`` hold one number per channel, measured on ``train`` (on about 20,000 of its images where each
+    has to be decoded), for pixels scaled to [0, 1]. ``flip`` says whether a mirrored image still belongs to its class,
+    ``pad`` by how many pixels a random crop may shift it.
     """
 
     name: str
@@ -61,7 +64,7 @@ class ImageData:
 
 
 def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int | None = None) -> ImageData:
-    """Read the data set ``name`` into memory.
+    """Read the data set ``name``.
 
     =================  ==========================================  ==========================================
     name               images                                      from
@@ -82,6 +85,9 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
 
     ``image_size`` (pixels) resizes every image to a square, bilinearly, without keeping its aspect ratio; it is
     required where the images differ in size. Images become RGB unless all of them are grey.
+
+    Images of an ``image-folder`` that would take more than 4 GiB stay in their files; a `Loader` decodes them, on all
+    cores, as it comes to them. They need an ``image_size``, are always RGB, and a damaged one is found only then.
 
     Raises `BadInput` for an unknown name, an unsuitable option, labels or columns that do not fit, or too few images
     or classes; `DamagedFile` for a folder or file that is missing or cannot be read. Each names the culprit.
@@ -169,15 +175,15 @@ class Loader:
         # Drawn for the whole epoch at once: what happens to an image does not depend on the batch size.
         shifts = torch.randint(0, 2 * self.data.pad + 1, (2, len(order)), generator=generator)
         mirrored = torch.randint(0, 2, (len(order),), generator=generator).bool() & self.data.flip
-        for start, stop in pairwise(self._bounds):
-            index = order[start:stop]
-            images = self.split.images[index]
+        spans = list(pairwise(self._bounds))
+        batches = self.split.batches(order[start:stop] for start, stop in spans)
+        for (start, stop), images in zip(spans, batches, strict=True):
             if self.augment:
                 top, left = shifts[:, start:stop]
                 images = _crop(images, self.data.pad, top, left)
                 images = torch.where(mirrored[start:stop, None, None, None], images.flip(3), images)
             pixels = images.to(torch.float32, memory_format=torch.channels_last)
-            yield pixels.mul_(self._scale).add_(self._shift), self.split.labels[index]
+            yield pixels.mul_(self._scale).add_(self._shift), self.split.labels[order[start:stop]]
 
 
 def _crop(images: Tensor, pad: int, top: Tensor, left: Tensor) -> Tensor:
@@ -222,14 +228,14 @@ def _assemble(name: str, raw: Raw, image_size: int | None) -> ImageData:
             "at least 10 (a tenth is held out for validation) and 1 are needed"
         )
     train, val = _hold_out(train, 5_000 if len(train) >= 50_000 else len(train) // 10)
-    mean, std = _statistics(train.images)
+    mean, std = _statistics(train)
     side = min(train.images.shape[2:])
     pad = side // 14 if name == "fashion-mnist" else side // 8
     return ImageData(name, train, val, test, classes, mean, std, flip=name != "digits", pad=pad)
 
 
 def _resized(split: Split, size: int | None) -> Split:
-    if size is None or split.images.shape[2:] == (size, size):
+    if size is None or not isinstance(split.images, Tensor) or split.images.shape[2:] == (size, size):
         return split
     return Split(F.interpolate(split.images, (size, size), mode="bilinear", antialias=True), split.labels)
 
@@ -244,18 +250,19 @@ def _hold_out(split: Split, count: int) -> tuple[Split, Split]:
     if count:
         held[by_class[(2 * np.arange(count) + 1) * len(labels) // (2 * count)]] = True  # evenly spaced
     mask = torch.from_numpy(held)
-    return Split(split.images[~mask], split.labels[~mask]), Split(split.images[mask], split.labels[mask])
+    return split.part(~mask), split.part(mask)
 
 
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per channel of pixels in [0, 1]; a constant channel counts as std 1."""
-    total = torch.zeros(images.shape[1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    for part in images.split(2048):  # bounds the memory of the float64 copy; the sums are whole numbers, exact
-        pixels = part.double()
-        total += pixels.sum((0, 2, 3))
-        squares += pixels.square().sum((0, 2, 3))
-    count = images.numel() / images.shape[1]
+    every = 1 if isinstance(split.images, Tensor) else max(1, len(split) // SAMPLE)
+    total = squares = torch.zeros(split.images.shape[1], dtype=torch.float64)
+    count = 0
+    for images in split.batches(torch.arange(0, len(split), every).split(256)):  # bounds the float64 copy
+        pixels = images.double()  # the sums are whole numbers, exact
+        total = total + pixels.sum((0, 2, 3))
+        squares = squares + pixels.square().sum((0, 2, 3))
+        count += pixels[:, 0].numel()
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     std[std == 0] = 255  # nothing to scale, and a division by 0 would make every pixel NaN

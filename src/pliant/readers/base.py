@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from pliant.errors import BadInput
 
+if TYPE_CHECKING:
+    from pliant.readers.streaming import ImageFiles
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels of one split: uint8 images (N, C, H, W) in 0..255, int64 labels (N,)."""
+    """Images and labels of one split: uint8 images (N, C, H, W) in 0..255, int64 labels (N,).
 
-    images: Tensor
+    Images that do not fit in memory stay in their files: `ImageFiles`, which has the same ``shape``.
+    """
+
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, mask: Tensor) -> Split:
+        """Return the images and labels of a boolean mask (N,)."""
+        images = self.images[mask] if isinstance(self.images, Tensor) else self.images.part(mask)
+        return Split(images, self.labels[mask])
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the images (B, C, H, W) of each tensor of row numbers (B,)."""
+        if isinstance(self.images, Tensor):
+            yield from (self.images[batch] for batch in rows)
+        else:
+            yield from self.images.batches(rows)
 
 
 class Request(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,9 @@ def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | N
 
     One thread: 60,000 images of 32x32 take some 7 s, and a pool of threads was slower in measurement.
     """
-    decode_example, pillow = extra("datasets").Image().decode_example, extra("PIL.Image")
-    damaged = (OSError, ValueError, SyntaxError, pillow.DecompressionBombError)  # what Pillow's readers raise
     pixels = np.empty((0, 0, 0, 1), np.uint8)
     for row, (origin, value) in enumerate(rows):
-        try:
-            image = decode_example(value)
-        except damaged as error:
-            raise DamagedFile(f"{origin}: cannot be decoded as an image ({first_line(error)})") from error
-        if image.mode[0] in "IF":
-            raise BadInput(f"{origin}: expected 8-bit pixels, found Pillow's mode {image.mode}: convert the image")
-        image = image.convert("L" if image.mode in ("1", "L", "La", "LA") else "RGB")
-        if size is not None:
-            image = image.resize((size, size), pillow.Resampling.BILINEAR)
+        image = picture(origin, value, size)
         if row == 0:
             pixels = np.empty((count, image.height, image.width, len(image.mode)), np.uint8)
         found, expected = (image.height, image.width), pixels.shape[1:3]
@@ -44,14 +35,42 @@ def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | N
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
+def picture(origin: str, value: dict[str, Any], size: int | None) -> Any:
+    """Decode one {bytes, path} into an image of Pillow, grey ("L") or "RGB"; ``size`` makes it a square."""
+    decode_example, pillow = extra("datasets").Image().decode_example, extra("PIL.Image")
+    damaged = (OSError, ValueError, SyntaxError, pillow.DecompressionBombError)  # what Pillow's readers raise
+    try:
+        image = decode_example(value)
+    except damaged as error:
+        raise DamagedFile(f"{origin}: cannot be decoded as an image ({first_line(error)})") from error
+    if image.mode[0] in "IF":
+        raise BadInput(f"{origin}: expected 8-bit pixels, found Pillow's mode {image.mode}: convert the image")
+    image = image.convert("L" if image.mode in ("1", "L", "La", "LA") else "RGB")
+    return image if size is None else image.resize((size, size), pillow.Resampling.BILINEAR)
+
+
+def content(file: Path) -> bytes:
+    """Return what a file holds; an image that is opened by name and cannot be decoded would leave its file open."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DamagedFile(f"{file} cannot be read ({error.strerror})") from error
+
+
 def matched(name: str, splits: list[Split], classes: tuple[str, ...]) -> Raw:
     """Bring train and, if there, test to the same number of channels and refuse different sizes."""
     sizes = {tuple(split.images.shape[2:]) for split in splits}
     if len(sizes) > 1:
         raise BadInput(f"{name}: training and test images are {' and '.join(map(_shape, sizes))}: give an image_size")
     channels = max(split.images.shape[1] for split in splits)
-    train, *test = [Split(split.images.expand(-1, channels, -1, -1), split.labels) for split in splits]
+    train, *test = [_coloured(split, channels) for split in splits]
     return Raw(train, test[0] if test else None, classes)
+
+
+def _coloured(split: Split, channels: int) -> Split:
+    if split.images.shape[1] == channels or not isinstance(split.images, Tensor):
+        return split
+    return Split(split.images.expand(-1, channels, -1, -1), split.labels)
 
 
 def _shape(size: Sequence[int]) -> str:
