@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,8 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
+import pliant
 from pliant.data import Loader, Split, load_data
 from pliant.errors import BadInput, DamagedFile
+from pliant.models import build_model
 from pliant.readers import folders, streaming
 from pliant.readers.named import DEBIAN_FASHION_MNIST
 from pliant.readers.streaming import ImageFiles
@@ -407,15 +410,29 @@ def test_too_many_images_of_their_own_size_ask_for_one(folder: Path) -> None:
         load_data("image-folder", folder)
 
 
-def test_mean_and_std_of_images_in_files_come_from_a_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list of the files that were decoded one by one, which grows."""
+    files: list[str] = []
+    decoder = streaming.decoder
+
+    def counting(size: int) -> Callable[..., Any]:
+        picture = decoder(size)
+        return lambda file, value: [files.append(file), picture(file, value)][1]
+
+    monkeypatch.setattr(streaming, "decoder", counting)
+    return files
+
+
+def test_mean_and_std_of_images_in_files_come_from_a_sample(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+) -> None:
     whole = load_data("image-folder", folder, image_size=10)
     monkeypatch.setattr(folders, "IN_MEMORY", 1000)
     monkeypatch.setattr("pliant.data.SAMPLE", 20)
-    decoded: list[str] = []
-    picture = streaming.picture
-    monkeypatch.setattr(streaming, "picture", lambda *given: [decoded.append(given[0]), picture(*given)][1])
+    monkeypatch.setattr("pliant.data.IN_MEMORY", 1000)  # or the validation images would be read
     part = load_data("image-folder", folder, image_size=10)
-    assert 20 <= len(decoded) < 40
+    assert len(decoded) == 18  # every third of 54
     assert {Path(file).parent.name for file in decoded} == {"a", "b", "c"}
     assert part.mean != whole.mean
     assert np.allclose(part.mean, whole.mean, atol=0.05)
@@ -423,9 +440,68 @@ def test_mean_and_std_of_images_in_files_come_from_a_sample(folder: Path, monkey
 
 
 @pytest.mark.usefixtures("little_memory")
+def test_validation_images_that_fit_are_decoded_once(folder: Path) -> None:
+    data = load_data("image-folder", folder, image_size=10)
+    assert isinstance(data.val.images, torch.Tensor)
+    assert isinstance(data.test.images, ImageFiles)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_an_epoch_goes_on_without_decoding_what_is_done(folder: Path, decoded: list[str]) -> None:
+    loader = Loader(load_data("image-folder", folder, image_size=10), "train", 6, shuffle=True, augment=True)
+    loader.set_epoch(2)
+    whole = list(loader)
+    decoded.clear()
+    loader.set_epoch(2, 7)
+    rest = list(loader)
+    assert (len(loader), len(rest), len(decoded)) == (9, 2, 12)
+    for (images, labels), (expected, expected_labels) in zip(rest, whole[7:], strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, expected_labels)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_images_are_found_after_a_change_of_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    data = load_data("image-folder", folder.name, image_size=10)
+    monkeypatch.chdir("/")
+    assert len(list(Loader(data, "test", 5))) == 3
+
+
+def test_files_of_class_folders_come_in_the_order_of_their_parts(tmp_path: Path) -> None:
+    for number, name in enumerate(["b/1.png", "b/a/2.png", "b/a-b/3.PNG", "b/a.png", "a/9.jpg", "a/10.jpg"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(number))
+    (tmp_path / "b/a/.hidden.png").touch()
+    (tmp_path / "b/a/notes.txt").touch()
+    (tmp_path / "b/lost.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "b/again").symlink_to(tmp_path / "a")
+    found = folders._class_files(tmp_path)
+    expected = sorted(path for path in tmp_path.rglob("*") if path.name[-4:] in (".png", ".PNG", ".jpg"))
+    expected = [path for path in expected if path.name != ".hidden.png" and path.is_file()]
+    assert [file for _, file in found] == list(map(str, expected))
+
+
+def test_grey_images_count_as_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        write_images(tmp_path / name, pictures(20, (8, 8)))
+    monkeypatch.setattr(folders, "IN_MEMORY", 40 * 64)
+    assert load_data("image-folder", tmp_path).image_shape == (1, 8, 8)
+
+
+def whitened(model: torch.nn.Module, loader: Loader) -> None:
+    pliant.compress(model, pliant.LowRank(0.5), torch.zeros(1, 3, 10, 10), calibration=loader)
+
+
+def reestimated(model: torch.nn.Module, loader: Loader) -> None:
+    pliant.reestimate_batchnorm(model, loader)
+
+
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize(
     ("damage", "words"),
     [(lambda file: file.write_bytes(file.read_bytes()[:40]), "cannot be decoded"), (Path.unlink, "cannot be read")],
+    ids=["short", "gone"],
 )
 def test_a_damaged_image_is_named_when_its_turn_comes(folder: Path, damage: Callable[[Path], None], words: str) -> None:
     data = load_data("image-folder", folder, image_size=10)
@@ -436,6 +512,16 @@ def test_a_damaged_image_is_named_when_its_turn_comes(folder: Path, damage: Call
     with pytest.raises(DamagedFile, match=words) as error:
         list(batches)
     assert str(file) in one_line(error)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("calibrate", [whitened, reestimated])
+def test_an_unsuitable_image_of_the_calibration_is_named(folder: Path, calibrate: Callable[..., None]) -> None:
+    data = load_data("image-folder", folder, image_size=10)
+    for file in (folder / "test/b").iterdir():
+        Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(file)
+    with pytest.raises(BadInput, match=r"^\S*\.png: expected 8-bit pixels"):
+        calibrate(build_model("resnet8", num_classes=3, image_shape=(3, 10, 10)), Loader(data, "test", 3))
 
 
 @pytest.mark.usefixtures("little_memory")

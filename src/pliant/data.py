@@ -6,7 +6,7 @@ what is needed to normalise and augment them. A `Loader` walks over one split in
 The splits are a property of the data set, not of a run: the validation images (5,000, or 10 % where there are
 fewer than 50,000 training images) and, where a data set has no test split, the test images (20 %) are chosen once,
 stratified by class, and are the same for every training seed. They are N·C·H·W bytes in memory; of a folder with more
-than 4 GiB of them the images stay in their files, and all cores decode them batch by batch.
+than 2 GiB of them the images stay in their files, and all cores decode them batch by batch.
 
 Pillow, pyarrow and `datasets` belong to the extra ``pliant[data]`` and are imported where they are used; `digits`
 and `fashion-mnist` from IDX files need none of them.
@@ -15,9 +15,12 @@ and `fashion-mnist` from IDX files need none of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,20 +28,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pliant.errors import BadInput, DamagedFile, unknown
-from pliant.readers import READERS, Raw, Request
+from pliant.readers import IN_MEMORY, READERS, Raw, Request
 from pliant.readers import Split as Split  # belongs to ImageData; defined where the readers reach it too
 
+Batch = TypeVar("Batch")
 SPLIT_SEED = 0  # of the held-out images; changing it changes every result
-SAMPLE = 20_000  # images that mean and std are measured on, where each has to be decoded
+SAMPLE = 20_000  # images at most that mean and std are measured on, where each has to be decoded
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
     """A data set.
 
-    ``mean`` and ``std`` hold one number per channel, measured on ``train`` (on about 20,000 of its images where each
-    has to be decoded), for pixels scaled to [0, 1]. ``flip`` says whether a mirrored image still belongs to its class,
-    ``pad`` by how many pixels a random crop may shift it.
+    ``mean`` and ``std`` hold one number per channel, measured on ``train`` (on 10,000 to 20,000 of its images where
+    each has to be decoded), for pixels scaled to [0, 1]. ``flip`` says whether a mirrored image still belongs to its
+    class, ``pad`` by how many pixels a random crop may shift it.
     """
 
     name: str
@@ -86,8 +90,9 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
     ``image_size`` (pixels) resizes every image to a square, bilinearly, without keeping its aspect ratio; it is
     required where the images differ in size. Images become RGB unless all of them are grey.
 
-    Images of an ``image-folder`` that would take more than 4 GiB stay in their files; a `Loader` decodes them, on all
-    cores, as it comes to them. They need an ``image_size``, are always RGB, and a damaged one is found only then.
+    Images of an ``image-folder`` that would take more than 2 GiB stay in their files, but for those of the validation
+    if these fit; a `Loader` decodes them, on all cores, as it comes to them. They need an ``image_size``, are RGB even
+    if all are grey, and a damaged or unsuitable one is found only then.
 
     Raises `BadInput` for an unknown name, an unsuitable option, labels or columns that do not fit, or too few images
     or classes; `DamagedFile` for a folder or file that is missing or cannot be read. Each names the culprit.
@@ -145,6 +150,7 @@ class Loader:
         self.augment = augment
         self.seed = seed
         self.epoch = 0
+        self._first = 0
         self._chosen = torch.arange(len(self.split))
         if limit is not None:
             self._chosen = torch.randperm(len(self.split), generator=_generator(seed))[:limit]
@@ -161,13 +167,23 @@ class Loader:
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and augmentation of the next iteration; epochs count from 0."""
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the order and augmentation of the next iterations; epochs count from 0.
+
+        ``first`` batches of the epoch are left out, by a training that goes on in the middle of it. The length of the
+        loader stays that of a whole epoch.
+        """
         if epoch < 0:
             raise BadInput(f"epoch must not be negative, got {epoch}")
-        self.epoch = epoch
+        if not 0 <= first <= len(self):
+            raise BadInput(f"first must be from 0 to {len(self)}, the batches of an epoch, got {first}")
+        self.epoch, self._first = epoch, first
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = self._batches()
+        return batches if isinstance(self.split.images, Tensor) else _ahead(batches)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = _generator(self.seed, self.epoch)
         order = self._chosen
         if self.shuffle:
@@ -175,7 +191,7 @@ class Loader:
         # Drawn for the whole epoch at once: what happens to an image does not depend on the batch size.
         shifts = torch.randint(0, 2 * self.data.pad + 1, (2, len(order)), generator=generator)
         mirrored = torch.randint(0, 2, (len(order),), generator=generator).bool() & self.data.flip
-        spans = list(pairwise(self._bounds))
+        spans = list(pairwise(self._bounds))[self._first :]
         batches = self.split.batches(order[start:stop] for start, stop in spans)
         for (start, stop), images in zip(spans, batches, strict=True):
             if self.augment:
@@ -184,6 +200,15 @@ class Loader:
                 images = torch.where(mirrored[start:stop, None, None, None], images.flip(3), images)
             pixels = images.to(torch.float32, memory_format=torch.channels_last)
             yield pixels.mul_(self._scale).add_(self._shift), self.split.labels[order[start:stop]]
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches while a thread makes the one after."""
+    with ThreadPoolExecutor(1, "pliant-batches") as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
 
 
 def _crop(images: Tensor, pad: int, top: Tensor, left: Tensor) -> Tensor:
@@ -228,6 +253,8 @@ def _assemble(name: str, raw: Raw, image_size: int | None) -> ImageData:
             "at least 10 (a tenth is held out for validation) and 1 are needed"
         )
     train, val = _hold_out(train, 5_000 if len(train) >= 50_000 else len(train) // 10)
+    if prod(val.images.shape) <= IN_MEMORY:
+        val = val.in_memory()  # these are looked at after each epoch
     mean, std = _statistics(train)
     side = min(train.images.shape[2:])
     pad = side // 14 if name == "fashion-mnist" else side // 8
@@ -255,7 +282,7 @@ def _hold_out(split: Split, count: int) -> tuple[Split, Split]:
 
 def _statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per channel of pixels in [0, 1]; a constant channel counts as std 1."""
-    every = 1 if isinstance(split.images, Tensor) else max(1, len(split) // SAMPLE)
+    every = 1 if isinstance(split.images, Tensor) else -(-len(split) // SAMPLE)
     total = squares = torch.zeros(split.images.shape[1], dtype=torch.float64)
     count = 0
     for images in split.batches(torch.arange(0, len(split), every).split(256)):  # bounds the float64 copy

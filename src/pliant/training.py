@@ -12,7 +12,6 @@ import functools
 import gc
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -365,9 +364,9 @@ class Session:
         """Go over the training images that are left; return the mean loss and the accuracy over the whole epoch."""
         every = self.settings["checkpoint_steps"]
         network.train()
-        self.loader.set_epoch(epoch)
+        self.loader.set_epoch(epoch, self.batches)
         total_loss, total_correct, count = self.sums
-        for images, labels in itertools.islice(self.loader, self.batches, None):
+        for images, labels in self.loader:
             try:
                 loss, correct = self.step(network, optimizer, images, labels)
             except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]

@@ -48,6 +48,8 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             update_bn(counted(), new, device)
+    except BadInput:  # of the calibration data
+        raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise BadInput(f"batch {batches} cannot be run in training mode: {line(error)}") from error
     if not batches:

@@ -84,6 +84,8 @@ def output_moments(
         for batch in calibration:
             run(model, map_tensors(lambda x: x.to(device), as_inputs(inputs_of(batch))))
             batches += 1
+    except BadInput:  # of the calibration data
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise BadInput(f"the model cannot be called on calibration batch {batches}: {line(error)}") from error
     finally:

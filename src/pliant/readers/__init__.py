@@ -1,4 +1,4 @@
-"""Readers: one per kind of data set, from files or the hub to images and labels in memory.
+"""Readers: one per kind of data set, from files or the hub to images and labels.
 
 A reader takes a :class:`Request` and returns a :class:`Raw`: the training images, the test images where there is such
 a split, and the names of the classes. It raises `DamagedFile` for a file that is missing or cannot be read, `BadInput`
@@ -6,7 +6,8 @@ for an unsuitable option, column or image. What follows is the same for every da
 the check of the labels, held-out images, mean and std.
 
 ``named`` knows where digits, Fashion-MNIST and CIFAR are found; ``idx``, ``tables`` (parquet and the hub) and
-``folders`` read the formats; ``decoding`` turns encoded images into tensors; ``base`` holds what they share.
+``folders`` read the formats; ``decoding`` turns encoded images into tensors, ``streaming`` batch by batch; ``base``
+holds what they share.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pliant.readers.base import Raw, Request, Split
-from pliant.readers.folders import read_image_folder
+from pliant.readers.folders import IN_MEMORY, read_image_folder
 from pliant.readers.named import read_cifar10, read_cifar100, read_digits, read_fashion_mnist
 from pliant.readers.tables import read_hub, read_parquet
 
-__all__ = ["READERS", "Raw", "Request", "Split"]
+__all__ = ["IN_MEMORY", "READERS", "Raw", "Request", "Split"]
 
 READERS: dict[str, Callable[[Request], Raw]] = {
     "digits": read_digits,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pliant.errors import BadInput
@@ -33,6 +34,12 @@ class Split:
         """Return the images and labels of a boolean mask (N,)."""
         images = self.images[mask] if isinstance(self.images, Tensor) else self.images.part(mask)
         return Split(images, self.labels[mask])
+
+    def in_memory(self) -> Split:
+        """Return this split with all images decoded."""
+        if isinstance(self.images, Tensor):
+            return self
+        return Split(torch.cat(list(self.images.batches(torch.arange(len(self)).split(256)))), self.labels)
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the images (B, C, H, W) of each tensor of row numbers (B,)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | N
 
     One thread: 60,000 images of 32x32 take some 7 s, and a pool of threads was slower in measurement.
     """
+    picture = decoder(size)
     pixels = np.empty((0, 0, 0, 1), np.uint8)
     for row, (origin, value) in enumerate(rows):
-        image = picture(origin, value, size)
+        image = picture(origin, value)
         if row == 0:
             pixels = np.empty((count, image.height, image.width, len(image.mode)), np.uint8)
         found, expected = (image.height, image.width), pixels.shape[1:3]
@@ -35,24 +36,32 @@ def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | N
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def picture(origin: str, value: dict[str, Any], size: int | None) -> Any:
-    """Decode one {bytes, path} into an image of Pillow, grey ("L") or "RGB"; ``size`` makes it a square."""
+def decoder(size: int | None) -> Callable[[str, dict[str, Any]], Any]:
+    """Return what makes a {bytes, path} an image of Pillow, grey ("L") or "RGB"; ``size`` makes it a square.
+
+    It takes what to call the image in an error and the image. Several threads may use it.
+    """
     decode_example, pillow = extra("datasets").Image().decode_example, extra("PIL.Image")
+    pillow.init()  # all formats now: Pillow would look for them when it meets one, which threads may do at once
     damaged = (OSError, ValueError, SyntaxError, pillow.DecompressionBombError)  # what Pillow's readers raise
-    try:
-        image = decode_example(value)
-    except damaged as error:
-        raise DamagedFile(f"{origin}: cannot be decoded as an image ({first_line(error)})") from error
-    if image.mode[0] in "IF":
-        raise BadInput(f"{origin}: expected 8-bit pixels, found Pillow's mode {image.mode}: convert the image")
-    image = image.convert("L" if image.mode in ("1", "L", "La", "LA") else "RGB")
-    return image if size is None else image.resize((size, size), pillow.Resampling.BILINEAR)
+
+    def picture(origin: str, value: dict[str, Any]) -> Any:
+        try:
+            image = decode_example(value)
+        except damaged as error:
+            raise DamagedFile(f"{origin}: cannot be decoded as an image ({first_line(error)})") from error
+        if image.mode[0] in "IF":
+            raise BadInput(f"{origin}: expected 8-bit pixels, found Pillow's mode {image.mode}: convert the image")
+        image = image.convert("L" if image.mode in ("1", "L", "La", "LA") else "RGB")
+        return image if size is None else image.resize((size, size), pillow.Resampling.BILINEAR)
+
+    return picture
 
 
-def content(file: Path) -> bytes:
+def content(file: str) -> bytes:
     """Return what a file holds; an image that is opened by name and cannot be decoded would leave its file open."""
     try:
-        return file.read_bytes()
+        return Path(file).read_bytes()
     except OSError as error:
         raise DamagedFile(f"{file} cannot be read ({error.strerror})") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,11 +11,11 @@ from torch import Tensor
 
 from pliant.errors import BadInput, DamagedFile
 from pliant.readers.base import Raw, Request, Split
-from pliant.readers.decoding import content, decode, matched, picture
+from pliant.readers.decoding import content, decode, decoder, matched
 from pliant.readers.streaming import ImageFiles
 
-IN_MEMORY = 4 * 2**30  # bytes of decoded images; more of them stay in their files
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IN_MEMORY = 2 * 2**30  # bytes of decoded images; more of them stay in their files
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def read_image_folder(request: Request) -> Raw:
@@ -25,6 +27,7 @@ def read_image_folder(request: Request) -> Raw:
     root = request.folder
     if root is None:
         raise BadInput("image-folder needs --data_dir, a folder with train/ and test/ or with one folder per class")
+    root = root.absolute()  # the files may be read after a change of folder
     second = "test" if (root / "test").is_dir() else "val"
     parts = [part for part in ("train", second) if (root / part).is_dir()]
     if len(parts) == 1:
@@ -40,7 +43,7 @@ def read_image_folder(request: Request) -> Raw:
         paths = [file for _, file in files]
         images: Tensor | ImageFiles
         if left_at is None:
-            rows = ((str(file), {"bytes": content(file), "path": None}) for file in paths)
+            rows = ((file, {"bytes": content(file), "path": None}) for file in paths)
             images = decode(rows, len(paths), request.image_size)
         else:
             images = ImageFiles(paths, left_at)
@@ -48,12 +51,15 @@ def read_image_folder(request: Request) -> Raw:
     return matched(request.name, splits, classes)
 
 
-def _size_in_files(root: Path, files: list[Path], size: int | None) -> int | None:
-    """Return the image size if the images take too much memory and stay in their files, else None."""
+def _size_in_files(root: Path, files: list[str], size: int | None) -> int | None:
+    """Return the image size if the images take too much memory and stay in their files, else None.
+
+    With a size they count as RGB, which is not known before they are read; without, as what the first one is.
+    """
     if size is not None:
         return size if len(files) * 3 * size**2 > IN_MEMORY else None
-    first = picture(str(files[0]), {"bytes": content(files[0]), "path": None}, None)
-    needed = len(files) * 3 * first.height * first.width
+    first = decoder(None)(files[0], {"bytes": content(files[0]), "path": None})
+    needed = len(files) * len(first.getbands()) * first.height * first.width
     if needed > IN_MEMORY:
         raise BadInput(
             f"{root}: {len(files):,} images of {first.height}x{first.width} take {needed / 2**30:.0f} GiB: give an "
@@ -62,15 +68,27 @@ def _size_in_files(root: Path, files: list[Path], size: int | None) -> int | Non
     return None
 
 
-def _class_files(folder: Path) -> list[tuple[str, Path]]:
+def _class_files(folder: Path) -> list[tuple[str, str]]:
     """Return (class, file) for every image file under the class folders of ``folder``; other files do not count."""
     files = [
         (child.name, file)
         for child in sorted(folder.iterdir())
         if child.is_dir() and not child.name.startswith(".")
-        for file in sorted(child.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
+        for file in sorted(_image_files(str(child)), key=lambda file: file.replace(os.sep, "\0"))  # part by part
     ]
     if not files:
         raise DamagedFile(f"{folder} holds no images: expected one folder per class with .png, .jpg or similar files")
     return files
+
+
+def _image_files(folder: str) -> Iterator[str]:
+    # The folders of ImageNet hold a million files: nothing is asked of the file system that it has not told already.
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _image_files(entry.path)
+                elif not entry.name.startswith(".") and entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
+                    yield entry.path
+    except OSError as error:
+        raise DamagedFile(f"{folder} cannot be read ({error.strerror})") from error
