@@ -58,10 +58,10 @@ def decoder(size: int | None) -> Callable[[str, dict[str, Any]], Any]:
     return picture
 
 
-def content(file: str) -> bytes:
-    """Return what a file holds; an image that is opened by name and cannot be decoded would leave its file open."""
+def encoded(file: str) -> dict[str, Any]:
+    """Return a file as {bytes, path}; an image opened by its path that cannot be decoded would leave its file open."""
     try:
-        return Path(file).read_bytes()
+        return {"bytes": Path(file).read_bytes(), "path": None}
     except OSError as error:
         raise DamagedFile(f"{file} cannot be read ({error.strerror})") from error
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pliant.errors import BadInput, DamagedFile
 from pliant.readers.base import Raw, Request, Split
-from pliant.readers.decoding import content, decode, decoder, matched
+from pliant.readers.decoding import decode, decoder, encoded, matched
 from pliant.readers.streaming import ImageFiles
 
 IN_MEMORY = 2 * 2**30  # bytes of decoded images; more of them stay in their files
@@ -43,7 +43,7 @@ def read_image_folder(request: Request) -> Raw:
         paths = [file for _, file in files]
         images: Tensor | ImageFiles
         if left_at is None:
-            rows = ((file, {"bytes": content(file), "path": None}) for file in paths)
+            rows = ((file, encoded(file)) for file in paths)
             images = decode(rows, len(paths), request.image_size)
         else:
             images = ImageFiles(paths, left_at)
@@ -58,7 +58,7 @@ def _size_in_files(root: Path, files: list[str], size: int | None) -> int | None
     """
     if size is not None:
         return size if len(files) * 3 * size**2 > IN_MEMORY else None
-    first = decoder(None)(files[0], {"bytes": content(files[0]), "path": None})
+    first = decoder(None)(files[0], encoded(files[0]))
     needed = len(files) * len(first.getbands()) * first.height * first.width
     if needed > IN_MEMORY:
         raise BadInput(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pliant.readers.decoding import content, decoder
+from pliant.readers.decoding import decoder, encoded
 
 AHEAD = 2  # batches that are decoded while one is in use
 
@@ -51,7 +51,7 @@ class ImageFiles:
             pool.shutdown(cancel_futures=True)
 
     def _pixels(self, picture: Callable[[str, dict[str, Any]], Any], rows: list[int]) -> NDArray[np.uint8]:
-        images = (picture(file, {"bytes": content(file), "path": None}) for file in (self.files[row] for row in rows))
+        images = [picture(self.files[row], encoded(self.files[row])) for row in rows]
         return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
