@@ -591,6 +591,17 @@ def test_condlr_changes_a_well_conditioned_product_no_further() -> None:
     torch.testing.assert_close(left @ core @ right, product)
 
 
+def test_condlr_moves_the_factors_no_further_than_the_step() -> None:
+    # LAPACK's Q has columns of its own sign; where one is the other way round, so would be the momentum.
+    left, right = (torch.linalg.qr(torch.randn(2, size, 3))[0] * torch.tensor([1.0, -1.0, 1.0]) for size in (6, 5))
+    factors = left, 2 * torch.eye(3).repeat(2, 1, 1), right.mT.contiguous()
+    for size in (0.0, 1e-3):
+        moved = [factor + size * torch.randn_like(factor) for factor in factors]
+        condition_(*moved, condition=4.0)
+        for now, before in zip(moved, factors, strict=True):
+            assert (now - before).norm() < 1e-5 + 20 * size
+
+
 def test_singular_values_are_clamped_around_their_mean() -> None:
     # Mean 2, t = (3 − 1)/(3 + 1) = ½: the interval [1, 3], whose ends have the ratio 3.
     s = torch.tensor([4.0, 2.5, 1.2, 0.3])

@@ -2,7 +2,7 @@
 
     W = U S Vᵀ,    U: rows × r and V: columns × r with orthonormal columns
 
-After each SGD step on U, S and V, with QR decompositions U = Q_U R_U and V = Q_V R_V:
+After each SGD step on U, S and V, with QR decompositions U = Q_U R_U and V = Q_V R_V, the diagonals of R_U and R_V ≥ 0:
 
     U, S, V ← Q_U, R_U S R_Vᵀ, Q_V                          the same product
     σ(S) ← clamp(σ(S), s̄·(1 − t), s̄·(1 + t))                s̄: their mean, t = (c − 1)/(c + 1)
@@ -11,7 +11,8 @@ so that the condition number of S, the ratio of the largest to the smallest sing
 robustness against small changes of the input, at a rank chosen before the training.
 
 Savostianova, Zangrando, Ceruti, Tudisco 2023, Robust low-rank training via approximate orthonormal constraints, arXiv
-2306.01485. The momentum stays as it is when U, S and V change places.
+2306.01485. The momentum stays as it is: under this sign of the decomposition, which makes it unique and continuous, a
+small step moves U, S and V by little.
 """
 
 from __future__ import annotations
@@ -75,12 +76,19 @@ def condition_(left: Tensor, core: Tensor, right: Tensor, condition: float) -> N
 
     Shapes: (blocks, rows, r), (blocks, r, r), (blocks, r, columns).
     """
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.mT)
+    q_left, r_left = _orthonormal(left)
+    q_right, r_right = _orthonormal(right.mT)
     u, s, vh = svd(r_left @ core @ r_right.mT)
     left.copy_(q_left)
     core.copy_((u * near_mean(s, condition)[..., None, :]) @ vh)
     right.copy_(q_right.mT)
+
+
+def _orthonormal(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the QR decomposition whose R has no negative number on its diagonal; LAPACK's may have any signs."""
+    q, r = torch.linalg.qr(a)
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r.dtype)
+    return q * signs[..., None, :], r * signs[..., :, None]
 
 
 def near_mean(s: Tensor, condition: float) -> Tensor:
