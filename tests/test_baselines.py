@@ -629,6 +629,11 @@ def test_learning_rates_of_retraining(schedule: str, expected: dict[int, float])
     assert {step: found[step] for step in expected} == pytest.approx(expected)
 
 
+def test_a_squeezed_schedule_warms_up_once() -> None:
+    found = rates("SLR", [0.02, 0.06, *ORIGINAL], 20)
+    assert found == pytest.approx(rates("SLR", ORIGINAL, 20))
+
+
 def test_rewinding_repeats_the_end_of_the_training() -> None:
     assert rates("LRW", ORIGINAL, 60) == ORIGINAL[40:]
     assert rates("LRW", ORIGINAL, 100) == ORIGINAL

@@ -4,7 +4,7 @@ With the learning rates of the training, lr(t) for t < T, and R steps of retrain
 
     FT     lr(T − 1)                                          fine-tuning: the last one
     LRW    lr(T − R + t)                                      rewinding: the last R steps again
-    SLR    lr squeezed into the steps after a warm-up         scaled restarting
+    SLR    lr from its maximum on, squeezed into R steps      scaled restarting; after a warm-up
     CLR    from max lr to min lr along half a cosine wave     cyclic restarting; after a warm-up
     LLR    from max lr to 0 along a line                      linear restarting; after a warm-up
 
@@ -50,10 +50,11 @@ def rates(schedule: str, original: Sequence[float], steps: int) -> list[float]:
     if schedule == "LRW":
         return list(original[len(original) - steps :])
     high, low = max(original), min(original)
+    falling = original[original.index(high) :]  # the training's own warm-up comes no second time
     warm = math.floor(WARMUP * steps + 0.5)
     rest = steps - warm
     shapes: dict[str, Callable[[float], float]] = {
-        "SLR": lambda t: original[int(t * len(original))],
+        "SLR": lambda t: falling[int(t * len(falling))],
         "CLR": lambda t: low + (high - low) * (1 + math.cos(math.pi * t)) / 2,
         "LLR": lambda t: high * (1 - t),
     }
