@@ -4,9 +4,11 @@
     W ← (1 − lr)·W − lr·ρ·√(rows/columns)·polar(m)
 
 Pethick et al. 2025, Training deep learning models with norm-constrained LMOs, arXiv 2502.07529, with the
-spectral norm. Their norms for other tensors (such as sign for the last layer, root mean square for biases) are left
-out: as under every method here, those take SGD steps. It is SFW with the ball ``Spectral(Lp(inf))`` of radius
-ρ·√(rows/columns) without rescaling, up to the error of the Newton-Schulz iteration.
+spectral norm. A convolution counts as the matrix of its rows, with c·s² columns for c channels and s×s kernels, so
+that its radius is s times that of the authors' program, √(rows/c)/s². Their norms for other tensors (such as sign for
+the last layer, root mean square for biases) are left out: as under every method here, those take SGD steps. It is SFW
+with the ball ``Spectral(Lp(inf))`` of radius ρ·√(rows/columns) without rescaling, up to the error of the Newton-Schulz
+iteration.
 """
 
 from __future__ import annotations
