@@ -24,10 +24,10 @@ from pliant.standings import KEPT, Standing, standings
 NOTE = (
     "Area: mean test accuracy (%) while 0 to 90 % of all parameters are removed (zeroed, where they stay); a size that "
     "is not reached counts as guessing. N:M: mean over the patterns. ±: 95 % confidence interval over the seeds "
-    "(Student's t); none with one seed. Vs best baseline: difference of areas, by pairs of equal seeds. Dense: the network "
-    "as it was trained, with the BatchNorm statistics of its training. 50 to 10 %: accuracy with that share of the "
-    "parameters kept, interpolated; - is not reached. Raw: BatchNorm statistics not re-estimated. MACs: share of the "
-    "multiply-accumulates removed. Step, memory: times SGD's. Ours: the methods of this package."
+    "(Student's t); none with one seed. Vs best baseline: difference of areas, by pairs of equal seeds. Dense: the "
+    "network as it was trained, with the BatchNorm statistics of its training. 50 to 10 %: accuracy with that share of "
+    "the parameters kept, interpolated; - is not reached. Raw: BatchNorm statistics not re-estimated. MACs: share of "
+    "the multiply-accumulates removed. Step, memory: times SGD's. Ours: the methods of this package."
 )
 TIME_NOTE = (
     f"With the same training time, methods whose step takes more than {TIME_SLACK:g} times as long as SGD's were "
