@@ -376,6 +376,18 @@ def test_a_rehearsal_tries_every_method_and_keeps_nothing(tmp_path: Path, capsys
         assert f"{name}: trained\n" in told
 
 
+@pytest.mark.slow
+def test_the_suite_tiny_runs_with_all_its_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert compare("tiny", out=str(tmp_path / "out"), dry_run=True) is None
+    told = capsys.readouterr().err
+    labels = [entrant.label for entrant in Suite.open("tiny").methods]
+    assert len(labels) == 24
+    for label in labels:
+        assert f"\n{label}," in f"\n{told}", label
+    for schedule in ("FT", "LRW", "SLR", "CLR", "LLR"):
+        assert f"+{schedule}: " in told
+
+
 def test_a_rehearsal_meets_the_errors_of_the_comparison(tmp_path: Path):
     file = tmp_path / "small.yaml"
     methods = {"ours": {"method": "sfw-rank", "families": ["rank"], "trials": [{"k": -0.1}]}}
