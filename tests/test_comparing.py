@@ -378,6 +378,7 @@ def test_a_rehearsal_tries_every_method_and_keeps_nothing(tmp_path: Path, capsys
 
 @pytest.mark.slow
 def test_the_suite_tiny_runs_with_all_its_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("torchao.prototype.pat")
     assert compare("tiny", out=str(tmp_path / "out"), dry_run=True) is None
     told = capsys.readouterr().err
     labels = [entrant.label for entrant in Suite.open("tiny").methods]
