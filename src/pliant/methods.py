@@ -381,7 +381,7 @@ METHODS = {
         "SFW towards low rank",
         _sfw(lambda s: rank(s["k"], s["radius"], vertices=s["vertices"], spatial=s["scheme"] == "spatial")),
         lr=None,
-        own={**_ANNEALED, "turnover": 4.0, "k": 0.5, "strength": 0.1, "scheme": None},
+        own={**_ANNEALED, "turnover": 4.0, "k": 0.5, "strength": 0.06, "scheme": None},
     ),
     "sfw-weights": Method(
         "SFW towards few weights",
