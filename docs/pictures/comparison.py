@@ -44,6 +44,7 @@ class Shown(NamedTuple):
 SHOWN = (
     Shown("fashion", "filters", "Fashion-MNIST", "filters"),
     Shown("cifar", "filters", "CIFAR-10", "filters"),
+    Shown("fashion", "rank-whitened-spatial", "Fashion-MNIST", "rank"),
     Shown("cifar", "rank-whitened-spatial", "CIFAR-10", "rank"),
 )
 OURS, RIVAL, PLAIN = "#1f6fb2", "#d1495b", "#5c6670"
@@ -64,9 +65,9 @@ def compared(shown: Shown) -> tuple[Panel, list[Standing]]:
 
 
 def figure(found: Found) -> Figure:
-    """Return accuracy against the parameters that are left, one picture for each of what was found."""
-    drawn, axes = plt.subplots(1, len(found), figsize=(12.6, 3.9), dpi=120, layout="constrained")
-    for ax, (shown, (panel, members)) in zip(axes, found.items(), strict=True):
+    """Return accuracy against the parameters that are left, one picture for each of what was found, in pairs."""
+    drawn, axes = plt.subplots(len(found) // 2, 2, figsize=(9.6, 7.4), dpi=96, layout="constrained")
+    for ax, (shown, (panel, members)) in zip(axes.flat, found.items(), strict=True):
         for standing in reversed(members):
             draw(ax, panel, standing)
         ax.set_title(f"{shown.data}, cut by {shown.cut_by}, never retrained", fontsize=11)
@@ -76,7 +77,8 @@ def figure(found: Found) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
         handles, labels = ax.get_legend_handles_labels()
         ax.legend(handles[::-1], labels[::-1], frameon=False, loc="lower left")
-    axes[0].set_ylabel("test accuracy (%)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("test accuracy (%)")
     return drawn
 
 
