@@ -265,7 +265,7 @@ def test_a_setting_that_did_not_exist_yet_had_no_value(finished: Path):
     job = Job(task="", label="ours", trial=outcome.trial, settings=outcome.config, families={})
     job.check({name: value for name, value in outcome.config.items() if name != "persistence"}, finished)
     older = {name: value for name, value in outcome.config.items() if name != "strength"}
-    with pytest.raises(BadInput, match=r"with strength None, the suite says 0\.1"):
+    with pytest.raises(BadInput, match=r"with strength None, the suite says 0\.06"):
         job.check(older, finished)
 
 
