@@ -26,6 +26,7 @@ from torch.optim import SGD
 
 from pliant.baselines.matrices import svd
 from pliant.baselines.products import Product
+from pliant.linalg import orthonormalised
 
 
 class Conditioned(Product):
@@ -76,19 +77,12 @@ def condition_(left: Tensor, core: Tensor, right: Tensor, condition: float) -> N
 
     Shapes: (blocks, rows, r), (blocks, r, r), (blocks, r, columns).
     """
-    q_left, r_left = _orthonormal(left)
-    q_right, r_right = _orthonormal(right.mT)
+    q_left, r_left = orthonormalised(left)
+    q_right, r_right = orthonormalised(right.mT)
     u, s, vh = svd(r_left @ core @ r_right.mT)
     left.copy_(q_left)
     core.copy_((u * near_mean(s, condition)[..., None, :]) @ vh)
     right.copy_(q_right.mT)
-
-
-def _orthonormal(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the QR decomposition whose R has no negative number on its diagonal; LAPACK's may have any signs."""
-    q, r = torch.linalg.qr(a)
-    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r.dtype)
-    return q * signs[..., None, :], r * signs[..., :, None]
 
 
 def near_mean(s: Tensor, condition: float) -> Tensor:
