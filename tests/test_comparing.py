@@ -14,6 +14,7 @@ import yaml
 
 import pliant
 from pliant import comparing, jobs
+from pliant.baselines.retraining import SCHEDULES
 from pliant.comparing import Comparison, compare
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged
 from pliant.files import locked
@@ -381,11 +382,14 @@ def test_the_suite_tiny_runs_with_all_its_methods(tmp_path: Path, capsys: pytest
     pytest.importorskip("torchao.prototype.pat")
     assert compare("tiny", out=str(tmp_path / "out"), dry_run=True) is None
     told = capsys.readouterr().err
-    labels = [entrant.label for entrant in Suite.open("tiny").methods]
+    suite = Suite.open("tiny")
+    labels = [entrant.label for entrant in suite.methods]
     assert len(labels) == 24
     for label in labels:
         assert f"\n{label}," in f"\n{told}", label
-    for schedule in ("FT", "LRW", "SLR", "CLR", "LLR"):
+    assert suite.retraining is not None
+    assert suite.retraining.schedules == SCHEDULES
+    for schedule in SCHEDULES:
         assert f"+{schedule}: " in told
 
 

@@ -4,7 +4,7 @@ With the learning rates of the training, lr(t) for t < T, and R steps of retrain
 
     FT     lr(T − 1)                                          fine-tuning: the last one
     LRW    lr(T − R + t)                                      rewinding: the last R steps again
-    SLR    lr from its maximum on, squeezed into R steps      scaled restarting; after a warm-up
+    SLR    lr from its maximum on, squeezed                   scaled restarting; after a warm-up
     CLR    from max lr to min lr along half a cosine wave     cyclic restarting; after a warm-up
     LLR    from max lr to 0 along a line                      linear restarting; after a warm-up
 
