@@ -1,6 +1,7 @@
 """Every ``--method`` as users meet it: its settings, a short training, resuming, compressing what it leaves."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from pliant import BadInput, Diverged, FilterPruning, LowRank, Magnitude, baselines, compress, load
+from pliant.ball import NormBall
 from pliant.cli import main
 from pliant.methods import METHODS, OWN, make_k_schedule, make_optimizer, matrix_layers, with_defaults
 from pliant.models import build_model
+from pliant.norms import KSupport, Lp, Rows
 from pliant.runs import Run
 from pliant.training import CHECKPOINT, Session, train
 
@@ -244,6 +247,34 @@ def test_k_sparse_is_sfw_with_sparse_vertices() -> None:
         for chosen in (settings("k-sparse"), settings("sfw-weights", vertices="sparse"), settings("sfw-weights"))
     ]
     assert balls[0] == balls[1] != balls[2]
+
+
+def test_the_paper_has_balls_on_all_parameters_and_steps_as_long_as_the_gradient() -> None:
+    chosen = settings("sfw-filters", recipe="paper", k=0.25, radius=3.0)
+    optimizer = make_optimizer(net(), chosen, torch.zeros(1, 3, 3, 3))
+    groups = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    balls = {name: NormBall.from_spec(group["ball"]) for name, group in groups.items()}
+    assert balls.keys() == dict(net().named_parameters()).keys()
+    assert {name: ball.norm for name, ball in balls.items()} == {
+        **dict.fromkeys(["0.weight", "3.weight"], Rows(KSupport(2))),  # a quarter of 8 and of 6 filters
+        **dict.fromkeys(["0.bias", "1.weight", "1.bias", "3.bias", "5.weight", "5.bias"], Lp(2)),
+    }
+    assert all(group["rescale"] == "gradient" for group in groups.values())
+    assert not any(group["persistence"] for group in groups.values())
+    # The L2 diameter is 2·w·E‖θ‖₂, and as PyTorch draws weights, uniformly in ±1/√fan_in, E‖θ‖² is size/(3·fan_in).
+    for name, fan_in in (("0.weight", 3 * 9), ("3.weight", 8)):
+        p = net().get_parameter(name)
+        expected = 2 * 3.0 * math.sqrt(p.numel() / (3 * fan_in))
+        assert balls[name].diameter(p.shape) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", ["gradient", "paper"])
+def test_a_recipe_leaves_k_of_n_to_m_to_the_pattern(recipe: str) -> None:
+    def norm(**changes: Any) -> object:
+        groups = make_optimizer(net(), settings("sfw-nm", pattern="2:4", **changes)).param_groups
+        return next(NormBall.from_spec(g["ball"]).norm for g in groups if "3.weight" in g["param_names"])
+
+    assert norm(recipe=recipe) == norm() != norm(recipe=recipe, k=0.25)
 
 
 @pytest.mark.parametrize("recipe", ["gradient", "paper"])

@@ -85,7 +85,10 @@ def with_defaults(settings: Settings) -> Settings:
             raise BadInput(f"--{name} is not a setting of --method {settings['method']}; its own settings: {own}")
     defaults = {"lr": method.lr, **method.own}
     if settings["recipe"] in ("gradient", "paper"):
-        defaults |= {name: value for name, value in GRADIENT.items() if name in defaults}
+        given = {name: value for name, value in GRADIENT.items() if name in defaults}
+        if "k" in defaults and defaults["k"] is None:
+            del given["k"]  # the pattern tells it
+        defaults |= given
     found = settings | {name: value for name, value in defaults.items() if settings[name] is None}
     if "turnover" in method.own and (found["lr"] is not None or found["rescale"] != "none"):
         if settings["turnover"] is not None:
@@ -359,7 +362,7 @@ def _baseline(
     return Method(summary, _matrix_sgd(optimizer, **fixed), lr=lr, own={**options, **(own or {})}, passes=passes)
 
 
-# The strengths of the rank methods all take about lr·0.02 off every singular value per step.
+# The strengths of NUC, CAT and spectral decay all take about lr·0.02 off every singular value per step.
 METHODS = {
     "sgd": Method("SGD with momentum and weight decay", _sgd),
     "sfw-filters": Method(
