@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import pliant
 from pliant import comparing, jobs
@@ -22,7 +23,9 @@ from pliant.jobs import Job, Outcome, perform
 from pliant.lines import read_lines
 from pliant.methods import with_defaults
 from pliant.records import Record, read_records
+from pliant.runs import Run
 from pliant.suites import Measure, Suite
+from pliant.trials import Trial
 
 CONTENT: dict[str, Any] = {
     "settings": {"data": "digits", "model": "resnet8", "width": 0.25, "epochs": 1, "precision": "fp32"},
@@ -384,13 +387,14 @@ def test_the_suite_tiny_runs_with_all_its_methods(tmp_path: Path, capsys: pytest
     told = capsys.readouterr().err
     suite = Suite.open("tiny")
     labels = [entrant.label for entrant in suite.methods]
-    assert len(labels) == 24
+    assert len(labels) == 25
     for label in labels:
         assert f"\n{label}," in f"\n{told}", label
     assert suite.retraining is not None
     assert suite.retraining.schedules == SCHEDULES
     for schedule in SCHEDULES:
         assert f"+{schedule}: " in told
+        assert f"+{schedule}x3: " in told
 
 
 def test_a_rehearsal_meets_the_errors_of_the_comparison(tmp_path: Path):
@@ -463,6 +467,7 @@ def test_names_tell_trials_views_and_tasks_apart():
     timed = dataclasses.replace(job, equal="time", settings={**job.settings, "epochs": 7})
     assert timed.training == "sgd,lr=0.1,epochs=7,seed=0"
     assert dataclasses.replace(job, retraining="FT").name == "sgd,lr=0.1,seed=0+FT"
+    assert dataclasses.replace(job, retraining="FT", retraining_rounds=3).name == "sgd,lr=0.1,seed=0+FTx3"
 
 
 def test_a_retrained_network_is_trained_again(tmp_path: Path):
@@ -474,6 +479,36 @@ def test_a_retrained_network_is_trained_again(tmp_path: Path):
     assert plain[0].params == again[0].params
     assert again[0].val_top1 != plain[0].val_top1
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_iterative_magnitude_pruning_retrains_at_each_of_its_sizes(tmp_path: Path):
+    measure = {"weights": (Measure("weights", ((0.0, ""), (0.84, ""))),)}
+    once = a_job(families=measure, retraining="LLR", retraining_epochs=1)
+    twice = dataclasses.replace(once, retraining_rounds=2)
+    found = {job.name: list(perform(job, tmp_path)) for job in (once, twice)}
+    dense = [records[0] for records in found.values()]
+    small = [records[1] for records in found.values()]
+    assert all(isinstance(record, Record) for record in dense + small)
+    assert [record.run for record in small] == list(found) == ["sgd,lr=0.1,seed=0+LLR", "sgd,lr=0.1,seed=0+LLRx2"]
+    assert [record.config.get("retraining_rounds") for record in small] == [None, 2]
+    assert dense[0].val_top1 == dense[1].val_top1
+    assert small[0].val_top1 != small[1].val_top1
+    assert small[0].nonzero == small[1].nonzero
+    # Without anything learned in between, several rounds choose the weights that one round does.
+    trial = Trial(Run.open(tmp_path / "runs" / once.training), "weights", calibration=64)
+    seen = []
+
+    def watch(network: nn.Module, rounds_before: int) -> nn.Module:
+        weights = torch.cat([p.detach().flatten() for p in network.parameters() if p.ndim > 1])
+        seen.append((rounds_before, round((weights == 0).double().mean().item(), 2)))
+        return network
+
+    in_rounds, _, record = trial.measure(0.84, "", watch, [0.6])
+    at_once, _, expected = trial.measure(0.84)
+    assert [share for _, share in seen] == pytest.approx([0.6, 0.84], abs=0.02)
+    assert [index for index, _ in seen] == [0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(in_rounds.parameters(), at_once.parameters(), strict=True))
+    assert record.ratio_removed == expected.ratio_removed
 
 
 def test_a_network_of_turnover_is_retrained_with_the_lr_that_its_training_had(tmp_path: Path):
@@ -502,7 +537,7 @@ def test_retraining_in_bf16_sees_the_weights_of_every_step():
     after = {}
     for precision in ("fp32", "bf16"):
         settings = {**with_defaults(job.settings), "precision": precision}
-        again = jobs._retraining(job, jobs.data_of(job.settings), settings)(copy.deepcopy(model))
+        again = jobs._retraining(job, jobs.data_of(job.settings), settings)(copy.deepcopy(model), 0)
         after[precision] = torch.cat([p.detach().flatten() for p in again.parameters()])
     moved = (after["fp32"] - torch.cat([p.detach().flatten() for p in model.parameters()])).norm()
     # 0.21 was measured; with the weights of the first step it is 1.4.

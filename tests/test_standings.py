@@ -129,6 +129,15 @@ def test_networks_with_retraining_never_win_nor_are_the_baseline() -> None:
     assert standing[0].versus.mean == pytest.approx(0.1)
 
 
+def test_rounds_of_retraining_are_told_apart() -> None:
+    again = [
+        line("sgd", 0, accuracy, config={"retraining": "FT"} | rounds, run=f"again {accuracy}")
+        for accuracy, rounds in ((0.8, {}), (0.9, {"retraining_rounds": 3}))
+    ]
+    found = [s.curve.training for s in stand([*line("sgd", 0, 0.6), *again[0], *again[1]])]
+    assert found == ["sgd", "sgd with retraining, FT, 3 rounds", "sgd with retraining, FT"]
+
+
 def test_alone_with_ours_a_network_with_retraining_is_no_baseline() -> None:
     again = line("sgd", 0, 0.9, config={"retraining": "FT"})
     ours, reference = stand([*line("sfw-rank", 0, 0.7), *again])

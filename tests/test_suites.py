@@ -99,6 +99,10 @@ RANK = content()["families"]["rank"]
         ({"retraining": {"method": "sgd", "schedules": ["LLR"], "epochs": 0, "ratios": [0.5]}}, "retraining.epochs"),
         ({"retraining": {"method": "muon", "schedules": ["LLR"], "epochs": 1, "ratios": [0.5]}}, "'muon'"),
         ({"retraining": {"method": "sgd", "schedules": ["XYZ"], "epochs": 1, "ratios": [0.5]}}, "'XYZ'"),
+        (
+            {"retraining": {"method": "sgd", "schedules": ["FT"], "epochs": 1, "ratios": [0.5], "rounds": [1, 0]}},
+            r"retraining.rounds must be integers of at least 1, got \[1, 0\]",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(changes, message):

@@ -14,6 +14,7 @@ OUT/suite.yaml      the suite
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -179,10 +180,12 @@ class Comparison:
         for seed in self.suite.seeds:
             for job in self._chosen(seed):
                 if job.label == wanted.method:
-                    families = {family: wanted.measures(of) for family, of in job.families.items()}
-                    again = dataclasses.replace(job, families=families, retraining_epochs=wanted.epochs)
-                    for schedule in wanted.schedules:
-                        yield dataclasses.replace(again, retraining=schedule)
+                    again = dataclasses.replace(job, retraining_epochs=wanted.epochs)
+                    for rounds, schedule in itertools.product(wanted.rounds, wanted.schedules):
+                        families = {family: wanted.measures(of, rounds) for family, of in job.families.items()}
+                        yield dataclasses.replace(
+                            again, families=families, retraining=schedule, retraining_rounds=rounds
+                        )
 
     def _equal_time(self) -> Iterator[Job]:
         """Yield runs of fewer epochs for the methods whose steps take longer than SGD's.

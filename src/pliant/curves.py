@@ -200,9 +200,11 @@ def _training_names(records: list[tuple[Record, Settings]]) -> dict[Training, st
 
 
 def retraining_of(record: Record) -> str | None:
-    """Return the schedule of the training after compression, None if there was none."""
-    schedule = record.config.get("retraining")
-    return None if schedule is None else str(schedule)
+    """Return the schedule of the training after compression, and of how many rounds; None if there was none."""
+    schedule, rounds = record.config.get("retraining"), record.config.get("retraining_rounds", 1)
+    if schedule is None:
+        return None
+    return str(schedule) if rounds == 1 else f"{schedule}, {rounds} rounds"
 
 
 # Entries of a run's config that say which run it is or where it ran, not how it was trained.

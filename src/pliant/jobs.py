@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils import benchmark
 
 from pliant.areas import area
-from pliant.baselines.retraining import rates, retrain
+from pliant.baselines.retraining import cycles, rates, retrain
 from pliant.curves import PLACES
 from pliant.data import ImageData, Loader, load_data
 from pliant.errors import BadInput, Diverged, shown
@@ -31,7 +31,7 @@ from pliant.runs import Run
 from pliant.sfw import SFW
 from pliant.suites import Measure
 from pliant.training import CHECKPOINT, Session, differ, learning_rate, train_run
-from pliant.trials import Trial
+from pliant.trials import Refine, Trial
 
 PHASES, ROUNDS = 4, 5
 """In how many parts of the training steps are timed, for k may change, and how many in each."""
@@ -52,6 +52,7 @@ class Job:
         equal: what the training is granted as much of as SGD: "epochs" or "time".
         retraining: schedule by which each compressed network is trained again; empty for none.
         retraining_epochs: for how long.
+        retraining_rounds: how many times, each after a part of the compression.
         rounds: how many steps are timed in each part of the training.
     """
 
@@ -65,6 +66,7 @@ class Job:
     equal: str = "epochs"
     retraining: str = ""
     retraining_epochs: int = 0
+    retraining_rounds: int = 1
     rounds: int = ROUNDS
 
     @property
@@ -79,7 +81,10 @@ class Job:
     @property
     def name(self) -> str:
         """Name of the run in the records; retraining makes it another one."""
-        return f"{self.training}+{self.retraining}" if self.retraining else self.training
+        if not self.retraining:
+            return self.training
+        rounds = f"x{self.retraining_rounds}" if self.retraining_rounds > 1 else ""
+        return f"{self.training}+{self.retraining}{rounds}"
 
     def check(self, config: dict[str, Any], where: Path) -> None:
         """Raise BadInput if a result of this name was made with other settings."""
@@ -208,12 +213,20 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
         return
     cost = step_cost(job, data, run.seconds)
     again = _retraining(job, data, run.config) if job.retraining else None
-    extra = {"retraining": job.retraining, "retraining_epochs": job.retraining_epochs} if job.retraining else {}
+    extra: dict[str, Any] = {}
+    if job.retraining:
+        extra |= {"retraining": job.retraining, "retraining_epochs": job.retraining_epochs}
+    if job.retraining_rounds > 1:
+        extra |= {"retraining_rounds": job.retraining_rounds}
     for measures in job.families.values():
         for measure in measures:
             trial = _trial(run, job, measure)
             for point in measure.points:
-                _, _, record = trial.measure(*point, refine=again if point != (0.0, "") else None)
+                if point == (0.0, ""):
+                    _, _, record = trial.measure(*point)
+                else:
+                    *before, _ = cycles(point[0], job.retraining_rounds)
+                    _, _, record = trial.measure(*point, again, before)
                 config = {**record.config, **extra}
                 yield dataclasses.replace(record, run=job.name, method=job.label, cost=cost, config=config)
 
@@ -306,10 +319,10 @@ def _memory(session: Session) -> int:
 # --- the reference that trains again ----------------------------------------------------------------------------------
 
 
-def _retraining(job: Job, data: ImageData, settings: dict[str, Any]) -> Callable[[nn.Module], nn.Module]:
+def _retraining(job: Job, data: ImageData, settings: dict[str, Any]) -> Refine:
     """Return what trains a compressed network again, with the batches and the settings of its training."""
 
-    def again(model: nn.Module) -> nn.Module:
+    def again(model: nn.Module, rounds_before: int) -> nn.Module:
         loader = Loader(
             data, "train", settings["batch_size"], shuffle=True, augment=settings["augment"], seed=settings["seed"]
         )
@@ -318,8 +331,9 @@ def _retraining(job: Job, data: ImageData, settings: dict[str, Any]) -> Callable
         lrs = rates(job.retraining, original, len(loader) * job.retraining_epochs)
 
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for epoch in range(job.retraining_epochs):
-                loader.set_epoch(settings["epochs"] + epoch)  # images shuffled as never before
+            first = settings["epochs"] + rounds_before * job.retraining_epochs
+            for epoch in range(first, first + job.retraining_epochs):
+                loader.set_epoch(epoch)  # images shuffled as never before
                 for images, labels in loader:
                     yield images.to(device), labels.to(device)
 

@@ -95,9 +95,20 @@ def _again(suite: Suite, job: Job) -> list[Job]:
     wanted = suite.retraining
     if wanted is None or wanted.method != job.label:
         return []
-    families = {family: tuple(map(_few, wanted.measures(of))) for family, of in job.families.items()}
-    first = dict(list(families.items())[:1])
-    return [
-        dataclasses.replace(job, families=first if index else families, retraining=schedule, retraining_epochs=1)
-        for index, schedule in enumerate(wanted.schedules)
-    ]
+    again = []
+    for rounds in wanted.rounds:
+        measures = {family: tuple(map(_few, wanted.measures(of, rounds))) for family, of in job.families.items()}
+        families = {family: few for family, few in measures.items() if few}
+        first = dict(list(families.items())[:1])
+        again += [
+            dataclasses.replace(
+                job,
+                families=first if index else families,
+                retraining=schedule,
+                retraining_epochs=1,
+                retraining_rounds=rounds,
+            )
+            for index, schedule in enumerate(wanted.schedules)
+            if families
+        ]
+    return again

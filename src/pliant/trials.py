@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from pliant.compression import (
     Magnitude,
     Plan,
     SemiStructured,
+    compress,
     reestimate_batchnorm,
 )
 from pliant.compression.base import ALLOCATIONS, check_choice
@@ -47,6 +48,8 @@ UNITS = {
     "SemiStructured": "weights",
 }
 LATENCY_BATCH = 1
+
+Refine = Callable[[nn.Module, int], nn.Module]
 
 
 class Trial:
@@ -109,15 +112,29 @@ class Trial:
         )
 
     def measure(
-        self, ratio: float, pattern: str = "", refine: Callable[[nn.Module], nn.Module] | None = None
+        self, ratio: float, pattern: str = "", refine: Refine | None = None, ratios_before: Sequence[float] = ()
     ) -> tuple[nn.Module, Plan, Record]:
         """Compress to a ratio (nm: a pattern, or ratio 0 for none) and measure.
 
         Returns the compressed network with re-estimated BatchNorm statistics, in eval mode, the plan and the record.
-        With ``refine``, what it makes of the compressed network is measured instead of that.
+        With ``refine``, what it makes of the compressed network, and of the number of times that it was called before,
+        is measured instead of that. With ``ratios_before``, the network is compressed to each of them and refined
+        first; for compressors that set weights to zero, whose ratios all are those of the dense network.
         """
-        compressor, plan = self._planned(ratio, pattern)
-        return self._measured(compressor, plan, plan.ratio_removed if pattern else ratio, pattern, refine)
+        if not ratios_before:
+            compressor, plan = self._planned(ratio, pattern)
+            small = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
+        else:
+            assert refine is not None
+            network = self.dense
+            for index, before in enumerate(ratios_before):
+                network = refine(compress(network, self._compressor(before), self._images(2)), index)
+            compressor = self._compressor(ratio)
+            plan = compressor.plan(network, self._images(2))
+            small = compressor.apply(network, plan)
+        if refine is not None:
+            small = refine(small, len(ratios_before))
+        return self._measured(small, plan, plan.ratio_removed if pattern else ratio, pattern)
 
     def validate(self, ratio: float, pattern: str = "") -> tuple[float, float]:
         """Compress as :meth:`measure` does; return the removed share of all parameters and the validation accuracy.
@@ -144,7 +161,8 @@ class Trial:
 
         one = self._images(LATENCY_BATCH)
         plan = budgets.fit(self.dense, compressor, one, budget, self._analysis(compressor), accuracy)
-        return self._measured(compressor, plan, plan.ratio, "", budget=str(budget))
+        small = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
+        return self._measured(small, plan, plan.ratio, "", budget=str(budget))
 
     def _analysis(self, compressor: Compressor[Any]) -> Any:
         kind = type(compressor)
@@ -157,17 +175,8 @@ class Trial:
         return reestimate_batchnorm(network, self._calibration_images)
 
     def _measured(
-        self,
-        compressor: Compressor[Any],
-        plan: Plan,
-        ratio: float,
-        pattern: str,
-        refine: Callable[[nn.Module], nn.Module] | None = None,
-        **settings: str,
+        self, raw: nn.Module, plan: Plan, ratio: float, pattern: str, **settings: str
     ) -> tuple[nn.Module, Plan, Record]:
-        raw = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
-        if refine is not None:
-            raw = refine(raw)
         small = self._settled(raw)
         one = self._images(LATENCY_BATCH)
         latency, latency_dense = measuring.latencies([small, self.dense], one)

@@ -14,7 +14,7 @@ takes part in and its *trials*: the settings to choose from on the validation im
     methods:
       sgd: {families: [rank], trials: [{lr: 0.1}, {lr: 0.05}]}
       ours: {method: sfw-rank, families: [rank], trials: {k: [0.1, 0.2]}}   # a mapping of lists is a grid
-    retraining: {method: sgd, schedules: [LLR], epochs: 5, ratios: [0.5, 0.9]}
+    retraining: {method: sgd, schedules: [LLR], epochs: 5, ratios: [0.5, 0.9], rounds: [1]}
     equal: [epochs, time]
 """
 
@@ -91,17 +91,24 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Retraining:
-    """The references that may train again: networks of ``method``, compressed, then trained for some epochs more."""
+    """The references that may train again: networks of ``method``, compressed, then trained for some epochs more.
+
+    In one round of both; where weights become zeros also in several, those of ``rounds``: iterative magnitude pruning.
+    """
 
     method: str
     schedules: tuple[str, ...]
     epochs: int
     ratios: tuple[float, ...]
+    rounds: tuple[int, ...] = (1,)
 
-    def measures(self, family: tuple[Measure, ...]) -> tuple[Measure, ...]:
-        """Return the first measure of a family at the ratios of the retraining."""
+    def measures(self, family: tuple[Measure, ...], rounds: int = 1) -> tuple[Measure, ...]:
+        """Return the first measure of a family at the ratios of the retraining; none if it cannot be made so."""
+        compressor = family[0].compressor
+        if compressor == "nm" or (rounds > 1 and compressor != "weights"):
+            return ()
         points = tuple((ratio, "") for ratio in self.ratios)
-        return () if family[0].compressor == "nm" else (dataclasses.replace(family[0], points=points),)
+        return (dataclasses.replace(family[0], points=points),)
 
     def check(self, epochs: int) -> None:
         """Raise BadInput if a schedule goes back further than a training of so many epochs is long."""
@@ -274,7 +281,8 @@ def _measure(where: str, entry: object) -> Measure:
 def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | None:
     if entry is None:
         return None
-    fields = _mapping("retraining", entry, {"method": True, "schedules": True, "epochs": True, "ratios": True})
+    known = {"method": True, "schedules": True, "epochs": True, "ratios": True, "rounds": False}
+    fields = _mapping("retraining", entry, known)
     check_choice("method of retraining", fields["method"], tuple(entrant.label for entrant in methods))
     schedules = tuple(_list("retraining.schedules", fields["schedules"]))
     for schedule in schedules:
@@ -283,7 +291,10 @@ def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | Non
     if type(epochs) is not int or epochs < 1:
         raise BadInput(f"retraining.epochs must be an integer of at least 1, got {shown(epochs)}")
     ratios = tuple(parse_ratios([0, *_list("retraining.ratios", fields["ratios"])]))
-    return Retraining(fields["method"], schedules, epochs, ratios)
+    rounds = tuple(_list("retraining.rounds", fields.get("rounds", [1])))
+    if any(type(count) is not int or count < 1 for count in rounds):
+        raise BadInput(f"retraining.rounds must be integers of at least 1, got {shown(list(rounds))}")
+    return Retraining(fields["method"], schedules, epochs, ratios, rounds)
 
 
 def _settings(where: str, value: object) -> dict[str, Any]:
