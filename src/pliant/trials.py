@@ -26,7 +26,6 @@ from pliant.compression import (
     Magnitude,
     Plan,
     SemiStructured,
-    compress,
     reestimate_batchnorm,
 )
 from pliant.compression.base import ALLOCATIONS, check_choice
@@ -121,19 +120,11 @@ class Trial:
         is measured instead of that. With ``ratios_before``, the network is compressed to each of them and refined
         first; for compressors that set weights to zero, whose ratios all are those of the dense network.
         """
-        if not ratios_before:
-            compressor, plan = self._planned(ratio, pattern)
-            small = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
-        else:
-            assert refine is not None
-            network = self.dense
-            for index, before in enumerate(ratios_before):
-                network = refine(compress(network, self._compressor(before), self._images(2)), index)
-            compressor = self._compressor(ratio)
-            plan = compressor.plan(network, self._images(2))
-            small = compressor.apply(network, plan)
-        if refine is not None:
-            small = refine(small, len(ratios_before))
+        small = self.dense
+        for index, each in enumerate((*ratios_before, ratio)):
+            small, plan = self._compressed(small, each, pattern)
+            if refine is not None:
+                small = refine(small, index)
         return self._measured(small, plan, plan.ratio_removed if pattern else ratio, pattern)
 
     def validate(self, ratio: float, pattern: str = "") -> tuple[float, float]:
@@ -141,16 +132,17 @@ class Trial:
 
         Where parameters become zeros instead of leaving, it is the share of the non-zeros. Test images are not seen.
         """
-        compressor, plan = self._planned(ratio, pattern)
-        small = self._settled(compressor.apply(self.dense, plan, analysis=self._analysis(compressor)))
+        small = self._settled(self._compressed(self.dense, ratio, pattern)[0])
         left = measuring.parameters(small) / measuring.parameters(self.dense)
         if left == 1:
             left = measuring.nonzero(small) / measuring.nonzero(self.dense)
         return 1 - left, self._accuracy(small, "val")
 
-    def _planned(self, ratio: float, pattern: str) -> tuple[Compressor[Any], Plan]:
+    def _compressed(self, network: nn.Module, ratio: float, pattern: str) -> tuple[nn.Module, Plan]:
         compressor = self._compressor(ratio, pattern)
-        return compressor, compressor.plan(self.dense, self._images(2), analysis=self._analysis(compressor))
+        analysis = self._analysis(compressor) if network is self.dense else None
+        plan = compressor.plan(network, self._images(2), analysis=analysis)
+        return compressor.apply(network, plan, analysis=analysis), plan
 
     def fit(self, budget: budgets.Budget) -> tuple[nn.Module, Plan, Record]:
         """Compress to a budget and measure; returns what :meth:`measure` does. Costs are those of one image."""
