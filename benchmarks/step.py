@@ -29,9 +29,9 @@ from torch.utils.benchmark import Timer
 
 import pliant
 from pliant.measuring import resolve_precision
-from pliant.norms import KSupport, Spectral
-from pliant.oracles import leading_vertices
-from pliant.sfw import BATCHED_SPECTRAL
+from pliant.norms.lifts import KSupport, Spectral
+from pliant.optim.sfw import BATCHED_SPECTRAL
+from pliant.optim.vertices import leading_vertices
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,8 +24,10 @@ import torch
 from notes import processor, table
 
 import pliant
-from pliant import measuring, runs, trials
-from pliant.sweeping import sweep
+from pliant import measuring
+from pliant.experiments import run_folder as runs
+from pliant.experiments import workbench as trials
+from pliant.experiments.sweep import sweep
 
 RATIOS = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
 COMPRESSORS = {"filters": pliant.FilterPruning, "rank": pliant.LowRank}

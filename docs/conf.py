@@ -29,7 +29,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"Tensor|(torch|collections|typing|pathlib|abc)\..*"),
     (
         r"py:.*",
-        r"pliant\.(compression\.base\.A|constraints\.(Layout|CoupledChannels)|groups\.Slot|readers\.base\.Split)",
+        r"pliant\.(.*\.)?(compression\.base\.A|Layout|CoupledChannels|Slot|Split)",
     ),
 ]
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
 Shape = tuple[int, ...]
 Lift = Callable[[VectorNorm], Norm]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.ball import NormBall
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Rows, Spectral
-from pliant.sfw import SFW
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Rows, Spectral
+from pliant.optim.sfw import SFW
 
 from .instances import gaussian
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from pliant.cli import VERBS, Parser, main, make_parser
+from pliant.experiments.train import train
 from pliant.records import Record, append_record
-from pliant.training import train
 
 from .test_records import REQUIRED
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from pliant.ball import NormBall
-from pliant.norms import KSupport, Lp, Norm, Rows
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import KSupport, Lp, Norm, Rows
 
 from .instances import INSTANCES
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pliant import SFW, KSparse, Lp, NormBall, Spectral, baselines, linalg
-from pliant.baselines import (
+from pliant import SFW, KSparse, Lp, NormBall, Spectral, linalg
+from pliant.errors import BadInput
+from pliant.experiments import baselines
+from pliant.experiments.baselines import (
     CAT,
     GLT,
     NUC,
@@ -35,10 +37,9 @@ from pliant.baselines import (
     rates,
     retrain,
 )
-from pliant.baselines import matrices as mat
-from pliant.baselines.condlr import condition_, near_mean
-from pliant.baselines.trp import needed
-from pliant.errors import BadInput
+from pliant.experiments.baselines import matrices as mat
+from pliant.experiments.baselines.condlr import condition_, near_mean
+from pliant.experiments.baselines.trp import needed
 
 
 @pytest.fixture(autouse=True)
@@ -412,7 +413,7 @@ def test_numuon_is_sfw_on_a_k_sparse_spectral_ball(k: int) -> None:
 def test_scion_is_sfw_on_an_operator_norm_ball(monkeypatch: pytest.MonkeyPatch) -> None:
     p = nn.Parameter(1e-3 * torch.randn(3, 12))
     scion = Scion([group(p)], lr=0.02, momentum=0.9, radius=8.0)
-    monkeypatch.setattr("pliant.baselines.scion.polar", lambda m, converging: mat.polar_by_svd(m))
+    monkeypatch.setattr("pliant.experiments.baselines.scion.polar", lambda m, converging: mat.polar_by_svd(m))
     beside_sfw(scion, p, NormBall(Spectral(Lp(math.inf)), radius=8.0 * math.sqrt(3 / 12)), lr=0.02)
 
 
@@ -464,7 +465,7 @@ def entries_kept(w: Tensor, k: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]
 def test_crams_gradient_on_a_quadratic(
     part: str, compress: Callable[..., Any], kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pliant.baselines.cram.SHARES", (0.5,))
+    monkeypatch.setattr("pliant.experiments.baselines.cram.SHARES", (0.5,))
     curvature, target, offset = torch.rand(4, 5) + 0.5, torch.randn(4, 5), torch.randn(4)
     w, b = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(4))
     w0, b0, rho, lr = w.detach().clone(), b.detach().clone(), 0.3, 0.1
@@ -683,7 +684,7 @@ def test_cycles_of_pruning_take_the_same_share_of_what_is_left() -> None:
 @pytest.mark.parametrize("part", ["filters", "rank"])
 def test_pats_thresholds_grow_with_the_sum_of_learning_rates(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao.prototype.pat")
-    monkeypatch.setattr("pliant.baselines.pat.WARMUP", 0)
+    monkeypatch.setattr("pliant.experiments.baselines.pat.WARMUP", 0)
     w, b = nn.Parameter(torch.randn(6, 3, 2, 2).to(memory_format=torch.channels_last)), parameter(6)
     start, bias = w.detach().clone(), b.detach().clone()
     options = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "strength": 1.0}

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import pliant
 from pliant import measuring
-from pliant.budgets import Budget, compress_to, fit, one_budget
 from pliant.compression import Chain, Compressor, FilterPruning, HeadPruning, Int8, LowRank, Magnitude, SemiStructured
+from pliant.compression.budgets import Budget, compress_to, fit, one_budget
 from pliant.errors import BadInput, Refused
-from pliant.models import build_model
+from pliant.experiments.models import build_model
 
 COMPRESSORS: list[Compressor[Any]] = [
     FilterPruning(),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pliant.compression import Chain, FilterPruning, Int8, LowRank, Magnitude, SemiStructured, compress
 from pliant.errors import BadInput, Refused
-from pliant.models import build_model
+from pliant.experiments.models import build_model
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

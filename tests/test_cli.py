@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pliant import training
 from pliant.cli import VERBS, main
+from pliant.experiments import train as training
+from pliant.experiments.train import Session
 from pliant.records import read_records
-from pliant.training import Session
 
 QUICK = ["--model", "mlp", "--epochs", "1", "--batch_size", "256"]
 

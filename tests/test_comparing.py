@@ -14,18 +14,19 @@ import yaml
 from torch import nn
 
 import pliant
-from pliant import comparing, jobs
-from pliant.baselines.retraining import SCHEDULES
-from pliant.comparing import Comparison, compare
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged
+from pliant.experiments import compare as comparing
+from pliant.experiments.baselines.retraining import SCHEDULES
+from pliant.experiments.compare import Comparison, compare
+from pliant.experiments.comparison import job as jobs
+from pliant.experiments.comparison.job import Job, Outcome, perform
+from pliant.experiments.comparison.suites import Measure, Suite
+from pliant.experiments.methods import with_defaults
+from pliant.experiments.run_folder import Run
+from pliant.experiments.workbench import Trial
 from pliant.files import locked
-from pliant.jobs import Job, Outcome, perform
-from pliant.lines import read_lines
-from pliant.methods import with_defaults
+from pliant.jsonl import read_lines
 from pliant.records import Record, read_records
-from pliant.runs import Run
-from pliant.suites import Measure, Suite
-from pliant.trials import Trial
 
 CONTENT: dict[str, Any] = {
     "settings": {"data": "digits", "model": "resnet8", "width": 0.25, "epochs": 1, "precision": "fp32"},
@@ -434,7 +435,7 @@ def test_the_search_does_not_see_test_images(tmp_path: Path, monkeypatch: pytest
         asked.append(split)
         return original(data, split, *rest, **options)
 
-    for module in ("pliant.trials", "pliant.training", "pliant.jobs"):
+    for module in ("pliant.experiments.workbench", "pliant.experiments.train", "pliant.experiments.comparison.job"):
         monkeypatch.setattr(f"{module}.Loader", watched)
     list(perform(a_job(search=True), tmp_path))
     assert "val" in asked

@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 from pliant import constrain, filters, l2, rank, semi_structured, weights
-from pliant.ball import NormBall
-from pliant.constraints import KSchedule, norm_k, resolve_k, with_k
+from pliant.constraints.parameter_groups import KSchedule, norm_k, resolve_k, with_k
 from pliant.errors import BadInput
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Rows, Spectral
-from pliant.sfw import SFW
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Rows, Spectral
+from pliant.optim.sfw import SFW
 
 
 def network() -> nn.Sequential:

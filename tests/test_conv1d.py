@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pliant.compression import Int8, LowRank, Magnitude, Plan, SemiStructured, compress, replay
 from pliant.compression.base import Compressor
-from pliant.layers import as_inputs, run
+from pliant.structure.layers import as_inputs, run
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pliant.compression import FilterPruning
 from pliant.compression.costs import Applied, applications
 from pliant.errors import BadInput
+from pliant.experiments.models import build_model
 from pliant.measuring import macs
-from pliant.models import build_model
 
 
 def test_times_applied_are_positions_calls_and_images() -> None:

@@ -10,8 +10,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from pliant.data import ImageData, Loader, Split, load_data
 from pliant.errors import BadInput, DamagedFile
+from pliant.experiments.data.images import ImageData, Loader, Split, load_data
 
 from .pictures import as_bag, one_line, pictures, write_images
 

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import pliant
-from pliant import measuring, tracing
+from pliant import measuring
 from pliant.cli import main
-from pliant.compressing import compress_run
 from pliant.compression import (
     Chain,
     Compressor,
@@ -32,10 +31,12 @@ from pliant.compression import (
     SemiStructured,
 )
 from pliant.errors import BadInput, DamagedFile
-from pliant.exporting import FORMATS
-from pliant.models import TransformerBlock
-from pliant.tracing import Portable, max_difference
-from pliant.training import train
+from pliant.experiments.compress import compress_run
+from pliant.experiments.models import TransformerBlock
+from pliant.experiments.train import train
+from pliant.exporting import graph as tracing
+from pliant.exporting.folder import FORMATS
+from pliant.exporting.graph import Portable, max_difference
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

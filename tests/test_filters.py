@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pliant.compression import FilterPruning, compress, masked_twin
 from pliant.errors import BadInput, Refused
-from pliant.models import MODELS, build_model
+from pliant.experiments.models import MODELS, build_model
 
 from .test_structure import NASTY, LSTMNet
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pliant
-from pliant import fused
-from pliant.ball import NormBall
 from pliant.linalg import keep_n_of_m
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
-from pliant.sfw import RESCALES, SFW
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
+from pliant.optim import fused
+from pliant.optim.sfw import RESCALES, SFW
 
 from .instances import LAYOUTS, few_integers, gaussian, tiled
 from .optimizer_cases import quiet_first_steps

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.attention import ThinAttention, projections
 from pliant.compression import FilterPruning, HeadPruning, LowRank, compress, masked_twin, replay
 from pliant.errors import BadInput, Refused
-from pliant.layers import as_inputs, keep_channels, run
-from pliant.models import build_model
-from pliant.structure import _fault, _randomise, coupled_channels
+from pliant.experiments.models import build_model
+from pliant.structure.attention import ThinAttention, projections
+from pliant.structure.layers import as_inputs, keep_channels, run
+from pliant.structure.verification import _fault, _randomise, coupled_channels
 
 X = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
 HEADS, SIZE = 4, 3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pliant.linalg import topk_mask
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
 from .instances import INSTANCES, LAYOUTS, Shape, few_integers, folded, gaussian, tiled, unfolded
 

@@ -10,8 +10,8 @@ from torch import nn
 from pliant import measuring
 from pliant.compression import FilterPruning, LowRank
 from pliant.errors import BadInput
+from pliant.experiments.models import build_model
 from pliant.measuring import Latency, backend_latencies
-from pliant.models import build_model
 
 CPU = torch.device("cpu")
 

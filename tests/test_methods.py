@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from pliant import BadInput, Diverged, FilterPruning, LowRank, Magnitude, baselines, compress, load
-from pliant.ball import NormBall
+from pliant import BadInput, Diverged, FilterPruning, LowRank, Magnitude, compress, load
 from pliant.cli import main
-from pliant.methods import METHODS, OWN, make_k_schedule, make_optimizer, matrix_layers, with_defaults
-from pliant.models import build_model
-from pliant.norms import KSupport, Lp, Rows
-from pliant.runs import Run
-from pliant.training import CHECKPOINT, Session, train
+from pliant.experiments import baselines
+from pliant.experiments.methods import METHODS, OWN, make_k_schedule, make_optimizer, matrix_layers, with_defaults
+from pliant.experiments.models import build_model
+from pliant.experiments.run_folder import Run
+from pliant.experiments.train import CHECKPOINT, Session, train
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import KSupport, Lp, Rows
 
 OTHERS = [name for name in METHODS if name != "sgd" and not name.startswith("sfw")]
 NOTHING = {"k_start": None, **dict.fromkeys(OWN), "lr": None, "momentum": 0.9, "weight_decay": 5e-4}

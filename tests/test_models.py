@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.errors import BadInput
-from pliant.models import MODELS, BasicBlock, Bottleneck, PreActBlock, build_model
-from pliant.onednn import sound_convolutions
+from pliant.experiments.models import MODELS, BasicBlock, Bottleneck, PreActBlock, build_model
+from pliant.experiments.training.onednn import sound_convolutions
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 ANY_SIZE = sorted(set(MODELS) - {"vit_tiny"})

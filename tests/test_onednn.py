@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pliant.onednn import sound_convolutions
+from pliant.experiments.training.onednn import sound_convolutions
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 
-from pliant.ball import NormBall
-from pliant.constraints import KSchedule, constrain, filters, rank, weights
+from pliant.constraints.parameter_groups import KSchedule, constrain, filters, rank, weights
 from pliant.errors import BadInput
-from pliant.models import build_model
-from pliant.norms import Channels, KSparse, KSupport, Lp, Norm, Rows, VectorNorm
-from pliant.oracles import unit_vertices
-from pliant.sfw import SFW
-from pliant.structure import coupled_channels
+from pliant.experiments.models import build_model
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Channels, KSparse, KSupport, Lp, Norm, Rows, VectorNorm
+from pliant.optim.sfw import SFW
+from pliant.optim.vertices import unit_vertices
+from pliant.structure.verification import coupled_channels
 
 from .instances import few_integers, gaussian, tiled
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import pliant
-from pliant.ball import NormBall
-from pliant.constraints import KSchedule
+from pliant.constraints.parameter_groups import KSchedule
 from pliant.errors import BadInput
-from pliant.methods import make_optimizer
-from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Rows, Spectral
-from pliant.oracles import LEAST
-from pliant.sfw import SFW
+from pliant.experiments.methods import make_optimizer
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Blocks, Channels, KSparse, KSupport, Lp, Rows, Spectral
+from pliant.optim.sfw import SFW
+from pliant.optim.vertices import LEAST
 
 from .instances import gaussian
 from .optimizer_cases import quiet_first_steps

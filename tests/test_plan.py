@@ -27,8 +27,8 @@ from pliant.compression import (
     skeleton,
 )
 from pliant.errors import BadInput, DamagedFile
-from pliant.models import build_model
-from pliant.onednn import sound_convolutions
+from pliant.experiments.models import build_model
+from pliant.experiments.training.onednn import sound_convolutions
 
 EVERY: list[Compressor[Any]] = [
     FilterPruning(0.5),

@@ -15,7 +15,7 @@ from pliant import measuring
 from pliant.compression import Int8, compress
 from pliant.compression.quantised import quantised
 from pliant.errors import Refused
-from pliant.models import build_model
+from pliant.experiments.models import build_model
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(9, 7), (4, 9)),

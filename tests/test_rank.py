@@ -18,8 +18,8 @@ from pliant.compression.allocation import Options, allocate, energy_steps, greed
 from pliant.compression.factored import FactoredConvolution, factored, matrices
 from pliant.compression.rank import _cuts, _decompose, _truncate
 from pliant.errors import BadInput, Refused
+from pliant.experiments.models import MODELS, build_model
 from pliant.measuring import macs
-from pliant.models import MODELS, build_model
 
 
 def size(model: nn.Module) -> int:

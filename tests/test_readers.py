@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 
 import pliant
-from pliant.data import Loader, Split, load_data
 from pliant.errors import BadInput, DamagedFile
-from pliant.models import build_model
-from pliant.readers import folders, streaming
-from pliant.readers.named import DEBIAN_FASHION_MNIST
-from pliant.readers.streaming import ImageFiles
-from pliant.training import train
+from pliant.experiments.data import folders, streaming
+from pliant.experiments.data.images import Loader, Split, load_data
+from pliant.experiments.data.named import DEBIAN_FASHION_MNIST
+from pliant.experiments.data.streaming import ImageFiles
+from pliant.experiments.models import build_model
+from pliant.experiments.train import train
 
 from .pictures import as_bag, one_line, pictures, png, write_images
 
@@ -429,8 +429,8 @@ def test_mean_and_std_of_images_in_files_come_from_a_sample(
 ) -> None:
     whole = load_data("image-folder", folder, image_size=10)
     monkeypatch.setattr(folders, "IN_MEMORY", 1000)
-    monkeypatch.setattr("pliant.data.SAMPLE", 20)
-    monkeypatch.setattr("pliant.data.IN_MEMORY", 1000)  # or the validation images would be read
+    monkeypatch.setattr("pliant.experiments.data.images.SAMPLE", 20)
+    monkeypatch.setattr("pliant.experiments.data.images.IN_MEMORY", 1000)  # or the validation images would be read
     part = load_data("image-folder", folder, image_size=10)
     assert len(decoded) == 18  # every third of 54
     assert {Path(file).parent.name for file in decoded} == {"a", "b", "c"}
@@ -582,7 +582,7 @@ def test_a_hub_out_of_reach_says_what_to_do(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("pliant.readers.named.DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr("pliant.experiments.data.named.DEBIAN_FASHION_MNIST", tmp_path / "absent")
     with pytest.raises(BadInput, match=advice) as error:
         load_data(name)
     assert "cannot be loaded from the Hugging Face hub" in one_line(error)

@@ -275,7 +275,7 @@ for _ in range(20):
 def test_importing_records_and_reporting_loads_neither_torch_nor_numpy() -> None:
     program = """
 import sys
-import pliant.records, pliant.reporting
+import pliant.records, pliant.reporting.page
 print([name for name in ("torch", "numpy", "pandas") if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pliant.errors import BadInput, DamagedFile
 from pliant.records import LayerCount, Record
-from pliant.reporting import comparison_markdown, render, report, summary_table
+from pliant.reporting.page import comparison_markdown, render, report, summary_table
 
 from .measurements import HOSTILE, cost, line, sample, sweep, write
 
@@ -103,7 +103,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     out.write_text("old")
     program = f"""
 import resource, signal
-from pliant.reporting import report
+from pliant.reporting.page import report
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 try:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pliant import linalg, oracles, sfw
-from pliant.ball import NormBall
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
-from pliant.sfw import RESCALES, SFW, Rescale
+from pliant import linalg
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
+from pliant.optim import sfw
+from pliant.optim import vertices as oracles
+from pliant.optim.sfw import RESCALES, SFW, Rescale
 
 BALLS = [
     NormBall(Lp(2), 1.5),

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pliant.curves import panels_of, sections_of
 from pliant.records import Record
-from pliant.standings import Standing, standings
-from pliant.tables import comparison_markdown, comparison_table
+from pliant.reporting.curves import panels_of, sections_of
+from pliant.reporting.ranking import Standing, standings
+from pliant.reporting.tables import comparison_markdown, comparison_table
 
 from .measurements import HOSTILE, cost, line, point
 

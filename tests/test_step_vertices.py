@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pliant.ball import NormBall
-from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
-from pliant.oracles import unit_vertices
-from pliant.sfw import RESCALES, SFW, Rescale
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.optim.sfw import RESCALES, SFW, Rescale
+from pliant.optim.vertices import unit_vertices
 
 from .instances import INSTANCES, LAYOUTS, Shape, few_integers, folded, gaussian, tiled, unfolded
 from .optimizer_cases import quiet_first_steps

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.errors import BadInput
-from pliant.layers import complement, keep_channels, largest_sound, zero_channels
-from pliant.models import MODELS, build_model
-from pliant.structure import ChannelGroup, Slot, _fault, _randomise, coupled_channels
+from pliant.experiments.models import MODELS, build_model
+from pliant.structure.layers import complement, keep_channels, largest_sound, zero_channels
+from pliant.structure.verification import ChannelGroup, Slot, _fault, _randomise, coupled_channels
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

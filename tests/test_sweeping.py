@@ -11,14 +11,14 @@ from torch import nn
 
 import pliant
 from pliant import measuring
-from pliant.compressing import compress_run
 from pliant.compression import masked_twin
 from pliant.errors import BadInput, DamagedFile, Refused
+from pliant.experiments.compress import compress_run
+from pliant.experiments.run_folder import Run
+from pliant.experiments.sweep import parse_ratios, sweep
+from pliant.experiments.train import train
+from pliant.experiments.workbench import COMPRESSORS, Trial
 from pliant.records import read_records
-from pliant.runs import Run
-from pliant.sweeping import parse_ratios, sweep
-from pliant.training import train
-from pliant.trials import COMPRESSORS, Trial
 
 EVERY = [*(name for name in COMPRESSORS if name != "heads"), "filters+rank", "rank+int8"]  # LeNet has no heads
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from pliant.errors import BadInput
-from pliant.trackers import PACKAGES, tracker_names
-from pliant.training import train
+from pliant.experiments.train import train
+from pliant.experiments.training.trackers import PACKAGES, tracker_names
 
 
 def quick(out: Path, **options: Any) -> Path:
@@ -47,7 +47,7 @@ def test_a_resumed_run_goes_on_in_tensorboard(tmp_path: Path, monkeypatch: pytes
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from pliant.training import Session
+    from pliant.experiments.train import Session
 
     save = Session.save
 

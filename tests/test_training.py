@@ -9,13 +9,13 @@ import torch
 import yaml
 from torch import nn
 
-from pliant import training
-from pliant.ball import NormBall
-from pliant.compressing import compress_run
 from pliant.errors import BadInput, DamagedFile, Diverged
-from pliant.methods import METHODS
-from pliant.runs import Run, load, load_weights, save_weights
-from pliant.training import Session, learning_rate, train
+from pliant.experiments import train as training
+from pliant.experiments.compress import compress_run
+from pliant.experiments.methods import METHODS
+from pliant.experiments.run_folder import Run, load, load_weights, save_weights
+from pliant.experiments.train import Session, learning_rate, train
+from pliant.norms.ball import NormBall
 
 
 def quick(out: Path, **options: Any) -> Path:
@@ -103,7 +103,7 @@ def test_resume_leaves_finished_work_alone(tmp_path: Path) -> None:
 def test_loading_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = quick(tmp_path / "run", epochs=1)
     small = compress_run(run, "filters", ratio=0.5, calibration=2, out=str(tmp_path / "small"))
-    monkeypatch.setattr("pliant.runs.load_data", None)
+    monkeypatch.setattr("pliant.experiments.run_folder.load_data", None)
     assert load(run)(torch.zeros(1, 1, 8, 8)).shape == load(small)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
     for content, message in ((b"{", "damaged"), (b"[1]", "damaged"), (None, "missing")):
         (small / "shape.json").unlink() if content is None else (small / "shape.json").write_bytes(content)

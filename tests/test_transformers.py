@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.attention import is_conv1d
 from pliant.compression import FilterPruning, HeadPruning, LowRank, Plan, masked_twin, replay, skeleton
 from pliant.errors import Refused
-from pliant.layers import as_inputs, run
-from pliant.structure import coupled_channels
+from pliant.structure.attention import is_conv1d
+from pliant.structure.layers import as_inputs, run
+from pliant.structure.verification import coupled_channels
 
 transformers = pytest.importorskip("transformers")
 

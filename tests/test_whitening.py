@@ -14,7 +14,7 @@ from pliant.compression.factored import factored, first_of_spatial, matrices
 from pliant.compression.rank import _decompose, _span, _truncate
 from pliant.compression.whitening import output_moments
 from pliant.errors import BadInput
-from pliant.models import build_model
+from pliant.experiments.models import build_model
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "more columns than rows": (nn.Conv2d(6, 8, 3, padding=1), (6, 7, 7)),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant import train
-from pliant.training import Session
+from pliant.experiments.train import Session
 
 Tracked = dict[str, Any]
 

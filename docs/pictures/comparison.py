@@ -19,11 +19,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pliant.areas import SLACK, accuracy_at
-from pliant.curves import ANCHOR, Panel, panels_of, points_of, sections_of
 from pliant.records import read_records
-from pliant.standings import KEPT, Standing, standings
-from pliant.tables import percent, spread
+from pliant.reporting.area import SLACK, accuracy_at
+from pliant.reporting.curves import ANCHOR, Panel, panels_of, points_of, sections_of
+from pliant.reporting.ranking import KEPT, Standing, standings
+from pliant.reporting.tables import percent, spread
 
 ROOT = Path(__file__).parents[2]
 COMPARISONS = ROOT / "comparisons"

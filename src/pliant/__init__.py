@@ -12,10 +12,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from pliant.ball import NormBall as NormBall
-    from pliant.blocks import transformer_rules as transformer_rules
-    from pliant.budgets import compress_to as compress_to
-    from pliant.comparing import compare as compare
     from pliant.compression import Chain as Chain
     from pliant.compression import FilterPruning as FilterPruning
     from pliant.compression import HeadPruning as HeadPruning
@@ -27,49 +23,53 @@ if TYPE_CHECKING:
     from pliant.compression import compress as compress
     from pliant.compression import reestimate_batchnorm as reestimate_batchnorm
     from pliant.compression import replay as replay
-    from pliant.constraints import KSchedule as KSchedule
-    from pliant.constraints import constrain as constrain
-    from pliant.constraints import filters as filters
-    from pliant.constraints import l2 as l2
-    from pliant.constraints import rank as rank
-    from pliant.constraints import semi_structured as semi_structured
-    from pliant.constraints import weights as weights
-    from pliant.data import Loader as Loader
-    from pliant.data import load_data as load_data
-    from pliant.demonstration import demo as demo
+    from pliant.compression.budgets import compress_to as compress_to
+    from pliant.constraints.parameter_groups import KSchedule as KSchedule
+    from pliant.constraints.parameter_groups import constrain as constrain
+    from pliant.constraints.parameter_groups import filters as filters
+    from pliant.constraints.parameter_groups import l2 as l2
+    from pliant.constraints.parameter_groups import rank as rank
+    from pliant.constraints.parameter_groups import semi_structured as semi_structured
+    from pliant.constraints.parameter_groups import weights as weights
+    from pliant.constraints.transformer_rules import transformer_rules as transformer_rules
     from pliant.errors import BadInput as BadInput
     from pliant.errors import Busy as Busy
     from pliant.errors import DamagedFile as DamagedFile
     from pliant.errors import Diverged as Diverged
     from pliant.errors import PliantError as PliantError
     from pliant.errors import Refused as Refused
-    from pliant.exporting import export as export
-    from pliant.models import build_model as build_model
-    from pliant.norms import Blocks as Blocks
-    from pliant.norms import Channels as Channels
-    from pliant.norms import KSparse as KSparse
-    from pliant.norms import KSupport as KSupport
-    from pliant.norms import Lp as Lp
-    from pliant.norms import Norm as Norm
-    from pliant.norms import Rows as Rows
-    from pliant.norms import Spectral as Spectral
+    from pliant.experiments.compare import compare as compare
+    from pliant.experiments.data.images import Loader as Loader
+    from pliant.experiments.data.images import load_data as load_data
+    from pliant.experiments.demo import demo as demo
+    from pliant.experiments.models import build_model as build_model
+    from pliant.experiments.run_folder import load as load
+    from pliant.experiments.run_folder import rebuild as rebuild
+    from pliant.experiments.sweep import sweep as sweep
+    from pliant.experiments.train import train as train
+    from pliant.exporting.folder import export as export
+    from pliant.norms.ball import NormBall as NormBall
+    from pliant.norms.lifts import Blocks as Blocks
+    from pliant.norms.lifts import Channels as Channels
+    from pliant.norms.lifts import KSparse as KSparse
+    from pliant.norms.lifts import KSupport as KSupport
+    from pliant.norms.lifts import Lp as Lp
+    from pliant.norms.lifts import Norm as Norm
+    from pliant.norms.lifts import Rows as Rows
+    from pliant.norms.lifts import Spectral as Spectral
+    from pliant.optim.sfw import SFW as SFW
+    from pliant.optim.soft_threshold import SoftThreshold as SoftThreshold
     from pliant.records import Record as Record
     from pliant.records import append_record as append_record
     from pliant.records import read_records as read_records
-    from pliant.reporting import report as report
-    from pliant.runs import load as load
-    from pliant.runs import rebuild as rebuild
-    from pliant.sfw import SFW as SFW
-    from pliant.structure import coupled_channels as coupled_channels
-    from pliant.sweeping import sweep as sweep
-    from pliant.thresholding import SoftThreshold as SoftThreshold
-    from pliant.training import train as train
+    from pliant.reporting.page import report as report
+    from pliant.structure.verification import coupled_channels as coupled_channels
 
 _HOMES = {
-    "ball": ["NormBall"],
-    "blocks": ["transformer_rules"],
-    "budgets": ["compress_to"],
-    "comparing": ["compare"],
+    "norms.ball": ["NormBall"],
+    "constraints.transformer_rules": ["transformer_rules"],
+    "compression.budgets": ["compress_to"],
+    "experiments.compare": ["compare"],
     "compression": [
         "Chain",
         "FilterPruning",
@@ -83,21 +83,21 @@ _HOMES = {
         "reestimate_batchnorm",
         "replay",
     ],
-    "constraints": ["KSchedule", "constrain", "filters", "l2", "rank", "semi_structured", "weights"],
-    "data": ["Loader", "load_data"],
-    "demonstration": ["demo"],
+    "constraints.parameter_groups": ["KSchedule", "constrain", "filters", "l2", "rank", "semi_structured", "weights"],
+    "experiments.data.images": ["Loader", "load_data"],
+    "experiments.demo": ["demo"],
     "errors": ["BadInput", "Busy", "DamagedFile", "Diverged", "PliantError", "Refused"],
-    "exporting": ["export"],
-    "models": ["build_model"],
-    "norms": ["Blocks", "Channels", "KSparse", "KSupport", "Lp", "Norm", "Rows", "Spectral"],
+    "exporting.folder": ["export"],
+    "experiments.models": ["build_model"],
+    "norms.lifts": ["Blocks", "Channels", "KSparse", "KSupport", "Lp", "Norm", "Rows", "Spectral"],
     "records": ["Record", "append_record", "read_records"],
-    "reporting": ["report"],
-    "runs": ["load", "rebuild"],
-    "sfw": ["SFW"],
-    "structure": ["coupled_channels"],
-    "sweeping": ["sweep"],
-    "thresholding": ["SoftThreshold"],
-    "training": ["train"],
+    "reporting.page": ["report"],
+    "experiments.run_folder": ["load", "rebuild"],
+    "optim.sfw": ["SFW"],
+    "structure.verification": ["coupled_channels"],
+    "experiments.sweep": ["sweep"],
+    "optim.soft_threshold": ["SoftThreshold"],
+    "experiments.train": ["train"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -39,13 +39,17 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb("training", "train", "train one network, with SGD, SFW or one of their rivals", prints_path=True),
-    "sweep": Verb("sweeping", "sweep", "compress trained networks at many ratios and measure", "runs", True, True),
-    "report": Verb("reporting", "report", "turn records into a table and an HTML page", "records", True),
-    "compare": Verb("comparing", "compare", "compare methods fairly, as a suite says", "suite"),
-    "compress": Verb("compressing", "compress_run", "compress a trained network to one size", "run"),
-    "export": Verb("exporting", "export_run", "write a network for other programs", "folder", prints_path=True),
-    "demo": Verb("demonstration", "demo", "all of this on small images, in about a minute"),
+    "train": Verb(
+        "experiments.train", "train", "train one network, with SGD, SFW or one of their rivals", prints_path=True
+    ),
+    "sweep": Verb(
+        "experiments.sweep", "sweep", "compress trained networks at many ratios and measure", "runs", True, True
+    ),
+    "report": Verb("reporting.page", "report", "turn records into a table and an HTML page", "records", True),
+    "compare": Verb("experiments.compare", "compare", "compare methods fairly, as a suite says", "suite"),
+    "compress": Verb("experiments.compress", "compress_run", "compress a trained network to one size", "run"),
+    "export": Verb("exporting.folder", "export_run", "write a network for other programs", "folder", prints_path=True),
+    "demo": Verb("experiments.demo", "demo", "all of this on small images, in about a minute"),
 }
 
 

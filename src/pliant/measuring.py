@@ -25,8 +25,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.errors import BadInput, unknown
-from pliant.layers import Example, Inputs, as_inputs, call, count_parameters, map_tensors, tensors_of
-from pliant.tracing import Portable, onnx_session, reason
+from pliant.exporting.graph import Portable, onnx_session, reason
+from pliant.structure.layers import Example, Inputs, as_inputs, call, count_parameters, map_tensors, tensors_of
 
 BACKENDS = ("eager", "compile", "onnx")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from pliant.errors import BadInput, shown
-from pliant.lines import append_line, read_lines
+from pliant.jsonl import append_line, read_lines
 
 Key = tuple[str | float, ...]
 

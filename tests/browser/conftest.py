@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pliant.records import Record
-from pliant.reporting import render
+from pliant.reporting.page import render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 

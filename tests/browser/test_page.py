@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pliant.areas import accuracy_at, is_reached
 from pliant.cli import VERBS, make_parser
-from pliant.compressing import compress_run
+from pliant.experiments.compress import compress_run
 from pliant.records import Record
+from pliant.reporting.area import accuracy_at, is_reached
 
 from ..measurements import HOSTILE, cost, line, point, sweep
 from .conftest import RESET, Opener, Tabs

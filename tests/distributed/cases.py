@@ -31,12 +31,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn.parallel import DistributedDataParallel
 
 import pliant
-from pliant import oracles, sfw
-from pliant.ball import NormBall
-from pliant.distributed import Shards
-from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
-from pliant.oracles import leading_vertices, unit_vertices
-from pliant.sfw import RESCALES, SFW
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.optim import sfw
+from pliant.optim import vertices as oracles
+from pliant.optim.sfw import RESCALES, SFW
+from pliant.optim.sharded import Shards
+from pliant.optim.vertices import leading_vertices, unit_vertices
 
 from ..instances import gaussian
 

@@ -43,7 +43,7 @@ p = torch.nn.Parameter(torch.ones(3, 4))
 opt = pliant.SFW(pliant.constrain(torch.nn.ParameterList([p]), [("*", pliant.filters(k=2))]))
 p.grad = torch.ones(3, 4)
 opt.step()
-sys.exit("pliant.distributed" in sys.modules)
+sys.exit("pliant.optim.sharded" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=False).returncode == 0
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pliant.runs import Run
-from pliant.training import CHECKPOINT, train
+from pliant.experiments.run_folder import Run
+from pliant.experiments.train import CHECKPOINT, train
 
 from .launching import ROOT, torchrun
 from .training_worker import OPTIONS

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pliant.training import Session, train
+from pliant.experiments.train import Session, train
 
 OPTIONS: dict[str, Any] = {
     "model": "mlp",  # without BatchNorm: each process would normalise its part of a batch by itself

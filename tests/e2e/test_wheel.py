@@ -40,7 +40,7 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(wheel: Path) -> Non
         for path in source.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and ".egg-info" not in str(path)
     }
-    assert {"pliant/py.typed", "pliant/templates/report.html.j2", "pliant/cli.py"} <= expected
+    assert {"pliant/py.typed", "pliant/reporting/templates/report.html.j2", "pliant/cli.py"} <= expected
     package = {name for name in names if name.startswith("pliant/")}
     assert package == expected
     (info,) = {name.partition("/")[0] for name in names - package}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pliant.cli import main
 from pliant.files import making_folder, write_text
-from pliant.lines import append_line
+from pliant.jsonl import append_line
 
 from .nursery import make_read_only, small_disk
 

@@ -152,10 +152,10 @@ def _import_all() -> None:
     """Import whatever a command imports, so that the children need not; compute no gradient, for forks cannot then."""
     import torch
 
-    for module in ("cli", "sweeping", "compressing", "exporting", "reporting"):
+    for module in ("cli", "experiments.sweep", "experiments.compress", "exporting.folder", "reporting.page"):
         importlib.import_module(f"pliant.{module}")
     from pliant.compression import FilterPruning, compress
-    from pliant.training import Session, train
+    from pliant.experiments.train import Session, train
 
     torch.set_num_threads(1)
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from pliant import load
-from pliant.jobs import Outcome
-from pliant.lines import read_lines
+from pliant.experiments.comparison.job import Outcome
+from pliant.jsonl import read_lines
 from pliant.measuring import state_tensors
 from pliant.records import Record, read_records
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pliant import SFW, FilterPruning, LowRank, Magnitude, SemiStructured, compress, constrain, filters, load, rank
-from pliant.constraints import weights as entries
-from pliant.data import ImageData, Split
+from pliant.constraints.parameter_groups import weights as entries
 from pliant.errors import BadInput, Diverged
-from pliant.runs import Run
-from pliant.training import CHECKPOINT, Session, train, train_run
+from pliant.experiments.data.images import ImageData, Split
+from pliant.experiments.run_folder import Run
+from pliant.experiments.train import CHECKPOINT, Session, train, train_run
 
 
 def quick(out: Path, **options: Any) -> Path:
@@ -106,8 +106,8 @@ def test_poor_data_are_trained_on(method: str, kind: str, tmp_path: Path) -> Non
 
 
 def finite_weights(run: Run, split: Split) -> bool:
-    from pliant.models import build_model
-    from pliant.runs import load_weights
+    from pliant.experiments.models import build_model
+    from pliant.experiments.run_folder import load_weights
 
     model = build_model(run.config["model"], num_classes=4, image_shape=(1, 8, 8), width=run.config["width"])
     load_weights(model, run.path / "model.safetensors")

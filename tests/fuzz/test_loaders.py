@@ -22,13 +22,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pliant.compressing import compress_run
-from pliant.data import load_data
 from pliant.errors import PliantError
+from pliant.experiments.compress import compress_run
+from pliant.experiments.data.images import load_data
+from pliant.experiments.run_folder import Run, load
+from pliant.experiments.train import CHECKPOINT, LOG, Log, Session, check_resumable, train
 from pliant.files import write_bytes
 from pliant.records import Record, read_records
-from pliant.runs import Run, load
-from pliant.training import CHECKPOINT, LOG, Log, Session, check_resumable, train
 
 from ..pictures import pictures, png
 from ..test_records import FULL

@@ -13,8 +13,8 @@ import yaml
 
 import pliant
 from pliant.errors import PliantError
-from pliant.runs import Run, load, read_plan
-from pliant.training import CHECKPOINT, train
+from pliant.experiments.run_folder import Run, load, read_plan
+from pliant.experiments.train import CHECKPOINT, train
 
 SOURCES = sorted(Path(pliant.__file__).parent.rglob("*.py"))
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -122,7 +122,7 @@ def test_yaml_that_names_python_objects_is_refused(
 
 def test_names_in_files_lead_nowhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, data sets and methods called like paths are names: no file is read or written there."""
-    from pliant.compressing import compress_run
+    from pliant.experiments.compress import compress_run
 
     monkeypatch.chdir(tmp_path)
     small = compress_run(run, "weights", ratio=0.5, calibration=8, out="small")

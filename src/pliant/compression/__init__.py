@@ -22,14 +22,14 @@ from torch import nn
 from pliant.compression.base import Analysis, Compressor, compressor_of
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.chain import Chain
+from pliant.compression.entries import Magnitude, SemiStructured
 from pliant.compression.filters import FilterPruning, masked_twin
 from pliant.compression.heads import HeadPruning
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.compression.quantised import Int8
 from pliant.compression.rank import LowRank
-from pliant.compression.weights import Magnitude, SemiStructured
 from pliant.errors import unknown
-from pliant.layers import Example
+from pliant.structure.layers import Example
 
 __all__ = [
     "COMPRESSORS",

@@ -25,7 +25,7 @@ from torch import nn
 
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
-from pliant.layers import Example, count_parameters
+from pliant.structure.layers import Example, count_parameters
 
 ALLOCATIONS = ("uniform", "global", "energy")
 COSTS = ("params", "macs")

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import update_bn
 
 from pliant.errors import BadInput
-from pliant.layers import line
+from pliant.structure.layers import line
 
 
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
-from pliant.layers import Example, count_parameters
+from pliant.structure.layers import Example, count_parameters
 
 
 @dataclass(frozen=True, eq=False)

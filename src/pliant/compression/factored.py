@@ -1,6 +1,7 @@
 """A linear or convolution layer as two thin ones in a row: plain layers, so that every exporter knows them.
 
-The ``Conv1D`` of transformers is handled as the linear layer that it is, see :func:`~pliant.layers.untransposed`.
+The ``Conv1D`` of transformers is handled as the linear layer that it is, see
+:func:`~pliant.structure.layers.untransposed`.
 
 A weight, read as one matrix of m rows and n columns per convolution group, that equals ``expand @ reduce`` becomes
 

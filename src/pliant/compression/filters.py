@@ -26,7 +26,7 @@ from pliant.compression.base import (
 from pliant.compression.costs import applications
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.errors import BadInput
-from pliant.layers import (
+from pliant.structure.layers import (
     AxisName,
     Example,
     as_inputs,
@@ -38,7 +38,7 @@ from pliant.layers import (
     weighted_layers,
     zero_channels,
 )
-from pliant.structure import ChannelGroup, Structure, coupled_channels, positions
+from pliant.structure.verification import ChannelGroup, Structure, coupled_channels, positions
 
 IMPORTANCES = ("l2", "l1", "bn")
 MODES = ("remove", "mask")

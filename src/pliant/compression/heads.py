@@ -8,8 +8,8 @@ from torch import nn
 
 from pliant.compression.base import check_choice
 from pliant.compression.filters import FilterPruning, refusals
-from pliant.heads import projection_layers
-from pliant.structure import ChannelGroup, Structure
+from pliant.structure.heads import projection_layers
+from pliant.structure.verification import ChannelGroup, Structure
 
 IMPORTANCES = ("l2", "l1")
 
@@ -23,7 +23,7 @@ class HeadPruning(FilterPruning):
     heads of queries that read it. At least one head of every attention module stays. ``importance`` of a head:
     the ``"l2"`` or ``"l1"`` norm of its rows.
 
-    Known are ``nn.MultiheadAttention``, which becomes a ``pliant.attention.ThinAttention``, and every
+    Known are ``nn.MultiheadAttention``, which becomes a ``pliant.structure.attention.ThinAttention``, and every
     module with linear projections for queries, keys and values, packed or apart, as they are usually named; the
     numbers that it keeps of its heads follow. Modules of other kinds, or whose forward cannot do with fewer
     heads, are named in ``plan.refused``.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from pliant.layers import (
+from pliant.structure.layers import (
     Inputs,
     count_calls,
     largest_sound,

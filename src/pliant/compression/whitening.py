@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pliant.compression.base import inputs_of
 from pliant.compression.factored import Factorable, first_of_spatial
 from pliant.errors import BadInput
-from pliant.layers import as_inputs, line, map_tensors, run, untransposed
+from pliant.structure.layers import as_inputs, line, map_tensors, run, untransposed
 
 Layer = tuple[str, str]  # name and scheme
 

@@ -1,0 +1,202 @@
+"""Compressing to a budget: so many parameters or multiply-accumulates, bytes, milliseconds, or points of accuracy.
+
+A compressor at a ratio makes one network; a budget asks for the largest network that meets it (for an accuracy, the
+smallest one). Along the ratio costs fall and accuracy is taken to fall, so the ratio is found by bisection. Every
+network that is considered is planned in full and its cost counted or measured, not estimated::
+
+    small = compress_to(model, LowRank(), x, keep_macs=0.5)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pliant import measuring
+from pliant.compression import Chain, Compressor, Plan, reestimate_batchnorm
+from pliant.compression.base import Analysis
+from pliant.errors import BadInput, Refused
+from pliant.structure.layers import Example
+
+SMALLEST = 1 - 2**-30  # the ratio of the smallest network there is; a ratio of 1 would ask for none
+
+# How finely each budget is searched, in ratio. Parameters are read off a plan; multiply-accumulates and bytes need
+# the network to be built, a latency or an accuracy to be measured, and those are no more exact than this.
+RESOLUTION = {"keep_params": 1e-6, "keep_macs": 1e-5, "max_bytes": 1e-5, "max_latency_ms": 1 / 256, "max_drop": 1 / 256}
+CHAIN_RESOLUTION = 1 / 512  # its links are analysed anew for every network that the first one leaves
+_COST = {
+    "keep_macs": "macs",
+    "max_latency_ms": "macs",
+}  # what the allocation economises, where it is not its own choice
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One limit: ``kind`` is a key of :data:`RESOLUTION`, ``limit`` in its unit. Raises BadInput if out of range."""
+
+    kind: str
+    limit: float
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
+        if not number or not math.isfinite(self.limit):
+            raise BadInput(f"{self.kind} must be a number, got {self.limit!r}")
+        if self.kind.startswith("keep") and not 0 < self.limit <= 1:
+            raise BadInput(f"{self.kind} is the share to keep: expected 0 < {self.kind} <= 1, got {self.limit}")
+        if self.kind in ("max_bytes", "max_latency_ms") and self.limit <= 0:
+            raise BadInput(f"{self.kind} must be positive, got {self.limit}")
+        if self.kind == "max_drop" and not 0 <= self.limit < 1:
+            raise BadInput(f"max_drop is a fraction: expected 0 <= max_drop < 1, got {self.limit}")
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.limit:g}" if self.kind != "max_bytes" else f"{self.kind}={self.limit:.0f}"
+
+
+def one_budget(**limits: float | None) -> Budget:
+    """Return the one budget whose limit is not None. Raises BadInput if there is none, or more than one."""
+    given = {kind: limit for kind, limit in limits.items() if limit is not None}
+    if len(given) != 1:
+        raise BadInput(f"expected one budget of {', '.join(limits)}, got {', '.join(given) or 'none'}")
+    ((kind, limit),) = given.items()
+    return Budget(kind, limit)
+
+
+def compress_to(
+    model: nn.Module,
+    compressor: Compressor[Any],
+    example_inputs: Example,
+    *,
+    keep_params: float | None = None,
+    keep_macs: float | None = None,
+    max_bytes: int | None = None,
+    max_latency_ms: float | None = None,
+    max_drop: float | None = None,
+    calibration: Iterable[Any] | None = None,
+    accuracy: Callable[[nn.Module], float] | None = None,
+) -> nn.Module:
+    """Return ``model`` compressed as little as one budget allows; for ``max_drop``, as much.
+
+    Args:
+        model: a trained network; not changed.
+        compressor: how to compress; its ratio is of no account.
+        example_inputs: what the model takes: a tensor, a tuple of tensors or a dict of keyword arguments. Costs are
+            counted and measured on it.
+        keep_params: share of all the model's parameters that may stay, in (0, 1].
+        keep_macs: share of the multiply-accumulates. What to remove is then chosen by them.
+        max_bytes: of the safetensors file.
+        max_latency_ms: milliseconds of a forward pass of the example, here and now; what to remove is chosen by
+            multiply-accumulates.
+        max_drop: how much ``accuracy`` may fall below that of ``model``, a fraction in [0, 1).
+        calibration: batches of training data that is not augmented, (images, labels) or images alone, more than
+            an iterator. With it, compressors look at the data and the BatchNorm statistics are re-estimated.
+        accuracy: of a network on validation data, a fraction; needed for ``max_drop``.
+
+    Raises:
+        Refused: the budget is out of reach; the message names the reachable minimum and what is left alone.
+        BadInput: not exactly one budget, a value out of range, or the example or data does not fit.
+    """
+    budget = one_budget(
+        keep_params=keep_params,
+        keep_macs=keep_macs,
+        max_bytes=max_bytes,
+        max_latency_ms=max_latency_ms,
+        max_drop=max_drop,
+    )
+    if calibration is not None and iter(calibration) is calibration:
+        raise BadInput("the calibration data is read more than once: give a list or a loader, not an iterator")
+
+    def settled(network: nn.Module) -> nn.Module:
+        return network if calibration is None else reestimate_batchnorm(network, calibration)
+
+    def settled_accuracy(network: nn.Module) -> float:
+        assert accuracy is not None
+        return accuracy(network if network is model else settled(network))
+
+    analysis = compressor.analyse(model, example_inputs, calibration)
+    plan = fit(model, compressor, example_inputs, budget, analysis, settled_accuracy if accuracy else None)
+    return settled(compressor.apply(model, plan, analysis=analysis))
+
+
+def fit(
+    model: nn.Module,
+    compressor: Compressor[Any],
+    example_inputs: Example,
+    budget: Budget,
+    analysis: Analysis,
+    accuracy: Callable[[nn.Module], float] | None = None,
+) -> Plan:
+    """Return the plan for a budget. ``analysis`` is the compressor's of this model; the rest as in ``compress_to``."""
+    if not compressor.has_ratio:
+        raise BadInput(f"{type(compressor).__name__} has no ratio that could be fitted to {budget}")
+    family = compressor.counting(_COST[budget.kind]) if budget.kind in _COST else compressor
+    value = _meter(model, family, example_inputs, budget, analysis, accuracy)
+
+    def plan_at(ratio: float) -> Plan:
+        return family.at(ratio).plan(model, example_inputs, analysis=analysis)
+
+    # A cost is met from the small end of the ratios on, an accuracy up to some ratio.
+    is_cost = budget.kind != "max_drop"
+    largest = plan_at(0.0)
+    first = value(largest)
+    if is_cost and first <= budget.limit:
+        return largest
+    if not is_cost and first > budget.limit:
+        raise Refused(
+            f"{budget} is out of reach: not compressed at all, only settled, the network falls by {first:.4f}"
+        )
+    try:
+        smallest = plan_at(SMALLEST)
+    except Refused as error:
+        raise Refused(f"{budget} is out of reach: {error}") from None
+    last = value(smallest)
+    if is_cost and last > budget.limit:
+        raise Refused(f"{budget} is out of reach: {_reachable(family, budget, last, smallest)}")
+    if not is_cost and last <= budget.limit:
+        return smallest
+    good, bad, best = (1.0, 0.0, smallest) if is_cost else (0.0, 1.0, largest)
+    resolution = max(RESOLUTION[budget.kind], CHAIN_RESOLUTION if isinstance(family, Chain) else 0.0)
+    while abs(good - bad) > resolution:
+        middle = (good + bad) / 2
+        plan = plan_at(middle)
+        if value(plan) <= budget.limit:
+            good, best = middle, plan
+        else:
+            bad = middle
+    return best
+
+
+def _meter(
+    model: nn.Module,
+    compressor: Compressor[Any],
+    example_inputs: Example,
+    budget: Budget,
+    analysis: Analysis,
+    accuracy: Callable[[nn.Module], float] | None,
+) -> Callable[[Plan], float]:
+    """Return the function from a plan to what its network costs, in the unit of the budget."""
+    if budget.kind == "keep_params":
+        return lambda plan: plan.params_after / plan.params_before
+    if budget.kind == "max_bytes":
+        return lambda plan: measuring.file_bytes(compressor.skeleton(model, plan))
+    if budget.kind == "max_drop":
+        if accuracy is None:
+            raise BadInput("max_drop needs accuracy: a function from a network to its accuracy on validation data")
+        dense = accuracy(model)
+        return lambda plan: dense - accuracy(compressor.apply(model, plan, analysis=analysis))
+    if budget.kind == "max_latency_ms":
+        return lambda plan: 1e3 * measuring.latencies([compressor.skeleton(model, plan)], example_inputs)[0]
+    whole = measuring.macs(model, example_inputs)
+    return lambda plan: measuring.macs(compressor.skeleton(model, plan), example_inputs) / whole
+
+
+def _reachable(compressor: Compressor[Any], budget: Budget, least: float, smallest: Plan) -> str:
+    """Say how far a compressor gets, and what is in its way."""
+    unit = {"max_bytes": f"{least:.0f}"}.get(budget.kind, f"{least:.4g}")
+    reasons = [f"{name} {reason}" for name, reason in smallest.refused[:5]]
+    more = "; ..." if len(smallest.refused) > 5 else ""
+    left = f"; left alone: {'; '.join(reasons)}{more}" if reasons else ""
+    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{left}"

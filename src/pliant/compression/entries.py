@@ -1,0 +1,203 @@
+"""Single weights: the smallest entries set to zero, anywhere (Magnitude) or n of every m kept (SemiStructured).
+
+The shapes stay; what shrinks is the number of non-zeros, for hardware and formats that profit from them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
+from pliant.compression.plan import LayerPlan, Plan, weight_shape
+from pliant.errors import BadInput
+from pliant.structure.layers import (
+    Example,
+    as_inputs,
+    count_calls,
+    count_parameters,
+    named_layers,
+    obstacle,
+    other_matrices,
+    tied_parameters,
+    untransposed,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights(Analysis):
+    """The names of the layers whose weights may be zeroed."""
+
+    layers: tuple[str, ...]
+
+
+class _Zeroing(Compressor[Weights]):
+    """A compressor that sets entries of weights to zero, in all layers that it finds fit."""
+
+    def analyse(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        calibration: Iterable[Any] | None = None,
+    ) -> Weights:
+        """List the layers with a weight of their own that the compressor can act on."""
+        inputs = as_inputs(example_inputs)
+        count_calls(copy.deepcopy(model).eval(), inputs)  # for its BadInput: a wrong example should not pass here only
+        tied = tied_parameters(model)
+        layers: list[str] = []
+        refused: list[tuple[str, str]] = []
+        for name, module in named_layers(model):
+            reason = obstacle(module, tied) or self._unfit(module)
+            if reason is None:
+                layers.append(name)
+            else:
+                refused.append((name, reason))
+        return Weights(parameter_shapes(model), (*refused, *other_matrices(model)), tuple(layers))
+
+    def _unfit(self, module: nn.Module) -> str | None:
+        """Return why a layer cannot be acted on, or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class Magnitude(_Zeroing):
+    """Zero the entries of smallest magnitude in the weights of linear and convolution layers.
+
+    ``ratio``: share of these entries to zero, in [0, 1); exactly round(ratio·n) of n are, those of lower index
+    kept among equals. ``allocation``: ``"uniform"`` takes the share from every layer, ``"global"`` compares the
+    magnitudes of all layers, ``"energy"`` zeroes in every layer what holds the same share of its Σw². Biases and
+    normalisation layers are not touched.
+
+    Raises BadInput for a ratio out of range or an unknown allocation.
+    """
+
+    ratio: float = 0.5
+    allocation: str = "global"
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+
+    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+        weights = [_weight(model, name) for name in analysis.layers]
+        sizes = [w.numel() for w in weights]
+        if self.allocation == "uniform" or not weights:
+            kept = [size - round(self.ratio * size) for size in sizes]
+        else:
+            score = _lost_share if self.allocation == "energy" else torch.abs
+            scores = torch.cat([score(w).flatten() for w in weights])
+            stays = largest(scores, len(scores) - round(self.ratio * len(scores)))
+            kept = [int(part.sum()) for part in stays.split(sizes)]
+        return weight_plan(self, model, analysis, self.ratio, kept)
+
+    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        for layer in plan.layers:
+            weight = _weight(model, layer.name)
+            if not layer.kept <= layer.total == weight.numel():
+                raise BadInput(f"the plan is for another model: {layer.name!r} has {weight.numel()} weights")
+            stays = largest(weight.abs().flatten(), layer.kept)
+            weight.masked_fill_(~stays.view_as(weight), 0.0)
+        return model
+
+
+@dataclass(frozen=True)
+class SemiStructured(_Zeroing):
+    """Keep the ``n`` largest magnitudes of every ``m`` consecutive input channels, the pattern of sparse kernels.
+
+    Blocks run along dim 1 of the weight (dim 0 of a ``Conv1D``), for each filter and each kernel position; among
+    equals the lower index is kept. Layers whose number of input channels per group ``m`` does not divide are refused
+    by name, and so are transposed convolutions. Raises BadInput unless 1 <= n < m.
+
+    Source: Mishra et al. 2021, "Accelerating sparse deep neural networks" (2:4).
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.n, self.m))
+        if not whole or not 1 <= self.n < self.m:
+            raise BadInput(f"n:m keeps n of every m weights: expected whole 1 <= n < m, got {self.n!r}:{self.m!r}")
+
+    def _unfit(self, module: nn.Module) -> str | None:
+        if isinstance(module, _ConvTransposeNd):
+            return "is a transposed convolution"
+        channels = weight_shape(untransposed(module))[1]
+        return f"has {channels} input channels, which {self.m} does not divide" if channels % self.m else None
+
+    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+        kept = [_weight(model, name).numel() // self.m * self.n for name in analysis.layers]
+        return weight_plan(self, model, analysis, 1 - self.n / self.m, kept)
+
+    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        for layer in plan.layers:
+            weight = _weight(model, layer.name, by_rows=True)
+            blocks = weight.abs().unflatten(1, (-1, self.m)).movedim(2, -1)
+            stays = largest(blocks, self.n).movedim(-1, 2).flatten(1, 2)
+            weight.masked_fill_(~stays, 0.0)
+        return model
+
+
+def _lost_share(weight: Tensor) -> Tensor:
+    """Return for each entry the share of Σw² that goes if it goes, with all that are smaller: float64."""
+    squares, order = weight.double().square().flatten().sort()
+    lost = squares.cumsum(0)
+    tiny = torch.finfo(lost.dtype).tiny  # a weight of zeros loses nothing
+    return torch.empty_like(lost).scatter_(0, order, lost / lost[-1].clamp(min=tiny))
+
+
+def largest(x: Tensor, count: int) -> Tensor:
+    """Return the boolean mask of the ``count`` largest entries along the last dim; lower index first on ties."""
+    if count == 0:
+        return torch.zeros_like(x, dtype=torch.bool)
+    # Linear time, where a stable sort of a large network's weights takes seconds; topk leaves ties open.
+    smallest = x.kthvalue(x.shape[-1] - count + 1, dim=-1, keepdim=True).values
+    above, equal = x > smallest, x == smallest
+    room = count - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def weight_plan(
+    compressor: Compressor[Weights], model: nn.Module, analysis: Weights, ratio: float, kept: Sequence[int]
+) -> Plan:
+    """Return the plan that keeps ``kept`` entries of each layer's weight and every shape."""
+    modules = [model.get_submodule(name) for name in analysis.layers]
+    compressible: Mapping[str, int] = {
+        f"{name}.weight" if name else "weight": _weight(model, name).numel() for name in analysis.layers
+    }
+    layers = [
+        LayerPlan(
+            name=name,
+            kind=type(module).__name__,
+            kept=n,
+            total=_weight(model, name).numel(),
+            params=count_parameters(module),
+            params_dense=count_parameters(module),
+            shape=weight_shape(module),
+        )
+        for name, module, n in zip(analysis.layers, modules, kept, strict=True)
+    ]
+    return compressor._make_plan(
+        model,
+        analysis,
+        ratio=ratio,
+        removed=sum(layer.total - layer.kept for layer in layers),
+        compressible=compressible,
+        layers=layers,
+        params_after=count_parameters(model),
+    )
+
+
+def _weight(model: nn.Module, name: str, *, by_rows: bool = False) -> Tensor:
+    """Return the layer's weight without its gradient history, sharing its memory; ``by_rows``: filters first."""
+    module = model.get_submodule(name)
+    weight = (untransposed(module) if by_rows else module)._parameters.get("weight")
+    if weight is None:
+        raise BadInput(f"the plan is for another model: {name!r} has no weight of its own")
+    return weight.detach()

@@ -1,0 +1,1 @@
+"""What the program ``pliant`` does; a library user may ignore all of it."""

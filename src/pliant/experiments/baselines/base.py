@@ -1,0 +1,98 @@
+"""What most baselines are: SGD that changes the gradients before a step, or the weights after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from pliant.experiments.baselines.matrices import as_matrices, write_matrices
+
+
+class MatrixSGD(SGD):
+    """SGD with momentum and weight decay, and two places where a subclass may act.
+
+    A group with a ``"row_dim"`` holds the weights that the method is about, each read as matrices (blocks, rows,
+    columns), see :func:`~pliant.experiments.baselines.matrices.as_matrices`; all other groups take plain SGD steps.
+    What a penalty would add to the loss, :meth:`before` adds to the gradient: the same step, with no graph and no
+    automatic differentiation of a decomposition.
+
+    Args:
+        params: groups; ``"row_dim"`` and ``"blocks"`` in those of matrices.
+        lr: learning rate.
+        momentum: as in ``torch.optim.SGD``.
+        weight_decay: as in ``torch.optim.SGD``.
+        options: of the method, those of :attr:`options`; a group may have its own.
+    """
+
+    options: ClassVar[dict[str, Any]] = {}  # the method's own settings, with the values they have by default
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0, **options: Any
+    ) -> None:
+        strange = options.keys() - self.options.keys()
+        if strange:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(strange))}")
+        self._chosen = {**self.options, **options}
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one with a ``"row_dim"`` gets the options of the method."""
+        if param_group.get("row_dim") is None:
+            super().add_param_group({"row_dim": None, **param_group})
+        else:
+            super().add_param_group({"blocks": 1, **self._chosen, **param_group})
+
+    def before(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
+        """Return the gradient to take instead of ``g``, None for ``g``; shapes: (blocks, rows, columns)."""
+        return None
+
+    def after(self, w: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
+        """Return the weights to take instead of ``w`` after the step, None for ``w``; shapes: as above."""
+        return None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; raises FloatingPointError for a NaN or infinite gradient, before anything has changed."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_finite()
+        for p, group in self._weights():
+            assert p.grad is not None
+            w, g = (as_matrices(x, group["row_dim"], group["blocks"]) for x in (p, p.grad))
+            new = self.before(w, g, self.state[p], group)
+            if new is not None:
+                write_matrices(new, p.grad, group["row_dim"])
+        super().step()
+        for p, group in self._weights():
+            new = self.after(as_matrices(p, group["row_dim"], group["blocks"]), self.state[p], group)
+            if new is not None:
+                write_matrices(new, p, group["row_dim"])
+        return loss
+
+    def _weights(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for group in self.param_groups:
+            if group["row_dim"] is not None:
+                yield from ((p, group) for p in group["params"] if p.grad is not None)
+
+    def _check_finite(self) -> None:
+        # One reduction per tensor, one transfer for all.
+        named = [
+            (name, p.grad)
+            for group in self.param_groups
+            for name, p in zip(_names(group), group["params"], strict=True)
+            if p.grad is not None
+        ]
+        finite = torch.stack([g.isfinite().all().to(named[0][1].device) for _, g in named]).tolist() if named else []
+        bad = [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
+        if bad:
+            raise FloatingPointError(f"NaN or infinite gradient in {', '.join(bad[:5])}; the step was refused")
+
+
+def _names(group: dict[str, Any]) -> list[str]:
+    return group.get("param_names") or [f"a tensor of shape {tuple(p.shape)}" for p in group["params"]]

@@ -1,0 +1,1 @@
+"""Methods compared as a suite says."""

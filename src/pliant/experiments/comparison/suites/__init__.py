@@ -1,0 +1,340 @@
+"""Suites: what a comparison trains, searches and measures, read from YAML; the shipped ones lie beside this file.
+
+A suite names *tasks* (a data set and a network), *families* of compressors, and *methods*, each with the families it
+takes part in and its *trials*: the settings to choose from on the validation images, as many for every method.
+
+    settings: {epochs: 40}                    # of pliant train, for every run
+    tasks:
+      digits: {data: digits, model: resnet8}  # settings of one task
+    seeds: [0, 1, 2]
+    families:
+      rank:
+        - {compressor: rank, ratios: [0, 0.5, 0.9]}               # the first one decides the search
+        - {compressor: rank, whiten: false, ratios: [0, 0.5, 0.9]}
+    methods:
+      sgd: {families: [rank], trials: [{lr: 0.1}, {lr: 0.05}]}
+      ours: {method: sfw-rank, families: [rank], trials: {k: [0.1, 0.2]}}   # a mapping of lists is a grid
+    retraining: {method: sgd, schedules: [LLR], epochs: 5, ratios: [0.5, 0.9], rounds: [1]}
+    equal: [epochs, time]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pliant.compression.base import check_choice
+from pliant.errors import BadInput, DamagedFile, shown, unknown
+from pliant.experiments.baselines.retraining import SCHEDULES
+from pliant.experiments.methods import METHODS, with_defaults
+from pliant.experiments.sweep import parse_ratios
+from pliant.experiments.train import check_kinds, check_settings, train
+from pliant.experiments.workbench import check_names, pattern_compressor, record_name, resolve_scheme
+from pliant.records import CALIBRATION
+
+SHIPPED = Path(__file__).parent
+EQUAL = ("epochs", "time")
+_DEFAULTS = {n: p.default for n, p in inspect.signature(train).parameters.items() if n not in ("out", "resume")}
+# What a comparison decides itself, so no setting may.
+_RESERVED = ("seed", "method")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A compressor and the sizes at which it measures a network."""
+
+    compressor: str
+    points: tuple[tuple[float, str], ...]
+    """Pairs (ratio, pattern): the dense network is (0, "")."""
+    allocation: str = "global"
+    whiten: bool = True
+    scheme: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The compressor with its variant, as records name it."""
+        return record_name(self.compressor, self.whiten, self.scheme)
+
+    def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
+        """Return what tells the record of a point apart among those of a run."""
+        return (
+            self.name,
+            "" if self.compressor == "nm" else self.allocation,
+            0.0 if pattern else round(ratio, 6),
+            pattern,
+        )
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A method as it takes part in a comparison.
+
+    Args:
+        label: its name in the comparison.
+        method: its name in :data:`~pliant.experiments.methods.METHODS`.
+        families: names of the suite's families that it is measured in.
+        trials: settings to choose from; each names what it sets beside the suite's and the task's settings.
+    """
+
+    label: str
+    method: str
+    families: tuple[str, ...]
+    trials: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """The references that may train again: networks of ``method``, compressed, then trained for some epochs more.
+
+    In one round of both; where weights become zeros also in several, those of ``rounds``: iterative magnitude pruning.
+    """
+
+    method: str
+    schedules: tuple[str, ...]
+    epochs: int
+    ratios: tuple[float, ...]
+    rounds: tuple[int, ...] = (1,)
+
+    def measures(self, family: tuple[Measure, ...], rounds: int = 1) -> tuple[Measure, ...]:
+        """Return the first measure of a family at the ratios of the retraining; none if it cannot be made so."""
+        compressor = family[0].compressor
+        if compressor == "nm" or (rounds > 1 and compressor != "weights"):
+            return ()
+        points = tuple((ratio, "") for ratio in self.ratios)
+        return (dataclasses.replace(family[0], points=points),)
+
+    def check(self, epochs: int) -> None:
+        """Raise BadInput if a schedule goes back further than a training of so many epochs is long."""
+        if "LRW" in self.schedules and self.epochs > epochs:
+            raise BadInput(
+                f"retraining.epochs: LRW goes back at most the {epochs} epochs of the training, got {self.epochs}"
+            )
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A comparison to make; :meth:`open` reads and checks one."""
+
+    name: str
+    text: str
+    """As it was read."""
+    tasks: dict[str, dict[str, Any]]
+    """All settings of training by the name of the task, but method and seed."""
+    seeds: tuple[int, ...]
+    families: dict[str, tuple[Measure, ...]]
+    methods: tuple[Entrant, ...]
+    retraining: Retraining | None = None
+    equal: tuple[str, ...] = ("epochs",)
+    calibration: int = CALIBRATION
+
+    @classmethod
+    def open(cls, name: str | Path) -> Suite:
+        """Read a suite: a path, or the name of a shipped one.
+
+        Raises:
+            DamagedFile: there is no such file, or it is not YAML.
+            BadInput: a name or value in it is unknown or out of range, or its methods have unequal numbers of trials.
+        """
+        path = Path(name)
+        shipped = SHIPPED / f"{name}.yaml"
+        if path.suffix not in (".yaml", ".yml"):
+            if not shipped.is_file():
+                raise unknown("suite", str(name), [file.stem for file in SHIPPED.glob("*.yaml")])
+            path = shipped
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = yaml.safe_load(text)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise DamagedFile(f"{path}: expected a suite, got {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DamagedFile(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        try:
+            return dataclasses.replace(cls.from_dict(path.stem, content), text=text)
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, name: str, content: object) -> Suite:
+        """Return the suite that plain data describe; raises BadInput as :meth:`open` does."""
+        suite = _mapping("a suite", content, _SUITE)
+        common = _settings("settings", suite.get("settings", {}))
+        tasks = {
+            _name("task", task): {**_DEFAULTS, **common, **_settings(f"tasks.{task}", own)}
+            for task, own in _mapping("tasks", suite.get("tasks", {"": {}})).items()
+        }
+        families = {
+            _name("family", family): tuple(_measure(f"families.{family}", entry) for entry in _list(family, entries))
+            for family, entries in _mapping("families", suite["families"]).items()
+        }
+        methods = tuple(
+            _entrant(label, entry, families) for label, entry in _mapping("methods", suite["methods"]).items()
+        )
+        made = cls(
+            name=name,
+            text=yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
+            tasks=tasks,
+            seeds=tuple(_integers("seeds", suite.get("seeds", [0, 1, 2]))),
+            families=families,
+            methods=methods,
+            retraining=_retraining(suite.get("retraining"), methods),
+            equal=tuple(_list("equal", suite.get("equal", ["epochs"]))),
+            calibration=suite.get("calibration", CALIBRATION),
+        )
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        counts = {entrant.label: len(entrant.trials) for entrant in self.methods}
+        if len(set(counts.values())) != 1:
+            told = ", ".join(f"{label} {count}" for label, count in counts.items())
+            raise BadInput(f"a fair comparison gives every method the same number of trials; here: {told}")
+        for value in self.equal:
+            check_choice("equal", value, EQUAL)
+        if self.equal[:1] != ("epochs",):
+            raise BadInput("equal starts with epochs: the time of a step is measured in those runs")
+        if type(self.calibration) is not int or self.calibration < 2:
+            raise BadInput(f"calibration must be at least 2 images, got {shown(self.calibration)}")
+        pairs = list(itertools.product(self.tasks, self.methods))
+        if len({f"{task}-{entrant.label}" for task, entrant in pairs}) < len(pairs):
+            raise BadInput("two pairs of a task and a method have the same name, TASK-METHOD: rename a task")
+        for task, entrant in pairs:
+            for trial in entrant.trials:
+                settings = self.settings(task, entrant, trial, self.seeds[0])
+                try:
+                    check_kinds(settings)
+                    check_settings(settings)
+                    with_defaults(settings)
+                except BadInput as error:
+                    raise BadInput(f"methods.{entrant.label}: {error}") from None
+                if self.retraining is not None and self.retraining.method == entrant.label:
+                    self.retraining.check(settings["epochs"])
+
+    def settings(self, task: str, entrant: Entrant, trial: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Return all settings of one training."""
+        return {**self.tasks[task], **trial, "method": entrant.method, "seed": seed}
+
+
+_SUITE = {
+    "settings": False,
+    "tasks": False,
+    "seeds": False,
+    "families": True,
+    "methods": True,
+    "retraining": False,
+    "equal": False,
+    "calibration": False,
+}
+
+
+def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entrant:
+    where = f"methods.{label}"
+    fields = _mapping(where, entry, {"method": False, "families": True, "trials": False})
+    method = fields.get("method", label)
+    if method not in METHODS:
+        raise unknown(f"method of {where}", str(method), METHODS)
+    chosen = tuple(_list(f"{where}.families", fields["families"]))
+    for family in chosen:
+        check_choice(f"family of {where}", family, tuple(families))
+    trials = fields.get("trials", [{}])
+    if isinstance(trials, dict):
+        values = [_list(f"{where}.trials.{name}", of) for name, of in trials.items()]
+        trials = [dict(zip(trials, combination, strict=True)) for combination in itertools.product(*values)]
+    checked = tuple(_settings(f"{where}.trials", trial) for trial in _list(f"{where}.trials", trials))
+    if any(trial in checked[:i] for i, trial in enumerate(checked)):
+        raise BadInput(f"{where}.trials holds the same settings twice")
+    return Entrant(_name("method", label), method, chosen, checked)
+
+
+def _measure(where: str, entry: object) -> Measure:
+    optional = ("ratios", "patterns", "allocation", "whiten", "scheme")
+    fields = _mapping(where, entry, {"compressor": True, **dict.fromkeys(optional, False)})
+    compressor = fields["compressor"]
+    if not isinstance(compressor, str):
+        raise BadInput(f"{where}: a compressor is text, got {shown(compressor)}")
+    allocation = fields.get("allocation", "global")
+    check_names(compressor, allocation)
+    scheme = resolve_scheme(compressor, fields.get("scheme"))
+    whiten = fields.get("whiten", True)
+    if not isinstance(whiten, bool):
+        raise BadInput(f"{where}.whiten is true or false, got {shown(whiten)}")
+    if (compressor == "nm") == ("ratios" in fields) or (compressor != "nm") == ("patterns" in fields):
+        raise BadInput(f"{where}: nm takes patterns, such as ['2:4'], every other compressor ratios")
+    if compressor == "nm":
+        patterns = _list(f"{where}.patterns", fields["patterns"])
+        for pattern in patterns:
+            pattern_compressor(str(pattern))
+        points = [(0.0, ""), *((0.0, str(pattern)) for pattern in patterns)]
+    else:
+        points = [(ratio, "") for ratio in parse_ratios(_list(f"{where}.ratios", fields["ratios"]))]
+        if points[0][0] != 0:
+            raise BadInput(f"{where}.ratios starts with 0, the dense network")
+    return Measure(compressor, tuple(points), allocation, whiten, scheme)
+
+
+def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | None:
+    if entry is None:
+        return None
+    known = {"method": True, "schedules": True, "epochs": True, "ratios": True, "rounds": False}
+    fields = _mapping("retraining", entry, known)
+    check_choice("method of retraining", fields["method"], tuple(entrant.label for entrant in methods))
+    schedules = tuple(_list("retraining.schedules", fields["schedules"]))
+    for schedule in schedules:
+        check_choice("schedule of retraining", schedule, SCHEDULES)
+    epochs = fields["epochs"]
+    if type(epochs) is not int or epochs < 1:
+        raise BadInput(f"retraining.epochs must be an integer of at least 1, got {shown(epochs)}")
+    ratios = tuple(parse_ratios([0, *_list("retraining.ratios", fields["ratios"])]))
+    rounds = tuple(_list("retraining.rounds", fields.get("rounds", [1])))
+    if any(type(count) is not int or count < 1 for count in rounds):
+        raise BadInput(f"retraining.rounds must be integers of at least 1, got {shown(list(rounds))}")
+    return Retraining(fields["method"], schedules, epochs, ratios, rounds)
+
+
+def _settings(where: str, value: object) -> dict[str, Any]:
+    settings = _mapping(where, value)
+    for name in settings:
+        if name in _RESERVED:
+            raise BadInput(f"{where} may not set {name}: the comparison does")
+        if name not in _DEFAULTS:
+            raise unknown(f"setting in {where}", str(name), _DEFAULTS)
+    return settings
+
+
+def _mapping(where: str, value: object, known: Mapping[str, bool] | None = None) -> dict[str, Any]:
+    """Return a mapping; ``known`` tells the names it may have and which of them it must have."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise BadInput(f"expected names and values for {where}, got {value!r:.60}")
+    if known is not None:
+        for name in value:
+            if name not in known:
+                raise unknown(f"entry of {where}", name, known)
+        if missing := [name for name, required in known.items() if required and name not in value]:
+            raise BadInput(f"{where} lacks {', '.join(missing)}")
+    return value
+
+
+def _list(where: str, value: object) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise BadInput(f"expected a list of at least one entry for {where}, got {value!r:.60}")
+    return value
+
+
+def _integers(where: str, value: object) -> list[int]:
+    numbers = _list(where, value)
+    if any(type(number) is not int or number < 0 for number in numbers) or len(set(numbers)) < len(numbers):
+        raise BadInput(f"{where} are different integers of at least 0, got {value!r:.60}")
+    return numbers
+
+
+def _name(kind: str, name: str) -> str:
+    """Return a name that may stand in the name of a folder."""
+    if name and not all(letter.isalnum() or letter in "-_." for letter in name):
+        raise BadInput(f"the name of a {kind} has letters, digits, '-', '_' and '.' only, got {shown(name)}")
+    return name

@@ -1,0 +1,129 @@
+"""Compressing one run to one size, as a folder that :func:`pliant.load` reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pliant.compression import LowRank
+from pliant.compression.base import check_ratio
+from pliant.compression.budgets import one_budget
+from pliant.errors import BadInput
+from pliant.experiments.run_folder import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config, write_plan
+from pliant.experiments.sweep import PATTERN, check_pattern, describe
+from pliant.experiments.workbench import Trial, check_names, pattern_compressor
+from pliant.files import making_folder, remove_leftovers, write_text
+from pliant.records import CALIBRATION, factorises
+
+
+def compress_run(
+    run: str | Path,
+    compressor: str = "filters",
+    ratio: float | None = None,
+    keep_params: float | None = None,
+    keep_macs: float | None = None,
+    max_bytes: int | None = None,
+    max_latency_ms: float | None = None,
+    max_drop: float | None = None,
+    allocation: str = "global",
+    pattern: str | None = None,
+    calibration: int = CALIBRATION,
+    precision: str = "auto",
+    whiten: bool = True,
+    scheme: str | None = None,
+    out: str | None = None,
+) -> Path:
+    """Compress a trained network to one size, without retraining, and write it to a folder.
+
+    The size is a ratio or one budget: the largest network that meets it, for max_drop the smallest one.
+
+    The folder holds model.safetensors, plan.json (what was kept), record.json (what it achieves), config.yaml and
+    shape.json.
+
+    Args:
+        run: run folder, as pliant train makes it.
+        compressor: filters, heads, rank, weights or nm, or a chain such as filters+rank or rank+int8.
+        ratio: share of the compressible parameters to remove; 0.5 if there is no budget either.
+        keep_params: instead of a ratio, share of all parameters that may stay.
+        keep_macs: instead of a ratio, share of the multiply-accumulates that may stay.
+        max_bytes: instead of a ratio, size of model.safetensors.
+        max_latency_ms: instead of a ratio, milliseconds per image, measured here and now.
+        max_drop: instead of a ratio, how much accuracy on the validation images may be lost, such as 0.01.
+        allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
+            keeps the same share of its energy (energy).
+        pattern: N:M for nm, instead of the ratio; by default 2:4.
+        calibration: training images for whitening and the BatchNorm re-estimation.
+        precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
+        whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
+        scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
+            or whichever loses less energy, layer by layer (best).
+        out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run, with what is not as usual in between, such
+            as in RUN-rank-channel-uniform-0.5.
+
+    Raises:
+        BadInput: an unknown name, a value out of range, two sizes, or the folder exists.
+        Busy: another process is making the folder.
+        DamagedFile: the run folder or its data cannot be read.
+        Refused: nothing can be removed from this network, or the budget is out of reach.
+    """
+    check_names(compressor, allocation)
+    limits = {
+        "keep_params": keep_params,
+        "keep_macs": keep_macs,
+        "max_bytes": max_bytes,
+        "max_latency_ms": max_latency_ms,
+        "max_drop": max_drop,
+    }
+    budget = None if all(limit is None for limit in limits.values()) else one_budget(**limits)
+    if budget is not None and (ratio is not None or compressor == "nm"):
+        raise BadInput(f"{'a pattern' if compressor == 'nm' else '--ratio'} and --{budget.kind} exclude each other")
+    check_pattern(compressor, pattern, ratio=ratio)
+    pattern = pattern or PATTERN
+    ratio = 0.5 if ratio is None else ratio
+    check_ratio(ratio)
+    if compressor == "nm":
+        pattern_compressor(pattern)  # for its BadInput, before anything is measured
+    size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if compressor == "nm" else ""}
+    source = Run.open(run)
+    options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
+    trial = Trial(source, compressor, whiten=whiten, scheme=scheme, **options)
+    label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
+    if max_drop is not None and precision != "auto":  # the accuracy that it asks for is measured in this precision
+        label = f"{precision}-{label}"
+    name = "-".join([source.name, compressor, *_unusual(trial), label])
+    folder = Path(out) if out else source.path.resolve().with_name(name)
+    remove_leftovers(folder)
+    if folder.exists():
+        raise BadInput(f"--out: {folder} exists: choose another --out, or remove it")
+    if (source.path / PLAN).exists():
+        raise BadInput(f"{run} is compressed already: give the run folder it was made from")
+    with making_folder(folder) as fresh:  # first, for a place that cannot be written to is soon noticed
+        network, plan, record = trial.measure(**size) if budget is None else trial.fit(budget)
+        save_weights(network, fresh / WEIGHTS)
+        write_plan(fresh / PLAN, plan)
+        write_config(fresh / CONFIG, source.config)
+        shutil.copyfile(source.path / SHAPE, fresh / SHAPE)
+        write_text(fresh / "record.json", json.dumps(record.to_dict(), indent=1) + "\n")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(str(plan), markup=False)
+    console.print(describe(record), markup=False)
+    console.print(f"{folder}  {record.bytes_dense:,} -> {record.bytes:,} bytes", markup=False)
+    return folder
+
+
+def _unusual(trial: Trial) -> list[str]:
+    """Return the words for all options that make another network than the usual ones would."""
+    words = []
+    if factorises(trial.compressor) and not trial.whiten:
+        words.append("plain")
+    if trial.scheme not in (None, LowRank.scheme):
+        words.append(trial.scheme)
+    if trial.allocation not in ("", "global"):  # nm has none
+        words.append(trial.allocation)
+    if trial.calibration != CALIBRATION:
+        words.append(f"calibration{trial.calibration}")
+    return words

@@ -1,0 +1,65 @@
+"""Images that stay in their files: for data sets that do not fit in memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pliant.experiments.data.decoding import decoder, encoded
+
+AHEAD = 2  # batches that are decoded while one is in use
+
+
+class ImageFiles:
+    """Stands for uint8 images (N, 3, size, size) that are decoded when a batch asks for them.
+
+    Grey images become RGB here, for no more than the names of the files is known. A file that is missing, damaged or
+    no image of 8 bits is found out when its turn comes: `DamagedFile` or `BadInput`, with its name.
+    """
+
+    def __init__(self, files: Sequence[str], size: int) -> None:
+        self.files = files
+        self.shape = (len(files), 3, size, size)
+
+    def part(self, mask: Tensor) -> ImageFiles:
+        """Return the images of a boolean mask (N,)."""
+        return ImageFiles([self.files[row] for row in mask.nonzero().flatten().tolist()], self.shape[2])
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the images of each tensor of row numbers, in order, while threads decode those that come next."""
+        threads = _threads()
+        pool = ThreadPoolExecutor(threads, "pliant-images")
+        picture = decoder(self.shape[2])
+        waiting: deque[list[Future[NDArray[np.uint8]]]] = deque()
+        try:
+            for batch in rows:
+                shares = [share.tolist() for share in batch.tensor_split(threads) if len(share)]
+                waiting.append([pool.submit(self._pixels, picture, share) for share in shares])
+                if len(waiting) > AHEAD:
+                    yield _joined(waiting.popleft())
+            while waiting:
+                yield _joined(waiting.popleft())
+        finally:  # also where nobody asks for the rest
+            pool.shutdown(cancel_futures=True)
+
+    def _pixels(self, picture: Callable[[str, dict[str, Any]], Any], rows: list[int]) -> NDArray[np.uint8]:
+        images = [picture(self.files[row], encoded(self.files[row])) for row in rows]
+        return np.stack([np.asarray(image.convert("RGB")) for image in images])
+
+
+def _joined(shares: list[Future[NDArray[np.uint8]]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([share.result() for share in shares])).permute(0, 3, 1, 2)
+
+
+def _threads() -> int:
+    """Return how many cores this process may use, its share where torchrun started several on the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

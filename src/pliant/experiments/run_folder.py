@@ -1,0 +1,256 @@
+"""Run folders: what training leaves behind, and how later steps read it.
+
+runs/NAME/config.yaml        the settings; `pliant train --config` takes it
+          shape.json         the network's classes and image shape, so that loading it needs no data
+          env.json           versions and machine
+          train.jsonl        one line per epoch
+          checkpoint/        to go on with --resume
+          model.safetensors  the trained weights, once training is complete
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+from torch import nn
+
+import pliant
+from pliant.compression import Plan, skeleton
+from pliant.errors import BadInput, DamagedFile, shown
+from pliant.experiments.data.images import ImageData, load_data
+from pliant.experiments.models import build_model
+from pliant.files import sha256, write_bytes, write_text
+from pliant.jsonl import read_lines
+from pliant.measuring import state_tensors
+
+CONFIG, SHAPE, WEIGHTS, PLAN, LOG = "config.yaml", "shape.json", "model.safetensors", "plan.json", "train.jsonl"
+_REQUIRED = ("data", "model", "method", "seed")
+_KINDS: dict[str, Any] = {
+    "data": str,
+    "data_dir": str | None,
+    "image_size": int | None,
+    "model": str,
+    "width": int | float,
+    "method": str,
+    "seed": int,
+    "precision": str,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with a trained network.
+
+    Args:
+        path: the folder.
+        config: the settings of the training, as in config.yaml.
+        loaded: the data set that they name, if it is in memory already.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    loaded: ImageData | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, loaded: ImageData | None = None) -> Run:
+        """Read a run folder; raises DamagedFile if it is none."""
+        path = Path(path)
+        file = path / CONFIG
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamagedFile(f"{path} is not a run folder: it has no {CONFIG}; make one with pliant train") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
+            raise DamagedFile(f"{file} is damaged: {' '.join(str(error).split())}") from None
+        missing = [key for key in _REQUIRED if not isinstance(config, dict) or key not in config]
+        if missing:
+            raise DamagedFile(f"{file} is damaged: it lacks {', '.join(missing)}")
+        for key, kinds in _KINDS.items():
+            if key in config and not isinstance(config[key], kinds):
+                raise DamagedFile(f"{file} is damaged: {key} is {shown(config[key])}")
+        return cls(path, config, loaded)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The data set the network was trained on."""
+        if self.loaded is not None:
+            return self.loaded
+        return load_data(self.config["data"], self.config.get("data_dir"), image_size=self.config.get("image_size"))
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the trained weights, hexadecimal."""
+        return sha256(self._weights())
+
+    @property
+    def seconds(self) -> float:
+        """What the epochs took, with their validation; raises DamagedFile if the log is none."""
+        return sum(read_lines(self.path / LOG, _seconds, "epochs"))
+
+    def build(self) -> nn.Module:
+        """Return the network, newly initialised; the global random state is left as it is."""
+        num_classes, image_shape = read_shape(self.path)
+        with torch.random.fork_rng(devices=[]):
+            try:
+                return build_model(
+                    self.config["model"],
+                    num_classes=num_classes,
+                    image_shape=image_shape,
+                    width=self.config.get("width", 1.0),
+                )
+            except BadInput as error:
+                raise BadInput(f"{self.path}: {error}") from error
+
+    def load(self) -> nn.Module:
+        """Return the trained network in eval mode, on the CPU; raises DamagedFile for weights that do not fit."""
+        model = self.build()
+        load_weights(model, self._weights())
+        return model.eval()
+
+    def _weights(self) -> Path:
+        path = self.path / WEIGHTS
+        if not path.is_file():
+            raise DamagedFile(f"{path} is missing: training is not complete; finish it with pliant train --resume")
+        return path
+
+
+def _seconds(entry: dict[str, Any]) -> float:
+    seconds = entry.get("seconds")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0:
+        raise BadInput(f"an epoch needs its seconds, got {shown(seconds)}")
+    return float(seconds)
+
+
+def load(path: str | Path) -> nn.Module:
+    """Return the network of a run folder, or of a folder that ``pliant compress`` wrote, in eval mode on the CPU.
+
+    Nothing is unpickled: the network is built anew, compressed as its plan says, and takes the stored weights.
+    Raises DamagedFile for a folder that is neither or is damaged.
+    """
+    path = Path(path)
+    run = Run.open(path)
+    return rebuild(run.build(), path) if (path / PLAN).exists() else run.load()
+
+
+def rebuild(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Return the network that ``pliant.export`` or ``pliant compress`` wrote, in eval mode on the CPU.
+
+    Nothing is unpickled: a copy of ``model`` is compressed as the folder's plan.json says, if there is one, and takes
+    the weights of its model.safetensors.
+
+    Args:
+        model: freshly built by the constructor that the exported network came from.
+        folder: the folder.
+
+    Raises:
+        DamagedFile: a file is missing or damaged, or the weights belong to another model.
+        BadInput: the plan is for another model.
+    """
+    folder = Path(folder)
+    plan = read_plan(folder / PLAN) if (folder / PLAN).exists() else None
+    if not (folder / WEIGHTS).is_file():
+        raise DamagedFile(f"{folder} has no {WEIGHTS}: give a folder that pliant export or pliant compress wrote")
+    small = copy.deepcopy(model) if plan is None else _compressed(model, plan, folder / PLAN)
+    load_weights(small, folder / WEIGHTS)
+    return small.cpu().eval()
+
+
+def _compressed(model: nn.Module, plan: Plan, path: Path) -> nn.Module:
+    try:
+        return skeleton(model, plan)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except Exception as error:  # what is kept of a layer may be wrong in as many ways as there are compressors
+        reason = (str(error).splitlines() or [""])[0]
+        raise DamagedFile(f"{path} is damaged ({type(error).__name__}: {reason})") from error
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a compression plan; raises DamagedFile if it is none."""
+    try:
+        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 raise the one, thousands of brackets the other
+        raise DamagedFile(f"{path} is damaged: {error}") from None
+    except DamagedFile as error:
+        raise DamagedFile(f"{path}: {error}") from None
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a compression plan for :func:`read_plan`, in one step."""
+    write_text(path, json.dumps(plan.to_dict(), indent=1) + "\n")
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the parameters and buffers of a model as safetensors, in one step."""
+    write_bytes(path, safetensors.torch.save(state_tensors(model)))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load what :func:`save_weights` wrote; raises DamagedFile if the file is damaged or of another model."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from None
+    expected = state_tensors(model)
+    differing = [
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in expected
+        or name not in tensors
+        or expected[name].shape != tensors[name].shape
+        or expected[name].is_floating_point() != tensors[name].is_floating_point()
+    ]
+    if differing:
+        shown = ", ".join(sorted(differing)[:3])
+        raise DamagedFile(f"{path} belongs to another model: {len(differing)} tensors differ, such as {shown}")
+    model.load_state_dict(tensors, strict=False)  # tied tensors are stored once; the names were compared above
+
+
+def read_shape(folder: Path) -> tuple[int, tuple[int, int, int]]:
+    """Return what :func:`write_shape` wrote: the number of classes and (channels, height, width) of an image."""
+    try:
+        shape = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
+        num_classes, (channels, height, width) = int(shape["num_classes"]), map(int, shape["image_shape"])
+    except FileNotFoundError:
+        raise DamagedFile(f"{folder / SHAPE} is missing: restore it, or train anew") from None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise DamagedFile(f"{folder / SHAPE} is damaged: {error}") from None
+    return num_classes, (channels, height, width)
+
+
+def write_shape(folder: Path, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    """Write what a network needs to be built but its settings."""
+    write_text(folder / SHAPE, json.dumps({"num_classes": num_classes, "image_shape": image_shape}) + "\n")
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write settings as YAML in one step."""
+    write_text(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a measurement depends on."""
+    return {
+        "pliant": pliant.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }

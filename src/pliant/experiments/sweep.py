@@ -1,0 +1,135 @@
+"""Sweeping: one trained network at many sizes, without retraining; one record each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pliant.compression.base import check_ratio
+from pliant.errors import BadInput
+from pliant.experiments.run_folder import Run
+from pliant.experiments.workbench import Trial, check_names, pattern_compressor
+from pliant.files import locked
+from pliant.jsonl import check_appendable
+from pliant.records import CALIBRATION, Record, append_record, read_records
+
+RATIOS, PATTERN = "0,0.3,0.5,0.7,0.8,0.9", "2:4"
+
+
+def sweep(
+    runs: str | Path | Sequence[str | Path],
+    compressor: str = "filters",
+    ratios: str | Sequence[float] | None = None,
+    allocation: str = "global",
+    pattern: str | None = None,
+    calibration: int = CALIBRATION,
+    precision: str = "auto",
+    whiten: bool = True,
+    scheme: str | None = None,
+    out: str = "records.jsonl",
+) -> Path:
+    """Compress trained networks at many ratios, measure each, and append the records to a file.
+
+    Records that the file has already, measured with the same settings, are skipped: a stopped sweep goes on.
+
+    Args:
+        runs: run folders, as pliant train makes them.
+        compressor: filters, heads, rank, weights or nm, or a chain such as filters+rank or rank+int8.
+        ratios: shares of the compressible parameters to remove, such as 0,0.5,0.9; 0 is the dense network; by
+            default 0,0.3,0.5,0.7,0.8,0.9.
+        allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
+            keeps the same share of its energy (energy).
+        pattern: for nm, instead of ratios: one or more N:M, such as 2:4,1:4; by default 2:4.
+        calibration: training images for whitening and the BatchNorm re-estimation.
+        precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
+        whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
+        scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
+            or whichever loses less energy, layer by layer (best).
+        out: file of records to append to.
+
+    Raises:
+        BadInput: an unknown name, or a value out of range.
+        DamagedFile: a run folder, its data or the file of records cannot be read.
+        Busy: another process is appending to the file.
+    """
+    check_names(compressor, allocation)
+    check_pattern(compressor, pattern, ratios=ratios)
+    if compressor == "nm":
+        points = _patterns(pattern or PATTERN)
+    else:
+        points = [(ratio, "") for ratio in parse_ratios(RATIOS if ratios is None else ratios)]
+    opened = [Run.open(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    if not opened:
+        raise BadInput("expected at least one run folder, got none")
+    path = Path(out)
+    options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
+    trials = [Trial(run, compressor, whiten=whiten, scheme=scheme, **options) for run in opened]
+    if path.exists():
+        read_records(path)  # for its DamagedFile, before anything is made
+    check_appendable(path)
+    with locked(path):
+        _append_missing(path, trials, points)
+    return path
+
+
+def _append_missing(path: Path, trials: list[Trial], points: list[tuple[float, str]]) -> None:
+    """Measure the points of every trial that the file of records does not have, and append them one by one."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    existing = {record.key() for record in read_records(path)} if path.exists() else set()
+    for trial in trials:
+        missing = [point for point in points if trial.key(*point) not in existing]
+        if len(missing) < len(points):
+            skipped = f"{len(points) - len(missing)} records exist already, skipped"
+            console.print(f"{trial.run.name}  {trial.compressor}: {skipped}")
+        for ratio, pattern_or_none in missing:
+            _, _, record = trial.measure(ratio, pattern_or_none)
+            append_record(path, record)
+            existing.add(record.key())
+            console.print(describe(record))
+
+
+def parse_ratios(ratios: str | Sequence[float]) -> list[float]:
+    """Return ratios from a list or from text such as "0,0.5,0.9"; raises BadInput for anything else."""
+    parts = ratios.split(",") if isinstance(ratios, str) else list(ratios)
+    try:
+        parsed = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        raise BadInput(f"ratios are numbers separated by commas, such as 0,0.5,0.9; got {ratios!r}") from None
+    if not parsed:
+        raise BadInput("expected at least one of the ratios, got none")
+    for ratio in parsed:
+        check_ratio(ratio)
+    return list(dict.fromkeys(parsed))
+
+
+def check_pattern(compressor: str, pattern: str | None, **ratio: object) -> None:
+    """Raise BadInput if a pattern is given to a compressor that takes a ratio, or a ratio to one of patterns."""
+    ((name, given),) = ratio.items()
+    if pattern is not None and compressor != "nm":
+        raise BadInput(f"--pattern {pattern} is for the compressor nm; {compressor} takes --{name}")
+    if given is not None and compressor == "nm":
+        raise BadInput(f"--{name} {given} is not for the compressor nm: it takes a --pattern such as 2:4")
+
+
+def describe(record: Record) -> str:
+    """Return a record as one line for a person."""
+    name = record.pattern or f"ratio {record.ratio:g}"
+    size = (
+        f"non-zeros {record.nonzero / record.params_dense:.1%}"
+        if record.params == record.params_dense and record.ratio
+        else f"params {record.params / record.params_dense:.1%}"
+    )
+    return (
+        f"{record.run}  {record.compressor} {name}  top1 {record.top1:.1%} (raw {record.top1_raw:.1%}, "
+        f"dense {record.top1_dense:.1%})  {size}  MACs {record.macs / record.macs_dense:.1%}"
+    )
+
+
+def _patterns(patterns: str) -> list[tuple[float, str]]:
+    """Return (ratio, pattern) pairs to measure: the dense network, then each pattern."""
+    for pattern in patterns.split(","):
+        pattern_compressor(pattern)  # for its BadInput, before anything is measured
+    return [(0.0, ""), *((0.0, pattern) for pattern in dict.fromkeys(patterns.split(",")))]

@@ -1,0 +1,320 @@
+"""One trained network under one compressor: what is left at a ratio or within a budget, and what it cost.
+
+Sweeping and compressing a run both ask a :class:`Trial`. The analysis of the network (dependency graph, singular value
+decompositions) is made once and serves every ratio.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant import measuring
+from pliant.compression import (
+    Chain,
+    Compressor,
+    FilterPruning,
+    HeadPruning,
+    Int8,
+    LowRank,
+    Magnitude,
+    Plan,
+    SemiStructured,
+    budgets,
+    reestimate_batchnorm,
+)
+from pliant.compression.base import ALLOCATIONS, check_choice
+from pliant.errors import BadInput
+from pliant.experiments.data.images import Loader
+from pliant.experiments.methods import parse_pattern
+from pliant.experiments.run_folder import Run, versions
+from pliant.records import CALIBRATION, Key, LayerCount, Record, factorises, record_key
+from pliant.structure.layers import SCHEMES
+
+COMPRESSORS = ("filters", "heads", "rank", "weights", "nm")
+LINKS = ("filters", "heads", "rank", "weights", "int8")
+"""What may stand in a chain such as filters+rank+int8."""
+UNITS = {
+    "FilterPruning": "channels",
+    "HeadPruning": "heads",
+    "LowRank": "rank",
+    "Magnitude": "weights",
+    "SemiStructured": "weights",
+}
+LATENCY_BATCH = 1
+
+Refine = Callable[[nn.Module, int], nn.Module]
+
+
+class Trial:
+    """A run and a compressor, ready to be measured at any ratio.
+
+    Args:
+        run: a trained network.
+        compressor: one of :data:`COMPRESSORS`, or a chain of :data:`LINKS` joined by "+".
+        allocation: "uniform", "global" or "energy"; without meaning for nm.
+        calibration: number of training images for whitening and the BatchNorm re-estimation, a fixed choice, not
+            augmented.
+        precision: of the accuracy's forward passes, as in training; "auto" is the run's own.
+        whiten: whether rank looks at the calibration images.
+        scheme: how rank factorises convolutions, as :class:`LowRank` says.
+
+    Raises:
+        BadInput: an unknown name, a value out of range, or options that exclude each other.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        compressor: str,
+        *,
+        allocation: str = "global",
+        calibration: int = CALIBRATION,
+        precision: str = "auto",
+        whiten: bool = True,
+        scheme: str | None = None,
+    ) -> None:
+        check_names(compressor, allocation)
+        self.scheme = resolve_scheme(compressor, scheme)
+        if calibration < 2:
+            raise BadInput(f"--calibration must be at least 2 images, got {calibration}")
+        self.run = run
+        self.compressor = compressor
+        self.whiten = whiten and factorises(compressor)
+        self.allocation = "" if compressor == "nm" else allocation
+        self.calibration = calibration
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = run.config.get("precision", "auto") if precision == "auto" else precision
+        self.precision = measuring.resolve_precision(wanted, self.device)
+        self._analyses: dict[type, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The compressor as records name it: with its variant."""
+        return record_name(self.compressor, self.whiten, self.scheme)
+
+    def key(self, ratio: float, pattern: str = "") -> Key:
+        """Return the :meth:`Record.key` that the record of this ratio or pattern has, without measuring."""
+        return record_key(
+            run=self.run.name,
+            weights=self.run.weights_hash,
+            compressor=self.name,
+            allocation=self.allocation,
+            ratio=ratio,
+            pattern=pattern,
+            config=self._settings,
+        )
+
+    def measure(
+        self, ratio: float, pattern: str = "", refine: Refine | None = None, ratios_before: Sequence[float] = ()
+    ) -> tuple[nn.Module, Plan, Record]:
+        """Compress to a ratio (nm: a pattern, or ratio 0 for none) and measure.
+
+        Returns the compressed network with re-estimated BatchNorm statistics, in eval mode, the plan and the record.
+        With ``refine``, what it makes of the compressed network, and of the number of times that it was called before,
+        is measured instead of that. With ``ratios_before``, the network is compressed to each of them and refined
+        first; for compressors that set weights to zero, whose ratios all are those of the dense network.
+        """
+        small = self.dense
+        for index, each in enumerate((*ratios_before, ratio)):
+            small, plan = self._compressed(small, each, pattern)
+            if refine is not None:
+                small = refine(small, index)
+        return self._measured(small, plan, plan.ratio_removed if pattern else ratio, pattern)
+
+    def validate(self, ratio: float, pattern: str = "") -> tuple[float, float]:
+        """Compress as :meth:`measure` does; return the removed share of all parameters and the validation accuracy.
+
+        Where parameters become zeros instead of leaving, it is the share of the non-zeros. Test images are not seen.
+        """
+        small = self._settled(self._compressed(self.dense, ratio, pattern)[0])
+        left = measuring.parameters(small) / measuring.parameters(self.dense)
+        if left == 1:
+            left = measuring.nonzero(small) / measuring.nonzero(self.dense)
+        return 1 - left, self._accuracy(small, "val")
+
+    def _compressed(self, network: nn.Module, ratio: float, pattern: str) -> tuple[nn.Module, Plan]:
+        compressor = self._compressor(ratio, pattern)
+        analysis = self._analysis(compressor) if network is self.dense else None
+        plan = compressor.plan(network, self._images(2), analysis=analysis)
+        return compressor.apply(network, plan, analysis=analysis), plan
+
+    def fit(self, budget: budgets.Budget) -> tuple[nn.Module, Plan, Record]:
+        """Compress to a budget and measure; returns what :meth:`measure` does. Costs are those of one image."""
+        compressor = self._compressor(0.5)
+
+        def accuracy(network: nn.Module) -> float:
+            return self._accuracy(network if network is self.dense else self._settled(network), "val")
+
+        one = self._images(LATENCY_BATCH)
+        plan = budgets.fit(self.dense, compressor, one, budget, self._analysis(compressor), accuracy)
+        small = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
+        return self._measured(small, plan, plan.ratio, "", budget=str(budget))
+
+    def _analysis(self, compressor: Compressor[Any]) -> Any:
+        kind = type(compressor)
+        if kind not in self._analyses:
+            images = self._calibration_images if self.whiten else None
+            self._analyses[kind] = compressor.analyse(self.dense, self._images(2), images)
+        return self._analyses[kind]
+
+    def _settled(self, network: nn.Module) -> nn.Module:
+        return reestimate_batchnorm(network, self._calibration_images)
+
+    def _measured(
+        self, raw: nn.Module, plan: Plan, ratio: float, pattern: str, **settings: str
+    ) -> tuple[nn.Module, Plan, Record]:
+        small = self._settled(raw)
+        one = self._images(LATENCY_BATCH)
+        latency, latency_dense = measuring.latencies([small, self.dense], one)
+        record = Record(
+            run=self.run.name,
+            method=self.run.config["method"],
+            model=self.run.config["model"],
+            data=self.run.config["data"],
+            seed=self.run.config["seed"],
+            compressor=self.name,
+            allocation=self.allocation,
+            pattern=pattern,
+            ratio=ratio,
+            ratio_removed=plan.ratio_removed,
+            top1=self._accuracy(small, "test"),
+            top1_raw=self._accuracy(raw, "test"),
+            top1_dense=self._dense_costs["top1"],
+            val_top1=self._accuracy(small, "val"),
+            val_top1_raw=self._accuracy(raw, "val"),
+            params=measuring.parameters(small),
+            params_dense=measuring.parameters(self.dense),
+            nonzero=measuring.nonzero(small),
+            nonzero_dense=self._dense_costs["nonzero"],
+            macs=measuring.macs(small, one),
+            macs_dense=self._dense_costs["macs"],
+            bytes=measuring.file_bytes(small),
+            bytes_dense=self._dense_costs["bytes"],
+            latency_s=latency,
+            latency_dense_s=latency_dense,
+            latency_batch=LATENCY_BATCH,
+            chance=1 / self.run.data.num_classes,
+            layers=_layer_counts(plan),
+            refused=[list(pair) for pair in plan.refused],
+            weights=self.run.weights_hash,
+            config=self.run.config | self._settings | settings,
+            versions=versions(),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        return small, plan, record
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The trained network."""
+        return self.run.load().to(self.device)
+
+    @cached_property
+    def _dense_costs(self) -> dict[str, Any]:
+        return {
+            "top1": self._accuracy(self.dense, "test"),
+            "nonzero": measuring.nonzero(self.dense),
+            "macs": measuring.macs(self.dense, self._images(1)),
+            "bytes": measuring.file_bytes(self.dense),
+        }
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"calibration": self.calibration, "evaluation_precision": self.precision}
+
+    @cached_property
+    def _calibration_images(self) -> Loader:
+        count = min(self.calibration, len(self.run.data.train))
+        batch = math.ceil(count / math.ceil(count / 256))  # batches as equal as can be: each has the same weight
+        return Loader(self.run.data, "train", batch, limit=count)
+
+    def _compressor(self, ratio: float, pattern: str = "") -> Compressor[Any]:
+        if pattern:
+            return pattern_compressor(pattern)
+        if self.compressor == "nm":
+            return Magnitude(ratio=0.0)  # the dense network of a sweep over patterns
+        links = [self._link(name) for name in self.compressor.split("+")]
+        return (links[0] if len(links) == 1 else Chain(*links)).at(ratio)
+
+    def _link(self, name: str) -> Compressor[Any]:
+        if name == "int8":
+            return Int8()
+        if name == "rank":
+            return LowRank(allocation=self.allocation, whiten=self.whiten, scheme=self.scheme or LowRank.scheme)
+        kinds: dict[str, Any] = {"filters": FilterPruning, "heads": HeadPruning, "weights": Magnitude}
+        compressor: Compressor[Any] = kinds[name](allocation=self.allocation)
+        return compressor
+
+    def _accuracy(self, model: nn.Module, split: str) -> float:
+        return measuring.evaluate(model, Loader(self.run.data, split, 512), self.device, self.precision)
+
+    def _images(self, count: int) -> Tensor:
+        return next(iter(Loader(self.run.data, "val", count)))[0].to(self.device).contiguous()
+
+
+def record_name(compressor: str, whiten: bool, scheme: str | None = None) -> str:
+    """Return the name that records give a compressor: with its variant. ``scheme``: None for the default."""
+    scheme = resolve_scheme(compressor, scheme)
+    words = [compressor]
+    if whiten and factorises(compressor):
+        words.append("whitened")
+    if scheme is not None and scheme != "channel":  # the only one when the first records were made
+        words.append(scheme)
+    return "-".join(words)
+
+
+def check_names(compressor: str, allocation: str) -> None:
+    """Raise BadInput for an unknown compressor or allocation, or a chain that cannot be."""
+    links = compressor.split("+")
+    if len(links) == 1:
+        check_choice("compressor", compressor, COMPRESSORS)
+    for link in links if len(links) > 1 else ():
+        check_choice("compressor in a chain", link, LINKS)
+    if "int8" in links and links.index("int8") < len(links) - 1:
+        raise BadInput(
+            f"int8 is the last compressor of a chain, for nothing compresses eight-bit weights; got {compressor!r}"
+        )
+    check_choice("allocation", allocation, ALLOCATIONS)
+
+
+def resolve_scheme(compressor: str, scheme: str | None) -> str | None:
+    """Return the scheme of a compressor, that of :class:`LowRank` for None; None if the compressor has no scheme.
+
+    Raises BadInput for an unknown scheme, or one that the compressor has no use for.
+    """
+    if scheme is None:
+        return LowRank.scheme if factorises(compressor) else None
+    check_choice("scheme", scheme, (*SCHEMES, "best"))
+    if not factorises(compressor):
+        raise BadInput(f"--scheme {scheme} is for the compressor rank; {compressor} has no such choice")
+    return scheme
+
+
+def pattern_compressor(pattern: str) -> SemiStructured:
+    """Return the compressor of a pattern such as "2:4". Raises BadInput for one that keeps everything, or is none."""
+    return SemiStructured(*parse_pattern(pattern))
+
+
+def _layer_counts(plan: Plan) -> list[LayerCount]:
+    """Return what every layer kept; in a chain, of what the last link that cut it found, in its unit."""
+    counts: dict[str, LayerCount] = {}
+    for step in plan.links or (plan,):
+        for layer in step.layers:
+            if len(layer.shape) < 2 or step.compressor not in UNITS:
+                continue
+            before = counts.get(layer.name)
+            counts[layer.name] = LayerCount(
+                name=layer.name,
+                kind=UNITS[step.compressor],
+                kept=layer.kept,
+                total=layer.total,
+                params=layer.params,
+                params_dense=layer.params_dense if before is None else before["params_dense"],
+            )
+    return list(counts.values())

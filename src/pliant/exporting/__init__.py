@@ -1,0 +1,1 @@
+"""A network for other programs: graphs, and the folder that holds them."""

@@ -1,0 +1,1 @@
+"""The optimizer SFW and what goes along with its steps."""

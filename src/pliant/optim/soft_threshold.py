@@ -1,0 +1,120 @@
+"""Soft thresholds: what the vertices do not agree on leaves the weights while they are trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pliant.constraints.parameter_groups import ball_shapes, norm_k
+from pliant.errors import BadInput
+from pliant.linalg import is_sharded
+from pliant.norms.ball import NormBall
+from pliant.norms.lifts import Blocks, Lp
+from pliant.optim.sfw import SFW
+
+
+class SoftThreshold:
+    """Take a little off every part of the weights with a ball, whenever the optimizer has taken ``every`` steps.
+
+    Parts are the entries, filters, channels or singular directions that the vertices of a ball are made of. A step adds
+    η·u to the parts of its vertex, where u is their length; the threshold takes strength·η·u off *all* parts of the
+    weights, down to 0. So a part stays if the vertices agree on it more than ``strength`` of the time. What is
+    left is made of fewer parts, and less is lost when others are removed.
+
+    It is the proximal step of the parts' total length (L1 norm, group lasso, nuclear norm), in turns with those of
+    Frank-Wolfe. No norm grows by it: the weights stay in their balls. :meth:`pliant.SFW.gap` remains that of the loss
+    alone. Where the length of a step follows the gradient there is no common η, so it needs ``rescale=None``.
+    Parameters that no step has moved are left alone.
+
+    Args:
+        optimizer: an :class:`~pliant.SFW` with ``rescale=None``; balls without parts, such as L2 balls, are left alone.
+        strength: from 0, which does nothing, to below 1.
+        every: steps from one threshold to the next, which takes off what they add up to. A spectral ball
+            decomposes its weights for it.
+
+    Call :meth:`step` after each step of the optimizer, before that of a scheduler. To resume, load the optimizer's
+    state and this one's.
+    """
+
+    def __init__(self, optimizer: SFW, strength: float, *, every: int = 20) -> None:
+        if not 0 <= strength < 1:
+            raise BadInput(f"a soft threshold needs a strength from 0 to below 1, got {strength}")
+        if every < 1:
+            raise BadInput(f"a soft threshold needs every >= 1, got {every}")
+        for group in optimizer.param_groups:
+            if group["ball"] is not None and group["rescale"] is not None:
+                raise BadInput(f"a soft threshold needs an optimizer with rescale=None, got {group['rescale']!r}")
+        if all(_length_of_parts(group) is None for group in optimizer.param_groups):
+            raise BadInput("no group of this optimizer has a ball with parts: entries, filters, directions")
+        self.optimizer = optimizer
+        self.strength = strength
+        self.every = every
+        self.last_step = 0
+        self._pending = [0.0] * len(optimizer.param_groups)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Note what a step of the optimizer has added, and take it off where it is time."""
+        self.last_step += 1
+        for index, group in enumerate(self.optimizer.param_groups):
+            length = _length_of_parts(group)
+            if length is None:
+                continue
+            self._pending[index] += self.strength * min(1.0, float(group["lr"])) * length
+            if self.last_step % self.every == 0:
+                self._apply(group, self._pending[index])
+                self._pending[index] = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data."""
+        return {"last_step": self.last_step, "pending": list(self._pending)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        if len(state["pending"]) != len(self._pending):
+            raise BadInput(
+                f"thresholds of {len(state['pending'])} groups cannot go on with {len(self._pending)} groups"
+            )
+        self.last_step, self._pending = state["last_step"], list(state["pending"])
+
+    def _apply(self, group: dict[str, Any], amount: float) -> None:
+        norm = NormBall.from_spec(group["ball"]).norm
+        moved = [p for p in group["params"] if self.optimizer.state.get(p)]
+        for tensors in [moved] if group["joint"] and moved else [[p] for p in moved]:
+            for p, shorter in zip(tensors, norm.soft_threshold([_whole(p) for p in tensors], amount), strict=True):
+                p.copy_(_like(shorter, p))
+
+
+def _length_of_parts(group: dict[str, Any]) -> float | None:
+    """Return the L2 length of a part of a vertex, the root mean square over its parts; None for balls without parts."""
+    if group["ball"] is None:
+        return None
+    ball = NormBall.from_spec(group["ball"])
+    parts = 1 if getattr(ball.norm, "inner", ball.norm) == Lp(1) else norm_k(ball.norm)
+    if parts is None:
+        return None
+    shapes = ball_shapes(group)
+    if isinstance(ball.norm, Blocks):
+        parts *= sum(math.prod(shape) for shape in shapes) // ball.norm.size
+    return ball.diameter(shapes) / 2 / math.sqrt(parts)
+
+
+def _whole(p: Tensor) -> Tensor:
+    """Return the values of a parameter; every process computes with the whole of one that lies in pieces."""
+    if not is_sharded([p]):
+        return p.detach()
+    from pliant.optim import sharded as distributed
+
+    return distributed.whole(p)
+
+
+def _like(whole: Tensor, p: Tensor) -> Tensor:
+    """Return a tensor cut as p is."""
+    if not is_sharded([p]):
+        return whole
+    from pliant.optim import sharded as distributed
+
+    return distributed.cut(whole, p)

@@ -1,0 +1,1 @@
+"""Records as tables and as a page, without torch."""

@@ -1,0 +1,136 @@
+"""Standings: how the curves of a panel compare, the best first. Plain data, made of records alone.
+
+A standing has the area under the curve (``pliant.areas``) with its confidence interval over the seeds, the difference
+to the best *baseline*, a method that is neither ours nor retrained, and what is to be seen beside an area: the dense
+accuracy, the accuracy at four sizes, the area with the other BatchNorm statistics and what the training cost.
+Networks with retraining stand last and are never the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+from pliant.records import Record
+from pliant.reporting.area import Estimate, accuracy_at, area, difference, estimate, is_reached
+from pliant.reporting.curves import Axis, Curve, Panel, grouped, points_of, steps_of
+
+KEPT = (0.5, 0.3, 0.2, 0.1)
+"""The shares of the parameters at which accuracies are shown."""
+ACCURACIES = {"top1": "re-estimated", "top1_raw": "raw"}
+"""The two accuracies of a record, by the BatchNorm statistics."""
+
+
+class MeanCost(NamedTuple):
+    """What a training cost, mean over the runs: times as long and as much as SGD, and seconds."""
+
+    step: float
+    memory: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A curve beside the others of its panel and view."""
+
+    curve: Curve
+    areas: tuple[Estimate, ...]
+    """Along each axis of the panel; the first one decides. For patterns, the mean accuracy of those that all have."""
+    other: Estimate
+    """As the first of the areas, with the other BatchNorm statistics."""
+    versus: Estimate | None
+    """The first area minus that of the best baseline, by pairs of equal seeds; None if there is no baseline."""
+    is_baseline: bool
+    """Whether this is the best baseline."""
+    is_best: bool
+    """Whether its area is the largest of those without retraining."""
+    kept: tuple[float | None, ...]
+    """Accuracy at each size of :data:`KEPT`, mean over the runs; None if one of them does not reach it."""
+    cost: MeanCost | None
+
+
+def standings(panel: Panel, view: str, chance: float | None, accuracy: str = "top1") -> list[Standing]:
+    """Return the standings of a view of a panel; those with retraining last, then by falling area.
+
+    Args:
+        panel: of the curves.
+        view: one of its views.
+        chance: accuracy of guessing, which counts where a curve does not reach; None counts as 0.
+        accuracy: one of :data:`ACCURACIES`.
+    """
+    curves = panel.views[view]
+    other = next(kind for kind in ACCURACIES if kind != accuracy)
+    scores = {kind: [_scores(panel, curves, curve, chance or 0.0, kind) for curve in curves] for kind in ACCURACIES}
+    first = [axes[0] for axes in scores[accuracy]]
+    means = [fmean(values.values()) for values in first]
+    order = sorted(range(len(curves)), key=lambda index: (curves[index].retrained, -means[index]))
+    rivals = [index for index in order if not curves[index].retrained]
+    baseline = next((index for index in rivals if not curves[index].ours), None)
+    return [
+        Standing(
+            curve=curves[index],
+            areas=tuple(estimate(list(values.values())) for values in scores[accuracy][index]),
+            other=estimate(list(scores[other][index][0].values())),
+            versus=None if baseline is None else difference(first[index], first[baseline]),
+            is_baseline=index == baseline,
+            is_best=index in rivals[:1],
+            kept=tuple(_at(panel, curves[index], share, accuracy) for share in KEPT),
+            cost=_cost(curves[index]),
+        )
+        for index in order
+    ]
+
+
+def _scores(
+    panel: Panel, curves: Sequence[Curve], curve: Curve, chance: float, accuracy: str
+) -> list[dict[int, float]]:
+    """Return the area along each axis by seed; a seed's value is the mean of its runs."""
+    if panel.patterned:
+        common = set.intersection(
+            *({record.pattern for record in run if record.pattern} for other in curves for run in _whole_runs(other))
+        )
+        return [_by_seed(curve, lambda run: _mean(run, common, accuracy))]
+
+    def along(axis: Axis) -> dict[int, float]:
+        return _by_seed(curve, lambda run: area(points_of(run, axis, accuracy), chance))
+
+    return [along(axis) for axis in panel.axes]
+
+
+def _by_seed(curve: Curve, score: Callable[[list[Record]], float]) -> dict[int, float]:
+    scored = [(run[0].seed, score(run)) for run in _whole_runs(curve)]
+    return {seed: fmean(value for _, value in found) for seed, found in grouped(scored, lambda item: item[0]).items()}
+
+
+def _whole_runs(curve: Curve) -> list[list[Record]]:
+    """Return the runs with as many sizes as any of the curve has: a sweep that is under way would look weak."""
+    sizes = {key: len(steps_of(run)) for key, run in curve.runs.items()}
+    return [run for key, run in curve.runs.items() if sizes[key] == max(sizes.values())]
+
+
+def _mean(run: list[Record], patterns: set[str], accuracy: str) -> float:
+    """Return the mean accuracy of some patterns; without any, of all that was measured."""
+    counted = [record for record in run if record.pattern in patterns] or run
+    return fmean(getattr(record, accuracy) for record in counted)
+
+
+def _at(panel: Panel, curve: Curve, kept: float, accuracy: str) -> float | None:
+    if panel.patterned:
+        return None
+    runs = [points_of(run, panel.axes[0], accuracy) for run in _whole_runs(curve)]
+    if not all(is_reached(points, 1 - kept) for points in runs):
+        return None
+    return fmean(accuracy_at(points, 1 - kept, 0.0) for points in runs)
+
+
+def _cost(curve: Curve) -> MeanCost | None:
+    costs = [run[0].cost for run in curve.runs.values() if run[0].cost is not None]
+    if not costs:
+        return None
+    return MeanCost(
+        fmean(cost["step_s"] / cost["step_s_sgd"] for cost in costs),
+        fmean(cost["memory"] / cost["memory_sgd"] for cost in costs),
+        fmean(cost["seconds"] for cost in costs),
+    )

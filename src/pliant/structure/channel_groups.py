@@ -1,0 +1,59 @@
+"""Groups of channels that leave a network together, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pliant.structure.layers import AxisName
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The part of one axis of one layer that belongs to a channel group.
+
+    ``indices`` is an int64 tensor of shape (channels, width): row ``c`` holds the positions on the axis that
+    belong to channel ``c``. The width is 1, or H·W where a linear layer reads a flattened image, or the size of
+    an attention head. ``tensors`` are the (state_dict name, dim) pairs that lie along the axis; none for an
+    attention module that only counts its heads. ``norm`` names the BatchNorm that alone reads this layer's
+    output, if there is one.
+    """
+
+    module: str
+    axis: AxisName
+    tensors: tuple[tuple[str, int], ...]
+    indices: Tensor
+    norm: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """``channels`` channels that can be removed one by one, each from all ``producers`` and ``consumers``.
+
+    ``kind``: ``"channels"`` of convolutions, ``"neurons"`` of linear layers alone, or ``"heads"`` of attention,
+    where a channel of the group is a head.
+    """
+
+    channels: int
+    producers: tuple[Slot, ...]
+    consumers: tuple[Slot, ...]
+    kind: str = "channels"
+
+    @property
+    def name(self) -> str:
+        """The first producer's name."""
+        return self.producers[0].module
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All producers and consumers."""
+        return (*self.producers, *self.consumers)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """All verified groups of a model, and every other convolution, linear and attention layer with the reason."""
+
+    groups: tuple[ChannelGroup, ...]
+    refused: tuple[tuple[str, str], ...]

@@ -1,0 +1,149 @@
+"""Attention heads as candidates for removal, of which nothing is believed.
+
+The head ``h`` of an attention module leaves as the rows of its queries, keys and values, and as the columns of
+the output projection that read it. Which rows these are depends on how a packed projection is laid out, and the
+output projection need not lie in the module; what cannot be seen is offered as alternatives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pliant.structure.attention import Projections, linear_width, projections
+from pliant.structure.channel_groups import ChannelGroup, Slot
+from pliant.structure.layers import AxisName, axis_length, obstacle, tensors_along, tied_parameters
+
+_MOST = 3  # output projections to try; the right one has always been the first or second
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An attention module, the layers that make its heads, and what may be one group of them."""
+
+    module: str
+    layers: tuple[str, ...]
+    alternatives: tuple[ChannelGroup, ...]
+
+
+def attention_sites(model: nn.Module, calls: Counter[nn.Module]) -> tuple[list[Site], dict[str, str]]:
+    """Return the attention modules that may lose heads, and (layer, reason) for the projections of the others.
+
+    ``calls``: the result of :func:`~pliant.structure.layers.count_calls` on this model.
+    """
+    tied = tied_parameters(model)
+    sites: list[Site] = []
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        found = projections(module)
+        if found is None:
+            if isinstance(module, nn.MultiheadAttention):
+                reasons[name] = "keeps its projections apart or adds keys of its own"
+            continue
+        layers = tuple(dict.fromkeys(_join(name, child) for child in (found.query, found.key, found.value)))
+        reason = _unfit(model, layers, tied, calls) or ("has a single head" if found.heads == 1 else None)
+        alternatives: list[ChannelGroup] = []
+        if reason is None:
+            outputs = list(_outputs(model, name, found, tied))[:_MOST]
+            alternatives = [group for output in outputs for group in _groups(model, name, found, output)]
+        if alternatives:
+            sites.append(Site(name, layers, tuple(alternatives)))
+        else:
+            reasons.update(dict.fromkeys(layers, reason or "the output projection of its heads is not known"))
+    return sites, reasons
+
+
+def projection_layers(model: nn.Module) -> list[str]:
+    """Return the names of all layers that make the heads of an attention module."""
+    names: dict[str, None] = {}
+    for name, module in model.named_modules():
+        found = projections(module)
+        if found is not None:
+            names |= dict.fromkeys(_join(name, child) for child in (found.query, found.key, found.value))
+        elif isinstance(module, nn.MultiheadAttention):
+            names[name] = None
+    return list(names)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _unfit(model: nn.Module, layers: tuple[str, ...], tied: frozenset[int], calls: Counter[nn.Module]) -> str | None:
+    """Return why heads cannot be cut out of the layers, or None."""
+    for name in layers:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.MultiheadAttention):
+            reason = _multihead_obstacle(module, tied)
+        else:
+            reason = obstacle(module, tied)
+        if reason is None and not calls[module]:
+            reason = "is not called on the example"
+        if reason is not None:
+            return reason if len(layers) == 1 else f"{name!r} {reason}"
+    return None
+
+
+def _multihead_obstacle(module: nn.MultiheadAttention, tied: frozenset[int]) -> str | None:
+    """Return why the packed weight is not simply the module's own, or None; the forward is replaced with it."""
+    if not type(module).__module__.startswith(("torch.nn", "pliant.")) or "forward" in vars(module):
+        return f"is a {type(module).__name__} with a forward of its own"
+    if any(id(p) in tied for p in module.parameters(recurse=False)):
+        return "shares a parameter with another layer"
+    return None
+
+
+def _outputs(model: nn.Module, name: str, found: Projections, tied: frozenset[int]) -> Iterator[str]:
+    """Yield linear layers as wide as the heads together, those in the attention module first."""
+    parent = name.rpartition(".")[0]
+    value = model.get_submodule(_join(name, found.value))
+    width = found.heads * found.readers * found.size
+    if not found.packed:
+        width = axis_length(value, "outputs") * found.readers
+    seen = {_join(name, child) for child in (found.query, found.key, found.value)}
+    for place in (name, parent) if name else (name,):
+        for child, module in model.get_submodule(place).named_modules():
+            path = _join(place, child)
+            if linear_width(module) is None or path in seen:
+                continue
+            seen.add(path)
+            if axis_length(module, "inputs") == width and obstacle(module, tied) is None:
+                yield path
+
+
+def _groups(model: nn.Module, name: str, found: Projections, output: str) -> list[ChannelGroup]:
+    """Return the group of heads that ``output`` reads, for each way in which packed rows may be laid out."""
+    heads = found.heads
+    consumer = _slot(model, output, "inputs", _runs(heads, axis_length(model.get_submodule(output), "inputs")))
+    # The module comes first: when channels are cut it is known by its projections, as long as they are whole.
+    counter = () if found.query == "" else (_slot(model, name, "outputs", _runs(heads, heads)),)
+    layers = [_join(name, child) for child in dict.fromkeys((found.query, found.key, found.value))]
+    if not found.packed:
+        layouts = [[_runs(heads, axis_length(model.get_submodule(layer), "outputs")) for layer in layers]]
+    else:
+        queries, keys = heads * found.readers * found.size, heads * found.size
+        parts = [_runs(heads, queries), queries + _runs(heads, keys), queries + keys + _runs(heads, keys)]
+        stacked, interleaved = torch.cat(parts, 1), _runs(heads, queries + 2 * keys)
+        layouts = [[stacked], [interleaved]] if found.query else [[stacked]]
+    return [
+        ChannelGroup(
+            heads,
+            (*counter, *(_slot(model, layer, "outputs", rows) for layer, rows in zip(layers, layout, strict=True))),
+            (consumer,),
+            "heads",
+        )
+        for layout in layouts
+    ]
+
+
+def _runs(heads: int, length: int) -> Tensor:
+    """Return ``length`` positions in order, split into one row for each head."""
+    return torch.arange(length).view(heads, -1)
+
+
+def _slot(model: nn.Module, name: str, axis: AxisName, indices: Tensor) -> Slot:
+    return Slot(name, axis, tensors_along(model.get_submodule(name), name, axis), indices)

@@ -1,0 +1,325 @@
+"""What is known of single layers: where their channels lie, and whether their weight is theirs to change.
+
+Convention: a layer's ``"outputs"`` axis holds its filters or neurons, its ``"inputs"`` axis the columns that read
+the layer before; the ``"outputs"`` of an attention module are its heads. Also here: how a user's model is run on
+an example, since that is how layers are seen at work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from pliant.errors import BadInput
+from pliant.structure.attention import is_conv1d, projections, thin
+
+AxisName = Literal["outputs", "inputs"]
+SCHEMES = ("channel", "spatial")  # the two ways to read a convolution's weight as a matrix
+Example = Tensor | Sequence[Tensor] | Mapping[str, Any]  # for model(x), model(*xs) or model(**xs)
+Inputs = tuple[Tensor, ...] | dict[str, Any]
+Item = TypeVar("Item")
+
+# What is known of a layer holds for these classes and for subclasses that keep their forward.
+_KNOWN: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    nn.PReLU,
+)
+
+# How transformers names the keys and values that generating networks hand from step to step, before and from 5.24.
+_CACHES = ("past_key_values", "cache")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a layer.
+
+    ``tensors``: the (tensor, dim) pairs that hold its entries. ``length``: their number. ``attributes``: (name,
+    amount per entry) of the layer's numbers that count them.
+    """
+
+    length: int
+    tensors: tuple[tuple[str, int], ...]
+    attributes: tuple[tuple[str, int], ...]
+
+
+def axes(module: nn.Module) -> dict[AxisName, Axis]:
+    """Return the axes along which channels can be taken out of ``module``; empty for layers not known.
+
+    A BatchNorm, a PReLU and a depthwise convolution hand each channel on: they have the outputs axis only.
+    Convolutions with other groups have none, because a channel is tied to its place in its group. An attention
+    module counts its heads, which lie in its projections; ``nn.MultiheadAttention`` holds their rows itself.
+    """
+    outputs: AxisName = "outputs"
+    inputs: AxisName = "inputs"
+    if isinstance(module, nn.Linear):
+        out = _axis(module, ("out_features",), ("weight", 0), ("bias", 0))
+        return {outputs: out, inputs: _axis(module, ("in_features",), ("weight", 1))}
+    if is_conv1d(module):
+        return {
+            outputs: _axis(module, ("nf",), ("weight", 1), ("bias", 0)),
+            inputs: _axis(module, ("nx",), ("weight", 0)),
+        }
+    if isinstance(module, _ConvNd) and module.groups == 1:
+        filters, columns = (1, 0) if isinstance(module, _ConvTransposeNd) else (0, 1)
+        out = _axis(module, ("out_channels",), ("weight", filters), ("bias", 0))
+        return {outputs: out, inputs: _axis(module, ("in_channels",), ("weight", columns))}
+    if isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels:
+        return {outputs: _axis(module, ("in_channels", "out_channels", "groups"), ("weight", 0), ("bias", 0))}
+    if isinstance(module, _NormBase):
+        tensors = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
+        return {outputs: _axis(module, ("num_features",), *tensors)}
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return {outputs: _axis(module, ("num_parameters",), ("weight", 0))}
+    found = projections(module)
+    if isinstance(module, nn.MultiheadAttention) and found is not None:  # rows of the packed weight, not heads
+        return {outputs: Axis(len(module.in_proj_weight), (("in_proj_weight", 0), ("in_proj_bias", 0)), ())}
+    return {} if found is None else {outputs: Axis(found.heads, (), found.attributes)}
+
+
+def _axis(module: nn.Module, attributes: tuple[str, ...], *tensors: tuple[str, int]) -> Axis:
+    return Axis(int(getattr(module, attributes[0])), tensors, tuple((name, 1) for name in attributes))
+
+
+def axis_length(module: nn.Module, axis: AxisName) -> int:
+    """Return the number of positions on one axis."""
+    return axes(module)[axis].length
+
+
+def tensors_along(module: nn.Module, name: str, axis: AxisName) -> tuple[tuple[str, int], ...]:
+    """Return (state_dict name, dim) of the tensors that lie along an axis, ``name`` being that of the module."""
+    held = {**module._parameters, **module._buffers}
+    prefix = f"{name}." if name else ""
+    return tuple((prefix + tensor, dim) for tensor, dim in axes(module)[axis].tensors if held.get(tensor) is not None)
+
+
+def complement(module: nn.Module, axis: AxisName, positions: Tensor) -> Tensor:
+    """Return the positions on an axis that are not among the given ones (int64), ascending."""
+    mask = torch.ones(axis_length(module, axis), dtype=torch.bool)
+    return mask.index_fill_(0, positions, False).nonzero().flatten()
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every convolution and linear layer once, under its first name; ``Conv1D`` is a linear one."""
+    for name, module in model.named_modules():
+        if _is_layer(module):
+            yield name, module
+
+
+def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what :func:`named_layers` does, and the attention that only the removal of heads knows how to handle."""
+    for name, module in model.named_modules():
+        if _is_layer(module) or isinstance(module, nn.MultiheadAttention):
+            yield name, module
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
+
+
+def other_matrices(model: nn.Module) -> list[tuple[str, str]]:
+    """Return (name, reason) of every module that holds matrices but is no convolution or linear layer."""
+    found = []
+    for name, module in model.named_modules():
+        matrices = [child for child, p in module._parameters.items() if p is not None and p.dim() > 1]
+        known = _is_layer(module) or isinstance(module, parametrize.ParametrizationList)  # the layer it is in is named
+        if matrices and not known:
+            kind = type(module).__name__
+            found.append((name, f"holds {', '.join(matrices)} as a {kind}, which is no convolution or linear layer"))
+    return found
+
+
+def untransposed(module: nn.Module) -> nn.Module:
+    """Return ``module``, or for a ``Conv1D`` the linear layer that computes the same: its weight is a view."""
+    if not is_conv1d(module):
+        return module
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    assert weight is not None  # the caller has asked for an obstacle
+    columns, rows = weight.shape
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta").train(module.training)
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.register_parameter("bias", bias)
+    return linear
+
+
+def obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:
+    """Return why the weight of ``module`` is not simply its own, or None.
+
+    ``tied``: the result of :func:`tied_parameters` on the whole model.
+    """
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "is parametrised: its weight is computed, fold the parametrisation in first"
+    base = next((known for known in _KNOWN if isinstance(module, known)), None)
+    if is_conv1d(module):
+        base = type(module)
+    if base is None:
+        return f"is of type {type(module).__name__}, whose channels are not known"
+    if "forward" in vars(module) or any(
+        getattr(type(module), method, None) is not getattr(base, method, None)
+        for method in ("forward", "_conv_forward")
+    ):
+        return f"is a {type(module).__name__} with a forward of its own"
+    if any(id(p) in tied for p in module.parameters(recurse=False)):
+        return "shares a parameter with another layer"
+    return None
+
+
+def tied_parameters(model: nn.Module) -> frozenset[int]:
+    """Return the ids of all parameters that two different modules, or two names of one, hold in common."""
+    owners: dict[tuple[Any, ...], list[int]] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                key = (p.data_ptr(),) if p.numel() and not p.is_meta else (None, id(p))
+                owners.setdefault(key, []).append(id(p))
+    return frozenset(i for ids in owners.values() if len(ids) > 1 for i in ids)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
+    """Reduce ``module`` in place to the positions ``keep`` (int64, ascending) of one axis."""
+    which = axes(module)[axis]
+    for name, dim in which.tensors:
+        old = getattr(module, name)
+        if old is None:
+            continue
+        new = old.detach().index_select(dim, keep.to(old.device))
+        is_parameter = isinstance(old, nn.Parameter)
+        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+    for attribute, each in which.attributes:
+        setattr(module, attribute, each * len(keep))
+    if isinstance(module, nn.MultiheadAttention):
+        thin(module)
+
+
+def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:
+    """Set the parameters of ``module`` at the positions ``gone`` (int64) of one axis to zero, in place."""
+    with torch.no_grad():
+        for name, dim in axes(module)[axis].tensors:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.index_fill_(dim, gone.to(parameter.device), 0.0)
+
+
+# --- running the model ------------------------------------------------------------------------------------
+
+
+def as_inputs(example_inputs: Example) -> Inputs:
+    """Return the example as a tuple of tensors or a dict of keyword arguments, or raise BadInput."""
+    if isinstance(example_inputs, Mapping):
+        named = dict(example_inputs)
+        if all(isinstance(name, str) for name in named) and tensors_of(named):
+            return named
+        raise BadInput("example_inputs as a mapping must go from argument names to values, at least one a tensor")
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise BadInput(
+            f"example_inputs must be a tensor, a tuple of tensors or a dict of arguments, not {type(inputs).__name__}"
+        )
+    return tuple(inputs)
+
+
+def tensors_of(data: Any) -> list[Tensor]:
+    """Return all tensors in nested tuples, lists, dicts and the output classes of transformers."""
+    return [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
+    """Return nested data with each tensor changed."""
+    changed: Item = pytree.tree_map_only(Tensor, change, data)
+    return changed
+
+
+def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
+    """Run ``model`` in the mode that it is in and count the calls of each module. Raises BadInput."""
+    calls: Counter[nn.Module] = Counter()
+    handles = [m.register_forward_hook(lambda m, args, out: calls.update([m])) for m in model.modules()]
+    try:
+        run(model, inputs)
+    except Exception as error:  # whatever a user's forward may raise
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(inputs))
+        raise BadInput(f"the model cannot be called on the example of shape {shapes}: {line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Call ``model`` and list its tensors, without the cache of keys and values of generating networks.
+
+    The cache holds what attention has computed so far: it has the shape of the heads, and nobody reads it but the
+    same attention.
+    """
+    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    if isinstance(output, Mapping):
+        output = {name: value for name, value in output.items() if name not in _CACHES}
+    return tensors_of(output)
+
+
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Call ``model`` without gradients, leave the random number generators as they were, list its tensors."""
+    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        return call(model, inputs)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings and printed text of a library to itself, where only its result matters."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        yield
+
+
+def line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def largest_sound(
+    items: Sequence[Item], fault: Callable[[list[Item]], str | None]
+) -> tuple[list[Item], list[tuple[Item, str]]]:
+    """Split ``items`` into a list that is sound as a whole and the rest, each with its fault.
+
+    ``fault(items)`` returns None for a sound list and a reason otherwise. One call where all is well; a single
+    bad item among n costs about 2·log2(n) calls.
+    """
+    failed: list[tuple[Item, str]] = []
+
+    def extend(sound: list[Item], more: Sequence[Item]) -> list[Item]:
+        if not more:
+            return sound
+        reason = fault([*sound, *more])
+        if reason is None:
+            return [*sound, *more]
+        if len(more) == 1:
+            failed.append((more[0], reason))
+            return sound
+        half = len(more) // 2
+        return extend(extend(sound, more[:half]), more[half:])
+
+    return extend([], items), failed
