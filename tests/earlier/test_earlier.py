@@ -96,7 +96,7 @@ def test_a_comparison_is_complete(data: Path) -> None:
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-@pytest.mark.parametrize("path", sorted(DATA.glob("*/*/plan.json")) + [DATA / "heads" / "plan.json"], ids=str)
+@pytest.mark.parametrize("path", [*sorted(DATA.glob("*/*/plan.json")), DATA / "heads" / "plan.json"], ids=str)
 def test_plans_are_read_and_written_back_unchanged(path: Path) -> None:
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert json.loads(json.dumps(pliant.Plan.from_dict(stored).to_dict())) == stored

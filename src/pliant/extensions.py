@@ -1,0 +1,136 @@
+"""Names from outside of the package: what installed packages offer, and ``package.module:name``.
+
+A norm, a compressor, a training method, a data set and a network can come from another package. An installed one says
+in its pyproject.toml what it offers, under a name of its own choice::
+
+    [project.entry-points."pliant.methods"]
+    l1 = "my_package.methods:l1"
+
+One that is not installed is named where it is used: ``--method my_package.methods:l1``. Nothing of a package is
+imported before it is asked for by name, so a broken one harms nobody else. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pliant.errors import BadInput, unknown
+
+GROUPS = {
+    "norm": "pliant.norms",
+    "compressor": "pliant.compressors",
+    "method": "pliant.methods",
+    "data set": "pliant.data",
+    "model": "pliant.models",
+}
+"""The group of entry points for each kind of thing."""
+
+Thing = TypeVar("Thing")
+
+
+def installed(kind: str) -> dict[str, EntryPoint]:
+    """Return what installed packages offer of a kind (a key of :data:`GROUPS`), by name; nothing is imported."""
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUPS[kind]), key=_package)}
+
+
+def find(
+    kind: str,
+    name: str,
+    own: Mapping[str, Thing],
+    fault: Callable[[Any], str | None],
+    adapt: Callable[[str, Any], Thing] | None = None,
+) -> Thing:
+    """Return what a name stands for: ours, ``package.module:name``, or what an installed package offers.
+
+    Args:
+        kind: a key of :data:`GROUPS`.
+        name: as the user wrote it. A package cannot take one of our names.
+        own: ours, by name.
+        fault: from an object of another package to what is wrong with it, None if it is what it should be.
+        adapt: from name and object to what our table would hold; None where they are the same.
+
+    Raises:
+        BadInput: nothing has this name, or it cannot be imported, or is not what it should be: one line that names
+            the package and the reason.
+    """
+    if name in own:
+        return own[name]
+    if ":" in name:
+        described, thing = f"{kind} {name!r}", import_named(kind, name)
+    else:
+        described, thing = _from_package(kind, name, own)
+    if reason := fault(thing):
+        raise BadInput(f"{described}: {reason}")
+    return thing if adapt is None else adapt(name, thing)
+
+
+def names(kind: str, own: Mapping[str, Any]) -> list[str]:
+    """Return the names of a kind, ours first, then those of installed packages."""
+    return list(dict.fromkeys([*own, *installed(kind)]))
+
+
+def import_named(kind: str, name: str, what: str = "object", example: str = "my_package.module:name") -> Any:
+    """Return the object that ``package.module:name`` names; the current directory is searched first.
+
+    Args:
+        kind: of what it should be, for messages.
+        name: with a colon.
+        what: what is looked for in the module, for messages.
+        example: of such a name.
+
+    Raises:
+        BadInput: the name is not of this form, the import fails, or the module does not have it.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not (module_name and all(part.isidentifier() for part in [*module_name.split("."), attribute])):
+        raise BadInput(f"{kind} {name!r}: expected package.module:{what}, such as {example}")
+    with current_directory_importable():
+        try:
+            module = importlib.import_module(module_name)
+        except (Exception, SystemExit) as error:  # whatever the code of others raises
+            raise BadInput(f"{kind} {name!r}: import failed with {one_line(error)}") from error
+        if not hasattr(module, attribute):
+            raise BadInput(f"{kind} {name!r}: module {module_name} has no {what} named {attribute!r}")
+        return getattr(module, attribute)
+
+
+@contextlib.contextmanager
+def current_directory_importable() -> Iterator[None]:
+    """Search the current directory first, as ``python -m`` does; the installed command alone does not."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and text as one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return a description of what offers a name, for messages, and the object."""
+    offers = [entry for entry in entry_points(group=GROUPS[kind]) if entry.name == name]
+    if not offers:
+        raise unknown(kind, name, names(kind, own))
+    if len({(_package(entry), entry.value) for entry in offers}) > 1:
+        packages = " and ".join(sorted(_package(entry) for entry in offers))
+        raise BadInput(f"{kind} {name!r} is offered by {packages}: uninstall one, or name it as package.module:name")
+    entry = offers[0]
+    described = f"{kind} {name!r} of the package {_package(entry)} ({entry.value})"
+    try:
+        return described, entry.load()
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
+        raise BadInput(f"{described} cannot be imported: {one_line(error)}") from error
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.module
