@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from pliant.cli import VERBS, main
-from pliant.experiments import train as training
-from pliant.experiments.train import Session
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.session import Session
 from pliant.records import read_records
 
 QUICK = ["--model", "mlp", "--epochs", "1", "--batch_size", "256"]
@@ -197,4 +197,4 @@ def test_interruption_tells_how_to_go_on(
     monkeypatch.setattr(Session, "run", interrupt)
     assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == 130
     assert "--resume" in capsys.readouterr().err
-    assert not (tmp_path / "run" / training.CHECKPOINT).exists()
+    assert not (tmp_path / "run" / CHECKPOINT).exists()

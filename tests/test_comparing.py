@@ -17,10 +17,13 @@ import pliant
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged
 from pliant.experiments import compare as comparing
 from pliant.experiments.baselines.retraining import SCHEDULES
-from pliant.experiments.compare import Comparison, compare
-from pliant.experiments.comparison import job as jobs
-from pliant.experiments.comparison.job import Job, Outcome, perform
-from pliant.experiments.comparison.suites import Measure, Suite
+from pliant.experiments.compare import compare
+from pliant.experiments.comparison import retraining, workers
+from pliant.experiments.comparison.comparison import Comparison
+from pliant.experiments.comparison.job import Job, Outcome
+from pliant.experiments.comparison.performing import data_of, perform
+from pliant.experiments.comparison.suite import Measure, Suite
+from pliant.experiments.data.images import Loader
 from pliant.experiments.methods import with_defaults
 from pliant.experiments.run_folder import Run
 from pliant.experiments.workbench import Trial
@@ -131,7 +134,7 @@ def test_the_reference_with_retraining_is_marked(finished: Path):
 
 def test_a_finished_comparison_is_not_made_again(finished: Path, monkeypatch: pytest.MonkeyPatch):
     before = (finished / "records.jsonl").read_bytes(), (finished / "trials.jsonl").read_bytes()
-    monkeypatch.setattr(comparing, "perform", lambda *_: pytest.fail("something was made again"))
+    monkeypatch.setattr(workers, "perform", lambda *_: pytest.fail("something was made again"))
     compare(str(finished.parent / "small.yaml"), out=str(finished))
     assert before == ((finished / "records.jsonl").read_bytes(), (finished / "trials.jsonl").read_bytes())
 
@@ -149,7 +152,7 @@ def test_a_suite_may_grow(finished: Path, tmp_path: Path, monkeypatch: pytest.Mo
         made.append(job.name)
         yield from ()
 
-    monkeypatch.setattr(comparing, "perform", noted)
+    monkeypatch.setattr(workers, "perform", noted)
     monkeypatch.setattr(comparing, "write_report", lambda *_, **__: None)
     compare(changed(finished, tmp_path, seeds=[0, 1, 2]), out=str(finished))
     assert made
@@ -429,14 +432,14 @@ def a_job(**changes: Any) -> Job:
 
 def test_the_search_does_not_see_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
-    original = jobs.Loader
+    original = Loader
 
     def watched(data: Any, split: str, *rest: Any, **options: Any) -> Any:
         asked.append(split)
         return original(data, split, *rest, **options)
 
-    for module in ("pliant.experiments.workbench", "pliant.experiments.train", "pliant.experiments.comparison.job"):
-        monkeypatch.setattr(f"{module}.Loader", watched)
+    for module in ("workbench", "training.session", "comparison.retraining"):
+        monkeypatch.setattr(f"pliant.experiments.{module}.Loader", watched)
     list(perform(a_job(search=True), tmp_path))
     assert "val" in asked
     assert "test" not in asked
@@ -538,7 +541,7 @@ def test_retraining_in_bf16_sees_the_weights_of_every_step():
     after = {}
     for precision in ("fp32", "bf16"):
         settings = {**with_defaults(job.settings), "precision": precision}
-        again = jobs._retraining(job, jobs.data_of(job.settings), settings)(copy.deepcopy(model), 0)
+        again = retraining.retraining(job, data_of(job.settings), settings)(copy.deepcopy(model), 0)
         after[precision] = torch.cat([p.detach().flatten() for p in again.parameters()])
     moved = (after["fp32"] - torch.cat([p.detach().flatten() for p in model.parameters()])).norm()
     # 0.21 was measured; with the weights of the first step it is 1.4.

@@ -15,7 +15,9 @@ from pliant.experiments import baselines
 from pliant.experiments.methods import METHODS, OWN, make_k_schedule, make_optimizer, matrix_layers, with_defaults
 from pliant.experiments.models import build_model
 from pliant.experiments.run_folder import Run
-from pliant.experiments.train import CHECKPOINT, Session, train
+from pliant.experiments.train import train
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.session import Session
 from pliant.norms.ball import NormBall
 from pliant.norms.lifts import KSupport, Lp, Rows
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pliant.errors import BadInput, DamagedFile
-from pliant.experiments.comparison.suites import SHIPPED, Suite
+from pliant.experiments.comparison.suite import SHIPPED, Suite
 
 
 def content(**changes: Any) -> dict[str, Any]:

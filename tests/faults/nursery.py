@@ -155,7 +155,8 @@ def _import_all() -> None:
     for module in ("cli", "experiments.sweep", "experiments.compress", "exporting.folder", "reporting.page"):
         importlib.import_module(f"pliant.{module}")
     from pliant.compression import FilterPruning, compress
-    from pliant.experiments.train import Session, train
+    from pliant.experiments.train import train
+    from pliant.experiments.training.session import Session
 
     torch.set_num_threads(1)
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}

@@ -16,7 +16,9 @@ from pliant.constraints.parameter_groups import weights as entries
 from pliant.errors import BadInput, Diverged
 from pliant.experiments.data.images import ImageData, Split
 from pliant.experiments.run_folder import Run
-from pliant.experiments.train import CHECKPOINT, Session, train, train_run
+from pliant.experiments.train import train, train_run
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.session import Session
 
 
 def quick(out: Path, **options: Any) -> Path:

@@ -25,8 +25,11 @@ from hypothesis import strategies as st
 from pliant.errors import PliantError
 from pliant.experiments.compress import compress_run
 from pliant.experiments.data.images import load_data
-from pliant.experiments.run_folder import Run, load
-from pliant.experiments.train import CHECKPOINT, LOG, Log, Session, check_resumable, train
+from pliant.experiments.run_folder import LOG, Run, load
+from pliant.experiments.train import check_resumable, train
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.log import Log
+from pliant.experiments.training.session import Session
 from pliant.files import write_bytes
 from pliant.records import Record, read_records
 

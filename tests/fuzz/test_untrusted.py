@@ -14,7 +14,8 @@ import yaml
 import pliant
 from pliant.errors import PliantError
 from pliant.experiments.run_folder import Run, load, read_plan
-from pliant.experiments.train import CHECKPOINT, train
+from pliant.experiments.train import train
+from pliant.experiments.training.checkpoint import CHECKPOINT
 
 SOURCES = sorted(Path(pliant.__file__).parent.rglob("*.py"))
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 from pliant.errors import Diverged
-from pliant.experiments.comparison.job import Job, Line, Outcome, perform
-from pliant.experiments.comparison.suites import Entrant, Measure, Suite
+from pliant.experiments.comparison.job import Job, Line, Outcome
+from pliant.experiments.comparison.performing import perform
+from pliant.experiments.comparison.suite import Entrant, Measure, Suite
 from pliant.experiments.data.images import ImageData, Split
 
 # Classes and image shape of the data sets that have a name; others are taken to have these of CIFAR-10.

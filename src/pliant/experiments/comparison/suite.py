@@ -1,4 +1,4 @@
-"""Suites: what a comparison trains, searches and measures, read from YAML; the shipped ones lie beside this file.
+"""Suites: what a comparison trains, searches and measures, read from YAML; the shipped ones lie in suites/.
 
 A suite names *tasks* (a data set and a network), *families* of compressors, and *methods*, each with the families it
 takes part in and its *trials*: the settings to choose from on the validation images, as many for every method.
@@ -35,11 +35,12 @@ from pliant.errors import BadInput, DamagedFile, shown, unknown
 from pliant.experiments.baselines.retraining import SCHEDULES
 from pliant.experiments.methods import METHODS, with_defaults
 from pliant.experiments.sweep import parse_ratios
-from pliant.experiments.train import check_kinds, check_settings, train
+from pliant.experiments.train import check_kinds, train
+from pliant.experiments.training.settings import check_settings
 from pliant.experiments.workbench import check_names, pattern_compressor, record_name, resolve_scheme
 from pliant.records import CALIBRATION
 
-SHIPPED = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "suites"
 EQUAL = ("epochs", "time")
 _DEFAULTS = {n: p.default for n, p in inspect.signature(train).parameters.items() if n not in ("out", "resume")}
 # What a comparison decides itself, so no setting may.
