@@ -30,9 +30,9 @@ def read(**changes: Any) -> Suite:
 def test_settings_come_from_the_suite_then_the_task_then_the_trial():
     suite = read(tasks={"a": {"epochs": 3}, "b": {}})
     settings = suite.settings("a", suite.methods[0], {"lr": 0.7}, seed=5)
-    assert (settings["epochs"], settings["data"], settings["lr"]) == (3, "digits", 0.7)
-    assert (settings["method"], settings["seed"]) == ("sgd", 5)
-    assert suite.settings("b", suite.methods[1], {}, seed=5)["epochs"] == 2
+    assert (settings.epochs, settings.data, settings.lr) == (3, "digits", 0.7)
+    assert (settings.method, settings.seed) == ("sgd", 5)
+    assert suite.settings("b", suite.methods[1], {}, seed=5).epochs == 2
 
 
 def test_a_mapping_of_lists_is_a_grid():

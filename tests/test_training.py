@@ -17,6 +17,7 @@ from pliant.experiments.train import train
 from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.schedules import SCHEDULES, learning_rate
 from pliant.experiments.training.session import Session
+from pliant.experiments.training.settings import Settings
 from pliant.norms.ball import NormBall
 
 
@@ -165,7 +166,7 @@ def test_accumulation_computes_the_same_gradients(tmp_path: Path) -> None:
 
 def test_weights_stay_in_their_balls(tmp_path: Path) -> None:
     run = quick(tmp_path / "run", method="sfw-rank", radius=3)
-    session = Session(Run.open(run).config)
+    session = Session(Settings.from_config(Run.open(run).config))
     session.restore(run / CHECKPOINT)
     balls = [g for g in session.optimizer.param_groups if g["ball"] is not None]
     assert balls
@@ -253,7 +254,7 @@ def test_bad_settings_leave_nothing_behind(options: dict[str, Any], message: str
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rate_warms_up_and_follows_the_schedule(schedule: str) -> None:
-    factor = learning_rate({"warmup": 0.1, "schedule": schedule}, 100)
+    factor = learning_rate(schedule, 0.1, 100)
     assert 0 < factor(0) < factor(5) < factor(10) == 1
     assert all(factor(t) <= 1 for t in range(101))
     assert factor(100) == pytest.approx({"cosine": 0, "linear": 0, "step": 0.01, "constant": 1}[schedule])

@@ -1,7 +1,6 @@
 """The directive ``verbs``: all verbs of the command line with their flags, asked of the command line's own parsers."""
 
 import argparse
-import importlib
 import re
 from collections.abc import Iterator
 
@@ -17,9 +16,8 @@ KINDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or fa
 
 def parsers() -> Iterator[tuple[str, Parser]]:
     """Yield every verb and its parser."""
-    for name, verb in VERBS.items():
-        function = getattr(importlib.import_module(f"pliant.{verb.module}"), verb.function)
-        yield name, make_parser(name, verb, function)
+    for name in VERBS:
+        yield name, make_parser(name)
 
 
 class Verbs(Directive):

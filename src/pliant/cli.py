@@ -1,7 +1,7 @@
 """The command line: pliant train | sweep | report | compare | compress | export | demo.
 
-Every verb is a Python function; its flags are the function's parameters, and the same settings can come from a YAML
-file with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
+Every verb is a Python function; its flags are the function's keywords, and the same settings can come from a YAML file
+with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
 torch.
 """
 
@@ -28,7 +28,18 @@ from pliant.errors import BadInput, PliantError
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: the function behind it, its positional argument, if any, and whether to print the path it returns."""
+    """One verb.
+
+    Args:
+        module: where its function is.
+        function: what does it.
+        help: what it does.
+        positional: name of its positional argument, if there is one.
+        several: whether that takes several values.
+        prints_path: whether to print the path that the function returns.
+        flags: module with a function ``add_flags`` that adds its flags to a parser; without one, they are the
+            parameters of the function.
+    """
 
     module: str
     function: str
@@ -36,11 +47,16 @@ class Verb:
     positional: str | None = None
     several: bool = False
     prints_path: bool = False
+    flags: str = ""
 
 
 VERBS = {
     "train": Verb(
-        "experiments.train", "train", "train one network, with SGD, SFW or one of their rivals", prints_path=True
+        "experiments.train",
+        "train",
+        "train one network, with SGD, SFW or one of their rivals",
+        prints_path=True,
+        flags="experiments.training.flags",
     ),
     "sweep": Verb(
         "experiments.sweep", "sweep", "compress trained networks at many ratios and measure", "runs", True, True
@@ -84,13 +100,12 @@ def _run(arguments: list[str]) -> int:
     if name not in VERBS:
         return _fail(f"unknown verb {name!r}: {_nearest(name, VERBS)}known are {', '.join(VERBS)}")
     verb = VERBS[name]
-    function: Callable[..., Any] = getattr(importlib.import_module(f"pliant.{verb.module}"), verb.function)
-    parser = make_parser(name, verb, function)
-    switches = {n for n, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
     _check_files(rest, verb)
+    parser = make_parser(name)
+    switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
     # Without the defaults: a function may want to know what was given.
     given = vars(parser.parse_args(_with_values(rest, switches), defaults=False))
-    path = function(**{name: value for name, value in given.items() if name != "config"})
+    path = _function(verb)(**{name: value for name, value in given.items() if name != "config"})
     if verb.prints_path and os.environ.get("RANK", "0") == "0":  # torchrun starts many processes
         print(path)
     return 0
@@ -115,8 +130,15 @@ def _check_files(arguments: list[str], verb: Verb) -> None:
             raise BadInput(f"--config {name}: {verb.positional} expects text, got {given!r}")
 
 
-def make_parser(name: str, verb: Verb, function: Callable[..., Any]) -> Parser:
-    """Return the parser of a verb, with a flag for each parameter of its function."""
+def _function(verb: Verb) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(f"pliant.{verb.module}"), verb.function)
+    return function
+
+
+def make_parser(name: str) -> Parser:
+    """Return the parser of a verb."""
+    verb = VERBS[name]
+    function = _function(verb)
     summary = inspect.getdoc(function) or verb.help
     parser = Parser(prog=f"pliant {name}", description=summary.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it.")
@@ -128,7 +150,10 @@ def make_parser(name: str, verb: Verb, function: Callable[..., Any]) -> Parser:
             nargs="+" if verb.several else None,
             help=text[1] if text else None,
         )
-    parser.add_function_arguments(function, skip={verb.positional} if verb.positional else set())
+    if verb.flags:
+        importlib.import_module(f"pliant.{verb.flags}").add_flags(parser)
+    else:
+        parser.add_function_arguments(function, skip={verb.positional} if verb.positional else set())
     return parser
 
 

@@ -57,8 +57,8 @@ def compare(
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder}: it is a file, but the folder of the comparison is expected")
     each = here if ray is None else on_ray(ray)
-    for task in read.tasks.values():
-        data_of(task)  # for its errors, before anything is written
+    for task in read.tasks:
+        data_of(read.task_settings(task))  # for its errors, before anything is written
     make_folders(folder)
     with locked(folder):
         Comparison(read, folder, each).run()

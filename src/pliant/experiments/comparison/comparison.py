@@ -137,7 +137,7 @@ class Comparison:
             for job in self._chosen(seed):
                 ratio = self._step_ratio(job)
                 if ratio is not None and ratio > TIME_SLACK:
-                    allowed = max(1, int(TIME_SLACK * job.settings["epochs"] / ratio))
+                    allowed = max(1, int(TIME_SLACK * job.settings.epochs / ratio))
                     yield _shortened(job, self._epochs_in_time(job) or allowed)
 
     def _job(
@@ -220,12 +220,14 @@ class Comparison:
 
     def _epochs_in_time(self, job: Job) -> int | None:
         """Return how many epochs the runs at equal time have that are there; None without one."""
-        lengths = range(1, job.settings["epochs"] + 1)
+        lengths = range(1, job.settings.epochs + 1)
         names = {_shortened(run, epochs).name: epochs for run in self._of_all_seeds(job) for epochs in lengths}
         return next((names[record.run] for record in self.records if record.run in names), None)
 
     def _of_all_seeds(self, job: Job) -> list[Job]:
-        return [dataclasses.replace(job, settings={**job.settings, "seed": seed}) for seed in self.suite.seeds]
+        return [
+            dataclasses.replace(job, settings=dataclasses.replace(job.settings, seed=seed)) for seed in self.suite.seeds
+        ]
 
     # --- doing it ---
 
@@ -257,4 +259,4 @@ class Comparison:
 
 
 def _shortened(job: Job, epochs: int) -> Job:
-    return dataclasses.replace(job, settings={**job.settings, "epochs": epochs}, equal="time")
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, epochs=epochs), equal="time")

@@ -13,8 +13,8 @@ from typing import Any
 
 from pliant.errors import BadInput, shown
 from pliant.experiments.comparison.suite import Measure
-from pliant.experiments.methods import with_defaults
-from pliant.experiments.training.settings import differ
+from pliant.experiments.methods import resolved
+from pliant.experiments.training.settings import Settings, differ
 from pliant.records import CALIBRATION, Record
 from pliant.reporting.curves import PLACES
 
@@ -30,7 +30,7 @@ class Job:
         task: name of the task.
         label: name of the method in the comparison.
         trial: the settings that tell the method's trials apart.
-        settings: all settings of the training.
+        settings: those of the training.
         families: what to measure, by family.
         calibration: images for whitening and the BatchNorm re-estimation.
         search: whether the first measure of each family is taken on the validation images, nothing else.
@@ -44,7 +44,7 @@ class Job:
     task: str
     label: str
     trial: dict[str, Any]
-    settings: dict[str, Any]
+    settings: Settings
     families: dict[str, tuple[Measure, ...]]
     calibration: int = CALIBRATION
     search: bool = False
@@ -60,8 +60,8 @@ class Job:
         parts = [part for part in (self.task, self.label) if part]
         shown = [f"{name}={value}" for name, value in self.trial.items()]
         if self.equal == "time":
-            shown.append(f"epochs={self.settings['epochs']}")
-        return ",".join(["-".join(parts), *shown, f"seed={self.settings['seed']}"]).replace("/", "_").replace(":", "_")
+            shown.append(f"epochs={self.settings.epochs}")
+        return ",".join(["-".join(parts), *shown, f"seed={self.settings.seed}"]).replace("/", "_").replace(":", "_")
 
     @property
     def name(self) -> str:
@@ -73,14 +73,17 @@ class Job:
 
     def check(self, config: dict[str, Any], where: Path) -> None:
         """Raise BadInput if a result of this name was made with other settings."""
-        settings = with_defaults(self.settings)
-        # A turnover and the length of the training decide lr; a run, other than the search, has that instead.
-        decided = settings["lr"] is None and config.get("turnover") is None
-        free = {*PLACES, *(("lr", "turnover") if decided else ()), *(("precision",) if _is_auto(settings) else ())}
-        settings = {name: value for name, value in settings.items() if name not in free}
+        settings = resolved(self.settings)
+        free = set(PLACES)
+        if settings.lr is None and config.get("turnover") is None:
+            # Turnover and the length of the training decide lr: a run has that instead, the search has turnover.
+            free |= {"lr", "turnover"}
+        if settings.precision == "auto":
+            free |= {"precision"}  # a run has what its machine is good at
+        expected = {name: value for name, value in settings.to_config().items() if name not in free}
         # How it was measured, where the results tell that.
-        settings |= {name: value for name, value in self._measured().items() if name in config}
-        for name, value in settings.items():
+        expected |= {name: value for name, value in self._measured().items() if name in config}
+        for name, value in expected.items():
             found = config.get(name)  # None, too, for a setting that did not exist yet
             if differ(name, found, value):
                 raise BadInput(
@@ -165,7 +168,3 @@ class Outcome:
 
 
 Line = Record | Outcome
-
-
-def _is_auto(settings: dict[str, Any]) -> bool:
-    return bool(settings["precision"] == "auto")  # then a run has what its machine is good at

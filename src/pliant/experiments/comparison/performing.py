@@ -16,10 +16,11 @@ from pliant.experiments.comparison.retraining import retraining
 from pliant.experiments.comparison.step_cost import step_cost
 from pliant.experiments.comparison.suite import Measure
 from pliant.experiments.data.images import ImageData, load_data
-from pliant.experiments.methods import with_defaults
+from pliant.experiments.methods import resolved
 from pliant.experiments.run_folder import Run
 from pliant.experiments.train import train_run
 from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.settings import Settings
 from pliant.experiments.workbench import Trial
 from pliant.records import Record
 from pliant.reporting.area import area
@@ -52,9 +53,9 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
     yield from _search(job, run) if job.search else _measure(job, run)
 
 
-def data_of(settings: dict[str, Any]) -> ImageData:
+def data_of(settings: Settings) -> ImageData:
     """Return the data set that the settings of a training name; the last one is kept in memory."""
-    return _data(*(settings[name] for name in ("data", "data_dir", "image_size")))
+    return _data(settings.data, settings.data_dir, settings.image_size)
 
 
 @functools.lru_cache(maxsize=1)
@@ -73,7 +74,7 @@ def _search(job: Job, run: Run) -> Iterator[Outcome]:
 def _measure(job: Job, run: Run) -> Iterator[Record]:
     """Yield the records of a network at every point of every measure, retrained where the job says so."""
     cost = step_cost(job, run.data, run.seconds)
-    retrained = retraining(job, run.data, run.config) if job.retraining else None
+    retrained = retraining(job, run.data, Settings.from_config(run.config)) if job.retraining else None
     extra: dict[str, Any] = {}
     if job.retraining:
         extra |= {"retraining": job.retraining, "retraining_epochs": job.retraining_epochs}
@@ -103,7 +104,7 @@ def _outcome(job: Job, family: str, points: list[list[float]], area_under: float
         family=family,
         run=job.training,
         trial=job.trial,
-        config=with_defaults(job.settings),
+        config=resolved(job.settings).to_config(),
         points=points,
         area=area_under,
         error=error,

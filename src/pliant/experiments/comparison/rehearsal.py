@@ -32,8 +32,9 @@ def rehearse(suite: Suite) -> None:
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     with tempfile.TemporaryDirectory(prefix="pliant-") as folder:
-        for task, settings in suite.tasks.items():
-            data = noise(settings["data"], settings["image_size"])
+        for task in suite.tasks:
+            settings = suite.task_settings(task)
+            data = noise(settings.data, settings.image_size)
             seen: set[str] = set()
             for entrant in suite.methods:
                 job = _job(suite, task, entrant)
@@ -68,7 +69,7 @@ def _job(suite: Suite, task: str, entrant: Entrant) -> Job:
         task=task,
         label=entrant.label,
         trial=entrant.trials[0],
-        settings={**settings, "epochs": 1, "batch_size": BATCH},
+        settings=dataclasses.replace(settings, epochs=1, batch_size=BATCH),
         families={family: tuple(map(_few, suite.families[family])) for family in entrant.families},
         calibration=BATCH,
         rounds=1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,22 +12,24 @@ from pliant.experiments.comparison.job import Job
 from pliant.experiments.data.images import ImageData, Loader
 from pliant.experiments.training.onednn import sound_convolutions
 from pliant.experiments.training.schedules import learning_rate
+from pliant.experiments.training.settings import Settings
 from pliant.experiments.workbench import Refine
 
 
-def retraining(job: Job, data: ImageData, settings: dict[str, Any]) -> Refine:
+def retraining(job: Job, data: ImageData, settings: Settings) -> Refine:
     """Return what trains a compressed network again, with the batches and the settings of its training."""
+    lr = settings.lr
+    assert lr is not None, "a training that has ended has a learning rate"
 
-    def again(model: nn.Module, rounds_before: int) -> nn.Module:
-        loader = Loader(
-            data, "train", settings["batch_size"], shuffle=True, augment=settings["augment"], seed=settings["seed"]
-        )
-        factor = learning_rate(settings, len(loader) * settings["epochs"])
-        original = [settings["lr"] * factor(step) for step in range(len(loader) * settings["epochs"])]
+    def retrained(model: nn.Module, rounds_before: int) -> nn.Module:
+        loader = Loader(data, "train", settings.batch_size, shuffle=True, augment=settings.augment, seed=settings.seed)
+        steps = len(loader) * settings.epochs
+        factor = learning_rate(settings.schedule, settings.warmup, steps)
+        original = [lr * factor(step) for step in range(steps)]
         lrs = rates(job.retraining, original, len(loader) * job.retraining_epochs)
 
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            first = settings["epochs"] + rounds_before * job.retraining_epochs
+            first = settings.epochs + rounds_before * job.retraining_epochs
             for epoch in range(first, first + job.retraining_epochs):
                 loader.set_epoch(epoch)  # images shuffled as never before
                 for images, labels in loader:
@@ -36,9 +37,9 @@ def retraining(job: Job, data: ImageData, settings: dict[str, Any]) -> Refine:
 
         device = next(model.parameters()).device
         # Autocast would keep the weights that it cast first until the end, and each step would see those of the first.
-        half = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16", cache_enabled=False)
+        half = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
         with half, sound_convolutions(model):
-            retrain(model, batches(), lrs, momentum=settings["momentum"], weight_decay=settings["weight_decay"])
+            retrain(model, batches(), lrs, momentum=settings.momentum, weight_decay=settings.weight_decay)
         return model
 
-    return again
+    return retrained

@@ -10,7 +10,6 @@ from torch.utils import benchmark
 
 from pliant.experiments.comparison.job import Job
 from pliant.experiments.data.images import ImageData
-from pliant.experiments.methods import OWN
 from pliant.experiments.training.session import Session
 from pliant.optim.sfw import SFW
 from pliant.records import Cost
@@ -27,8 +26,7 @@ def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
         data: its data.
         seconds: what the training took.
     """
-    plain = {**job.settings, **dict.fromkeys(OWN), "method": "sgd", "lr": None}
-    sessions = [Session(job.settings, data), Session(plain, data)]
+    sessions = [Session(job.settings, data), Session(job.settings.by("sgd"), data)]
     steppers = [_stepper(session) for session in sessions]
     times: list[list[float]] = [[], []]
     for phase in range(PHASES):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant.experiments.run_folder import LOG
+from pliant.experiments.training.settings import Settings
 from pliant.experiments.training.trackers import finish_trackers, start_trackers, tracker_names
 from pliant.files import sync, write_text
 
@@ -20,7 +21,7 @@ class Log:
         settings: of the run; ``tracker`` names the trackers.
     """
 
-    def __init__(self, folder: Path, *, keep: int, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, keep: int, settings: Settings) -> None:
         self.path = folder / LOG
         lines = (
             self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -28,7 +29,7 @@ class Log:
             else []
         )
         write_text(self.path, "".join(line for line in lines[:keep] if line.endswith("\n")))
-        self._trackers = start_trackers(tracker_names(settings["tracker"]), folder, settings, done=keep)
+        self._trackers = start_trackers(tracker_names(settings.tracker), folder, settings.to_config(), done=keep)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one epoch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 LARGEST_STEP = 0.1  # lr of a training so short that it cannot replace its weights as often as wanted
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -15,10 +14,16 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate(settings: dict[str, Any], steps: int) -> Callable[[int], float]:
-    """Return the factor of lr at each step: a linear warm-up, then the schedule over what remains."""
-    warm = int(settings["warmup"] * steps + 0.5)
-    shape = SCHEDULES[settings["schedule"]]
+def learning_rate(schedule: str, warmup: float, steps: int) -> Callable[[int], float]:
+    """Return the factor of lr at each step: a linear warm-up, then the schedule over what remains.
+
+    Args:
+        schedule: a name in :data:`SCHEDULES`.
+        warmup: share of the steps during which lr rises.
+        steps: of the whole training.
+    """
+    warm = int(warmup * steps + 0.5)
+    shape = SCHEDULES[schedule]
 
     def factor(step: int) -> float:
         if step < warm:
@@ -28,11 +33,10 @@ def learning_rate(settings: dict[str, Any], steps: int) -> Callable[[int], float
     return factor
 
 
-def turnover_lr(settings: dict[str, Any], steps: int) -> float:
+def turnover_lr(turnover: float, factor: Callable[[int], float], steps: int) -> float:
     """Return the largest lr of a training whose convex weights sum to ``turnover``; :data:`LARGEST_STEP` at most.
 
     It has three significant digits, as one would choose it.
     """
-    factor = learning_rate(settings, steps)
-    lr = float(settings["turnover"]) / sum(factor(step) for step in range(steps))
+    lr = turnover / sum(factor(step) for step in range(steps))
     return min(LARGEST_STEP, float(f"{lr:.3g}"))

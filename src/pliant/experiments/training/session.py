@@ -6,6 +6,7 @@ The order of the images depends on (seed, epoch) alone, so a resumed training me
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
@@ -26,15 +27,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from pliant.errors import BadInput, Diverged
 from pliant.experiments.baselines import merged
 from pliant.experiments.data.images import ImageData, Loader, load_data
-from pliant.experiments.methods import METHODS, make_k_schedule, make_optimizer, make_threshold, with_defaults
+from pliant.experiments.methods import METHODS, make_optimizer, resolved
 from pliant.experiments.models import build_model
 from pliant.experiments.run_folder import WEIGHTS, save_weights
 from pliant.experiments.training.checkpoint import CHECKPOINT, Progress, Stateful, load_checkpoint, save_checkpoint
 from pliant.experiments.training.display import Display
 from pliant.experiments.training.log import Log
 from pliant.experiments.training.onednn import sound_convolutions
+from pliant.experiments.training.optimizers import make_k_schedule, make_threshold
 from pliant.experiments.training.schedules import learning_rate, turnover_lr
-from pliant.experiments.training.settings import check_settings
+from pliant.experiments.training.settings import Resolved, Settings
 from pliant.measuring import eval_mode, evaluate, resolve_precision
 from pliant.optim.sfw import SFW
 
@@ -47,57 +49,48 @@ class Session:
     """One training: what is saved in a checkpoint, and the loop over it.
 
     Args:
-        settings: the arguments of :func:`train` but ``out`` and ``resume``.
+        settings: what is wanted; None is what the method decides.
         data: what they name, if it is in memory already.
     """
 
-    def __init__(self, settings: dict[str, Any], data: ImageData | None = None) -> None:
-        check_settings(settings)
-        settings = with_defaults(settings)
-        self.method = METHODS[settings["method"]]
-        accelerator_precision = resolve_precision(settings["precision"], _device())
-        if accelerator_precision == "fp16" and _device().type == "cpu":
-            raise BadInput("--precision fp16 needs a GPU, this is a CPU: take bf16 or fp32")
-        if accelerator_precision == "fp16" and self.method.passes > 1:
-            raise BadInput(f"--method {settings['method']} cannot scale its loss for fp16: take bf16 or fp32")
+    def __init__(self, settings: Settings, data: ImageData | None = None) -> None:
+        settings = resolved(settings)
+        self.method = METHODS[settings.method]
+        precision = _precision(settings, self.method.passes)
         # Accelerate keeps its state in the process and refuses another precision for a second training.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
-            mixed_precision="no" if accelerator_precision == "fp32" else accelerator_precision,
+            mixed_precision="no" if precision == "fp32" else precision,
             cpu=_device().type == "cpu",
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-        self.settings = {**settings, "precision": accelerator_precision}
-        self.data = data or load_data(settings["data"], settings["data_dir"], image_size=settings["image_size"])
-        torch.manual_seed(settings["seed"])
+        self.data = data or load_data(settings.data, settings.data_dir, image_size=settings.image_size)
+        torch.manual_seed(settings.seed)
         self.model = build_model(
-            settings["model"],
+            settings.model,
             num_classes=self.data.num_classes,
             image_shape=self.data.image_shape,
-            width=settings["width"],
+            width=settings.width,
         )
-        _try_out(self.model, self.data, settings["model"])
-        if settings["channels_last"]:
+        _try_out(self.model, self.data, settings.model)
+        if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.to(self.accelerator.device)
         self.loader = Loader(
-            self.data,
-            "train",
-            settings["batch_size"],
-            shuffle=True,
-            augment=settings["augment"],
-            seed=settings["seed"],
+            self.data, "train", settings.batch_size, shuffle=True, augment=settings.augment, seed=settings.seed
         )
-        self.steps = len(self.loader) * settings["epochs"]
-        if settings["lr"] is None:
-            settings |= {"lr": turnover_lr(settings, self.steps), "turnover": None}
-            self.settings |= {"lr": settings["lr"], "turnover": None}
+        self.steps = len(self.loader) * settings.epochs
+        factor = learning_rate(settings.schedule, settings.warmup, self.steps)
+        if settings.lr is None:
+            lr = turnover_lr(settings.turnover, factor, self.steps)
+            settings = dataclasses.replace(settings, lr=lr, turnover=None)
+        self.settings: Resolved = dataclasses.replace(settings, precision=precision)
         images, _ = next(iter(Loader(self.data, "val", 2)))
-        self.optimizer: Optimizer = make_optimizer(self.model, settings, images.to(self.accelerator.device))
-        self.scheduler = LambdaLR(self.optimizer, learning_rate(settings, self.steps))
-        self.k_schedule = make_k_schedule(self.optimizer, settings, self.steps)
-        self.threshold = make_threshold(self.optimizer, settings)
+        self.optimizer: Optimizer = make_optimizer(self.model, self.settings, images.to(self.accelerator.device))
+        self.scheduler = LambdaLR(self.optimizer, factor)
+        self.k_schedule = make_k_schedule(self.optimizer, self.settings, self.steps)
+        self.threshold = make_threshold(self.optimizer, self.settings)
         self.epoch = 0
         self.batches = 0  # of the current epoch that are done
         self.sums = (0.0, 0, 0)  # over these batches: loss, correct answers, images
@@ -111,7 +104,7 @@ class Session:
         log = Log(folder, keep=self.epoch, settings=settings) if main else None
         done = self.epoch * len(self.loader) + self.batches
         with Display(folder.name, self.steps, done=done, quiet=not main) as display, log or contextlib.nullcontext():
-            for epoch in range(self.epoch, settings["epochs"]):
+            for epoch in range(self.epoch, settings.epochs):
                 started = time.perf_counter()
                 loss, accuracy = self._train_epoch(network, optimizer, epoch, folder, display)
                 self._refuse_non_finite_weights(folder)
@@ -129,7 +122,7 @@ class Session:
                     # Before the checkpoint: resuming drops a line too many, but could not make up for one.
                     log.write(entry)
                 self.save(folder / CHECKPOINT)
-                display.epoch(entry, settings["epochs"])
+                display.epoch(entry, settings.epochs)
             if self.accelerator.is_main_process:
                 save_weights(merged(self.model), folder / WEIGHTS)
 
@@ -137,7 +130,7 @@ class Session:
         self, network: nn.Module, optimizer: Any, epoch: int, folder: Path, display: Display
     ) -> tuple[float, float]:
         """Go over the training images that are left; return the mean loss and the accuracy over the whole epoch."""
-        every = self.settings["checkpoint_steps"]
+        every = self.settings.checkpoint_steps
         network.train()
         self.loader.set_epoch(epoch, self.batches)
         total_loss, total_correct, count = self.sums
@@ -194,7 +187,7 @@ class Session:
         count, processes = len(labels), self.accelerator.num_processes
         images, labels, weight = self._own_part(images, labels)
         loss, correct = 0.0, 0.0
-        parts = min(self.settings["accumulate"], max(1, len(labels) // 2))  # BatchNorm needs two images
+        parts = min(self.settings.accumulate, max(1, len(labels) // 2))  # BatchNorm needs two images
         for i, (part, target) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
             last = i == parts - 1  # then the processes add up what they have
             with contextlib.nullcontext() if last else self.accelerator.no_sync(network):
@@ -227,7 +220,7 @@ class Session:
     def _validate(self, batches: Loader) -> float:
         """Return the accuracy of the model, each process classifying its share of the images."""
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        device, precision = self.accelerator.device, self.settings["precision"]
+        device, precision = self.accelerator.device, self.settings.precision
         if processes == 1:
             return evaluate(self.model, batches, device, precision)
         counts = [0]
@@ -253,7 +246,7 @@ class Session:
 
     def _backward(self, network: nn.Module, images: Tensor, labels: Tensor, share: float) -> tuple[float, int]:
         device = self.accelerator.device
-        layout = torch.channels_last if self.settings["channels_last"] else torch.contiguous_format
+        layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         labels = labels.to(device)
         with sound_convolutions(self.model):
             output = network(images.to(device).contiguous(memory_format=layout))
@@ -270,7 +263,7 @@ class Session:
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint; raises DamagedFile if it cannot be read."""
-        progress = load_checkpoint(path, self._parts(), epochs=self.settings["epochs"], batches=len(self.loader))
+        progress = load_checkpoint(path, self._parts(), epochs=self.settings.epochs, batches=len(self.loader))
         self.epoch, self.batches, self.sums = progress.epoch, progress.batches, progress.sums
 
     def _parts(self) -> dict[str, Stateful | None]:
@@ -311,6 +304,16 @@ def _try_out(model: nn.Module, data: ImageData, name: str) -> None:
     if not isinstance(scores, Tensor) or scores.shape != expected:
         found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise BadInput(f"model {name!r} must give scores of shape {expected} (images, classes), got {found}")
+
+
+def _precision(settings: Settings, passes: int) -> str:
+    """Return the precision to train in; raises BadInput for one that this machine or the method does not have."""
+    precision = resolve_precision(settings.precision, _device())
+    if precision == "fp16" and _device().type == "cpu":
+        raise BadInput("--precision fp16 needs a GPU, this is a CPU: take bf16 or fp32")
+    if precision == "fp16" and passes > 1:
+        raise BadInput(f"--method {settings.method} cannot scale its loss for fp16: take bf16 or fp32")
+    return precision
 
 
 def _device() -> torch.device:
