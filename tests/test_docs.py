@@ -23,6 +23,7 @@ import pytest
 
 import pliant
 from pliant.cli import VERBS, main, make_parser
+from pliant.experiments.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -91,7 +92,7 @@ def check_command(words: list[str]) -> None:
         words = words[1:]  # VARIABLE=value
     match words:
         case ["pliant", verb, *rest] if verb in VERBS:
-            make_parser(verb).parse_args(rest)
+            make_parser(verb, rest).parse_args(rest)
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
         case ["pip", "install", *_]:
@@ -286,6 +287,24 @@ def test_the_source_can_be_extended_as_described(tmp_path: Path) -> None:
     run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", "Flat")
 
 
+def own_settings() -> str:
+    """Return the table of methods in docs/baselines.md, as the methods say it."""
+
+    def default(value: object) -> str:
+        return "" if value is None else f" {str(value).lower() if isinstance(value, bool) else f'{value}'}"
+
+    rows = ["| method | cut by | `lr` | own settings and their defaults |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        own = ", ".join(f"`{flag}`{default(setting.default)}" for flag, setting in method.settings.items())
+        lr = "by `turnover`" if method.lr is None else str(method.lr)
+        rows.append(f"| `{name}` | {', '.join(method.cut_by) or 'all'} | {lr} | {own} |")
+    return "".join(f"{row}\n" for row in rows)
+
+
+def test_the_table_of_own_settings_is_that_of_the_methods() -> None:
+    assert own_settings() in (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
+
+
 # --- the pages as a site ----------------------------------------------------------------------------------------------
 
 
@@ -307,6 +326,8 @@ def test_the_pages_build_without_a_warning_and_tell_every_flag(tmp_path: Path) -
         flags = {option for action in make_parser(verb)._actions for option in action.option_strings[:1]}
         shown = set(re.findall(r'<span class="pre">(--\w+)</span>', section))
         assert shown == flags - {"-h", "--config", "--print_config"}, verb
+    for method in METHODS:
+        assert re.search(rf"--method</span> <span class=\"pre\">{method}</span>", page), method
 
 
 @pytest.mark.slow

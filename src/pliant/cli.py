@@ -7,6 +7,7 @@ torch.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -101,10 +102,11 @@ def _run(arguments: list[str]) -> int:
         return _fail(f"unknown verb {name!r}: {_nearest(name, VERBS)}known are {', '.join(VERBS)}")
     verb = VERBS[name]
     _check_files(rest, verb)
-    parser = make_parser(name)
+    parser = make_parser(name, rest)
     switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
-    # Without the defaults: a function may want to know what was given.
-    given = vars(parser.parse_args(_with_values(rest, switches), defaults=False))
+    # Without the defaults, but in a file of settings to fill in: a function may want to know what was given.
+    defaults = any(argument.startswith("--print_config") for argument in rest)
+    given = vars(parser.parse_args(_with_values(rest, switches), defaults=defaults))
     path = _function(verb)(**{name: value for name, value in given.items() if name != "config"})
     if verb.prints_path and os.environ.get("RANK", "0") == "0":  # torchrun starts many processes
         print(path)
@@ -135,12 +137,19 @@ def _function(verb: Verb) -> Callable[..., Any]:
     return function
 
 
-def make_parser(name: str) -> Parser:
-    """Return the parser of a verb."""
+def make_parser(name: str, arguments: Sequence[str] = ()) -> Parser:
+    """Return the parser of a verb.
+
+    Args:
+        name: of the verb.
+        arguments: what it will read; some flags depend on others.
+    """
     verb = VERBS[name]
     function = _function(verb)
     summary = inspect.getdoc(function) or verb.help
-    parser = Parser(prog=f"pliant {name}", description=summary.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(
+        prog=f"pliant {name}", description=summary.split("\n\n")[0], allow_abbrev=False, formatter_class=Help
+    )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it.")
     if verb.positional:
         text = re.search(rf"^\s+{verb.positional}: (.+)$", summary, re.MULTILINE)
@@ -151,10 +160,40 @@ def make_parser(name: str) -> Parser:
             help=text[1] if text else None,
         )
     if verb.flags:
-        importlib.import_module(f"pliant.{verb.flags}").add_flags(parser)
+        importlib.import_module(f"pliant.{verb.flags}").add_flags(parser, _peek(arguments))
     else:
         parser.add_function_arguments(function, skip={verb.positional} if verb.positional else set())
     return parser
+
+
+def _peek(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the values that arguments and files of settings seem to give, before a parser reads them."""
+    found: dict[str, Any] = {}
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if not equals:
+            value = next(iter(arguments[index + 1 :]), "--")
+            if value.startswith("--"):
+                continue
+        if flag == "--config" and Path(value).is_file():
+            found |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        elif flag.startswith("--"):
+            found[flag[2:]] = value
+    return found
+
+
+class Help(jsonargparse.DefaultHelpFormatter):
+    """Help that keeps lines as they are in texts of several lines, and shows what a flag's method decides."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" not in text:
+            return super()._fill_text(text, width, indent)
+        return "\n".join(f"{indent}{line}" for line in text.splitlines())
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action)
+        decided = getattr(action, "decided", None)
+        return text if decided is None else text.replace("default: %(default)s", f"default: {decided}")
 
 
 class Parser(jsonargparse.ArgumentParser):

@@ -9,8 +9,10 @@ How a method may take part in a training:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from pliant.errors import BadInput, unknown
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
 from pliant.experiments.training.optimizers import Build, condlr, lorita, matrix_sgd, nm_preset, pat, sfw, sgd
-from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Settings
+from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Setting, Settings
 from pliant.experiments.training.settings import parse_pattern as parse_pattern
 
 
@@ -30,18 +32,61 @@ class Method:
     """A method and the settings it takes where none are given.
 
     Args:
-        summary: what it is.
+        summary: what it is, in a few words.
         build: from the model, all settings and some images to the optimizer; may parametrise weights of the model.
         lr: learning rate; None where it follows from ``turnover`` and the length of the training.
-        own: the settings that not every method has, with this one's defaults; None where it has one but needs none.
+        own: the settings that not every method has, with this one's defaults; None where it has one but needs none. A
+            setting that pliant does not know needs a default other than None, or a
+            :class:`~pliant.experiments.training.settings.Setting` in its place.
+        docs: what its own settings are, where it is not what all methods understand by that name.
         passes: forward and backward passes per step.
+        cut_by: the compressors that its networks are made for; none for all.
     """
 
     summary: str
     build: Build
     lr: float | None = 0.1
     own: Mapping[str, Any] = field(default_factory=dict)
+    docs: Mapping[str, str] = field(default_factory=dict)
     passes: int = 1
+    cut_by: tuple[str, ...] = ()
+
+    @cached_property
+    def settings(self) -> dict[str, Setting]:
+        """Its own settings, with its defaults and what they are, in the order of run folders."""
+        names = [name for name in SETTINGS if name in self.own] + [name for name in self.own if name not in SETTINGS]
+        return {name: self._setting(name, self.own[name]) for name in names}
+
+    def _setting(self, name: str, value: Any) -> Setting:
+        if isinstance(value, Setting):
+            setting = value
+        else:
+            setting = dataclasses.replace(SETTINGS.get(name, Setting(value, kind=type(value))), default=value)
+        return dataclasses.replace(setting, doc=self.docs.get(name, setting.doc))
+
+
+def matrix_method(
+    summary: str,
+    optimizer: type[MatrixSGD],
+    *,
+    cut_by: tuple[str, ...] = (),
+    lr: float = 0.1,
+    passes: int = 1,
+    own: Mapping[str, Any] | None = None,
+    docs: Mapping[str, str] | None = None,
+    **fixed: Any,
+) -> Method:
+    """Return the method of a subclass of :class:`MatrixSGD`: its options, but the fixed ones, are its own settings."""
+    options = {name: value for name, value in optimizer.options.items() if name not in fixed}
+    build = matrix_sgd(optimizer, **fixed)
+    return Method(summary, build, lr, {**options, **(own or {})}, docs or {}, passes, cut_by)
+
+
+def find_method(name: str) -> Method:
+    """Return the method of a name; raises BadInput if there is none."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name]
 
 
 def settings_from(given: Mapping[str, Any]) -> Settings:
@@ -57,14 +102,12 @@ def resolved(settings: Settings) -> Resolved:
 
     Raises BadInput for an unknown method, or a setting that it does not have.
     """
-    if settings.method not in METHODS:
-        raise unknown("method", settings.method, METHODS)
-    method = METHODS[settings.method]
+    method = find_method(settings.method)
     for name in OWN:
         if settings[name] is not None and name not in method.own:
             own = ", ".join(f"--{other}" for other in method.own) or "none"
             raise BadInput(f"--{name} is not a setting of --method {settings.method}; its own settings: {own}")
-    defaults = {"lr": method.lr, **method.own}
+    defaults = {"lr": method.lr, **{name: setting.default for name, setting in method.settings.items()}}
     if settings.recipe in ("gradient", "paper"):
         defaults |= _gradient_recipe(defaults)
     values = {name: default if settings[name] is None else settings[name] for name, default in defaults.items()}
@@ -111,7 +154,7 @@ def make_optimizer(model: nn.Module, settings: Resolved, images: Tensor | None =
     Raises:
         BadInput: a value out of range, or a model without a weight that the method is about.
     """
-    return METHODS[settings.method].build(model, settings, images)
+    return find_method(settings.method).build(model, settings, images)
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------
@@ -157,19 +200,14 @@ GRADIENT: dict[str, Any] = {
 }
 
 
-def _baseline(
-    summary: str,
-    optimizer: type[MatrixSGD],
-    *,
-    lr: float = 0.1,
-    passes: int = 1,
-    own: Mapping[str, Any] | None = None,
-    **fixed: Any,
-) -> Method:
-    """Return the method of an optimizer: its options, but the fixed ones, are its own settings."""
-    options = {name: value for name, value in optimizer.options.items() if name not in fixed}
-    return Method(summary, matrix_sgd(optimizer, **fixed), lr=lr, own={**options, **(own or {})}, passes=passes)
-
+_DOCS = {
+    "strength": "share of the vertices that a part of a weight must be in to stay; needs rescale none.",
+    "every": "steps between two soft thresholds.",
+    "vertices": "the kind of the balls: support or sparse.",
+}
+_K = "{} per layer that one step may use: 3 is a count, 0.1 a share."
+_CRAM = {"strength": "length of the step up the gradient before the weights are compressed, in gradients."}
+_FILTERS, _RANK, _WEIGHTS, _NM = ("filters",), ("rank",), ("weights",), ("nm",)
 
 # The strengths of NUC, CAT and spectral decay all take about lr·0.02 off every singular value per step.
 METHODS = {
@@ -188,49 +226,147 @@ METHODS = {
             "radius": 1.0,
             "coupled": True,
         },
+        docs={**_DOCS, "k": _K.format("filters"), "vertices": "the kind of the balls: support, sparse or orthogonal."},
+        cut_by=_FILTERS,
     ),
     "sfw-rank": Method(
         "SFW towards low rank",
         sfw(lambda s: rank(s.k, s.radius, vertices=s.vertices, spatial=s.scheme == "spatial")),
         lr=None,
         own={**_ANNEALED, "turnover": 4.0, "k": 0.5, "strength": 0.06, "scheme": None},
+        docs={**_DOCS, "k": _K.format("singular directions")},
+        cut_by=_RANK,
     ),
     "sfw-weights": Method(
         "SFW towards few weights",
         sfw(lambda s: weights(s.k, s.radius, vertices=s.vertices)),
         own={"k": 0.1, **_SFW, "vertices": "support"},
+        docs={**_DOCS, "k": _K.format("weights")},
+        cut_by=_WEIGHTS,
     ),
     "sfw-nm": Method(
         "SFW towards N of M consecutive input channels",
         sfw(nm_preset),
         own={"k": None, "pattern": "2:4", **_SFW, "vertices": "support"},
+        docs={**_DOCS, "k": "weights of M that one step may use; without it, N."},
+        cut_by=_NM,
     ),
     "k-sparse": Method(
         "SFW on k-sparse polytopes of weights",
         sfw(lambda s: weights(s.k, s.radius, vertices="sparse")),
         own={"k": 0.1, **_SFW},
+        docs={**_DOCS, "k": _K.format("weights")},
+        cut_by=_WEIGHTS,
     ),
-    "ssl": _baseline("group lasso over filters in the loss", baselines.SSL),
-    "glt": _baseline("soft threshold on the norms of filters", baselines.GLT),
-    "pat-filters": Method("torchao's proximal optimizer, group lasso", pat("filters"), own={"strength": 2e-4}),
-    "pat-rank": Method("torchao's proximal optimizer, nuclear norm", pat("rank"), own={"strength": 2e-4}),
-    "cram-filters": _baseline("gradients at pruned filters added", baselines.CrAM, passes=2, part="filters"),
-    "cram-rank": _baseline("gradients at truncated weights added", baselines.CrAM, passes=2, part="rank"),
-    "cram-weights": _baseline("gradients at pruned weights added", baselines.CrAM, passes=2, part="weights"),
-    "nuc": _baseline("nuclear norm in the loss", baselines.NUC),
-    "cat": _baseline("soft threshold on singular values", baselines.CAT),
-    "trp": _baseline("truncated decompositions during the training", baselines.TRP),
-    "lorita": Method("products of factors under weight decay", lorita, own={"factors": 2}),
-    "condlr": Method("fixed rank, singular values near each other", condlr, own={"k": 0.5, "condition": 2.0}),
-    "spectral-decay": _baseline("decay of all singular values alike", baselines.SpectralDecay),
-    "q3r": _baseline("reweighted quadratic in the loss", baselines.Q3R, own={"k": 0.2}),
+    "ssl": matrix_method(
+        "group lasso over filters in the loss",
+        baselines.SSL,
+        docs={"strength": "factor of the group lasso."},
+        cut_by=_FILTERS,
+    ),
+    "glt": matrix_method(
+        "soft threshold on the norms of filters",
+        baselines.GLT,
+        docs={"strength": "threshold, in units of lr·√(weights in a filter)."},
+        cut_by=_FILTERS,
+    ),
+    "pat-filters": Method(
+        "torchao's proximal optimizer, group lasso",
+        pat("filters"),
+        own={"strength": 2e-4},
+        docs={"strength": "factor of the group lasso."},
+        cut_by=_FILTERS,
+    ),
+    "pat-rank": Method(
+        "torchao's proximal optimizer, nuclear norm",
+        pat("rank"),
+        own={"strength": 2e-4},
+        docs={"strength": "factor of the nuclear norm."},
+        cut_by=_RANK,
+    ),
+    "cram-filters": matrix_method(
+        "gradients at pruned filters added", baselines.CrAM, passes=2, docs=_CRAM, cut_by=_FILTERS, part="filters"
+    ),
+    "cram-rank": matrix_method(
+        "gradients at truncated weights added", baselines.CrAM, passes=2, docs=_CRAM, cut_by=_RANK, part="rank"
+    ),
+    "cram-weights": matrix_method(
+        "gradients at pruned weights added", baselines.CrAM, passes=2, docs=_CRAM, cut_by=_WEIGHTS, part="weights"
+    ),
+    "nuc": matrix_method(
+        "nuclear norm in the loss",
+        baselines.NUC,
+        docs={"strength": "factor of the nuclear norm."},
+        cut_by=_RANK,
+    ),
+    "cat": matrix_method(
+        "soft threshold on singular values",
+        baselines.CAT,
+        docs={"strength": "threshold, in units of lr."},
+        cut_by=_RANK,
+    ),
+    "trp": matrix_method(
+        "truncated decompositions during the training",
+        baselines.TRP,
+        docs={
+            "energy": "share of the squared singular values that a truncation may leave out.",
+            "every": "steps between two truncations.",
+            "strength": "what a truncation takes off the singular values that stay, in units of lr.",
+        },
+        cut_by=_RANK,
+    ),
+    "lorita": Method("products of factors under weight decay", lorita, own={"factors": 2}, cut_by=_RANK),
+    "condlr": Method(
+        "fixed rank, singular values near each other",
+        condlr,
+        own={"k": 0.5, "condition": 2.0},
+        docs={"k": "rank of the weights: 3 is a count, 0.1 a share."},
+        cut_by=_RANK,
+    ),
+    "spectral-decay": matrix_method(
+        "decay of all singular values alike",
+        baselines.SpectralDecay,
+        docs={"strength": "factor of the decay."},
+        cut_by=_RANK,
+    ),
+    "q3r": matrix_method(
+        "reweighted quadratic in the loss",
+        baselines.Q3R,
+        own={"k": 0.2},
+        docs={
+            "k": "rank to go to: 3 is a count, 0.1 a share.",
+            "every": "steps between two decompositions.",
+            "strength": "factor of the quadratic.",
+        },
+        cut_by=_RANK,
+    ),
     # A step of these has the same length whatever the gradient, so their lr is not that of SGD beside them.
-    "muon": _baseline("steps along polar factors", baselines.Muon, lr=0.02, own={"other_lr": 0.1}),
-    "numuon": _baseline(
+    "muon": matrix_method(
+        "steps along polar factors",
+        baselines.Muon,
+        lr=0.02,
+        own={"other_lr": 0.1},
+        docs={"strength": "factor of the decay of the weights."},
+        cut_by=_FILTERS + _RANK,
+    ),
+    "numuon": matrix_method(
         "steps along leading singular directions",
         baselines.NuMuon,
         lr=0.02,
         own={"k": 0.25, "k_start": 1.0, "anneal": 0.5, "other_lr": 0.1},
+        docs={
+            "k": _K.format("singular directions"),
+            "k_start": "anneal k from here down to k; the value of k for a constant one.",
+            "strength": "factor of the decay of the weights.",
+        },
+        cut_by=_RANK,
     ),
-    "scion": _baseline("convex steps along polar factors", baselines.Scion, lr=0.005, own={"other_lr": 0.1}),
+    "scion": matrix_method(
+        "convex steps along polar factors",
+        baselines.Scion,
+        lr=0.005,
+        own={"other_lr": 0.1},
+        docs={"radius": "size of the balls, as published."},
+        cut_by=_RANK,
+    ),
 }

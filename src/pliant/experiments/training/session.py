@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from pliant.errors import BadInput, Diverged
 from pliant.experiments.baselines import merged
 from pliant.experiments.data.images import ImageData, Loader, load_data
-from pliant.experiments.methods import METHODS, make_optimizer, resolved
+from pliant.experiments.methods import find_method, make_optimizer, resolved
 from pliant.experiments.models import build_model
 from pliant.experiments.run_folder import WEIGHTS, save_weights
 from pliant.experiments.training.checkpoint import CHECKPOINT, Progress, Stateful, load_checkpoint, save_checkpoint
@@ -55,7 +55,7 @@ class Session:
 
     def __init__(self, settings: Settings, data: ImageData | None = None) -> None:
         settings = resolved(settings)
-        self.method = METHODS[settings.method]
+        self.method = find_method(settings.method)
         precision = _precision(settings, self.method.passes)
         # Accelerate keeps its state in the process and refuses another precision for a second training.
         AcceleratorState._reset_state()

@@ -145,7 +145,7 @@ _data, _network, _method, _schedule, _machine = map(_in, ("data", "network", "me
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All settings of a training, checked: the fields of :data:`SETTINGS`, which says what each is.
+    """All settings of a training, checked: ``SETTINGS`` in the same module says what each is.
 
     Those of the group "method" belong to some methods only; None is the method's own value, and so is None for ``lr``.
 
@@ -165,7 +165,10 @@ class Settings:
         "package.module:callable.",
     )
     width: float = _network(1.0, "factor on all channel counts.", POSITIVE)
-    method: str = _method("sgd", "how the network is trained.")
+    method: str = _method(
+        "sgd",
+        "how the network is trained: one of those listed. `pliant train --method NAME --help` tells its own settings.",
+    )
     recipe: str | None = _method(
         None,
         "default; gradient for steps as long as SGD's with a constant k; or paper, which is that with balls on all "
