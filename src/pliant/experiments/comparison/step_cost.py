@@ -8,6 +8,7 @@ from statistics import median
 import torch
 from torch.utils import benchmark
 
+from pliant.experiments.baselines import NuMuon
 from pliant.experiments.comparison.job import Job
 from pliant.experiments.data.images import ImageData
 from pliant.experiments.training.session import Session
@@ -30,9 +31,8 @@ def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
     steppers = [_stepper(session) for session in sessions]
     times: list[list[float]] = [[], []]
     for phase in range(PHASES):
-        if sessions[0].k_schedule is not None and phase:
-            for _ in range(sessions[0].steps // PHASES):
-                sessions[0].k_schedule.step()
+        if phase:
+            _skip(sessions[0], sessions[0].steps // PHASES)
         for round_ in range(job.rounds + 1):
             for step, taken in zip(steppers, times, strict=True):
                 started = benchmark.timer()  # waits for a GPU
@@ -48,6 +48,15 @@ def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
         "memory": memory,
         "memory_sgd": memory_sgd,
     }
+
+
+def _skip(session: Session, steps: int) -> None:
+    """Let k be what it is that many steps later."""
+    if isinstance(session.optimizer, NuMuon):
+        session.optimizer.skip(steps)
+    elif session.k_schedule is not None:
+        for _ in range(steps):
+            session.k_schedule.step()
 
 
 def _stepper(session: Session) -> Callable[[], object]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from pliant.errors import DamagedFile
+from pliant.experiments.baselines import NuMuon
 from pliant.files import make_folders, write_bytes
 
 CHECKPOINT = Path("checkpoint") / "last.pt"
@@ -86,7 +87,7 @@ def load_checkpoint(path: Path, parts: Mapping[str, Stateful | None], *, epochs:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _of_today(torch.load(path, map_location="cpu", weights_only=True), parts)
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
@@ -98,3 +99,20 @@ def load_checkpoint(path: Path, parts: Mapping[str, Stateful | None], *, epochs:
         raise DamagedFile(
             f"{path} is damaged ({type(error).__name__}): restore it, or delete the run folder and train anew"
         ) from error
+
+
+def _of_today(state: dict[str, Any], parts: Mapping[str, Stateful | None]) -> dict[str, Any]:
+    """Return a checkpoint as it would be written today.
+
+    Those of numuon once held the k of the moment in the groups, and how many steps it had gone in a schedule beside.
+    """
+    optimizer = parts["optimizer"]
+    if not isinstance(optimizer, NuMuon) or state["k_schedule"] is None:
+        return state
+    saved, steps = state["optimizer"], state["k_schedule"]["last_step"]
+    for group, present in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        if group["row_dim"] is not None:
+            group |= {name: present[name] for name in ("k", "k_start", "k_steps")}
+            for index in group["params"]:
+                saved["state"][index]["step"] = steps
+    return {**state, "k_schedule": None}

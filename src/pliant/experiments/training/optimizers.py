@@ -33,8 +33,11 @@ Build = Callable[[nn.Module, Resolved, Tensor | None], Optimizer]
 # --- beside the optimizer ---------------------------------------------------------------------------------------------
 
 
-def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSchedule | baselines.KAnnealing | None:
-    """Return what moves k from ``k_start`` to its final value in a training of ``steps`` steps, None without one."""
+def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSchedule | None:
+    """Let k fall from ``k_start`` to its final value in a training of that many steps.
+
+    Returns the schedule to step beside the optimizer; None where k is constant, or the optimizer has it in its groups.
+    """
     start = settings.k_start
     if start is None:
         return None
@@ -42,11 +45,10 @@ def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSc
     if isinstance(optimizer, SFW):
         return KSchedule(optimizer, start, steps=steps)
     assert isinstance(optimizer, baselines.NuMuon), f"{settings.method} has no k to anneal"
-    return baselines.KAnnealing(
-        optimizer,
-        [None if g["row_dim"] is None else _count(start, g) for g in optimizer.param_groups],
-        steps=steps,
-    )
+    for group in optimizer.param_groups:
+        if group["row_dim"] is not None:
+            group |= {"k_start": _count(start, group), "k_steps": steps}
+    return None
 
 
 def make_threshold(optimizer: Optimizer, settings: Resolved) -> SoftThreshold | None:
