@@ -12,9 +12,8 @@ from torch import Tensor, nn
 import pliant
 from pliant.compression import FilterPruning, HeadPruning, compress
 from pliant.errors import BadInput
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Channels, KSupport, Lp, Spectral
-from pliant.optim.sfw import SFW
+from pliant.norms import Channels, KSupport, Lp, NormBall, Spectral
+from pliant.optim import SFW
 from pliant.structure.layers import as_inputs, call, run
 from tests.test_transformers import CASES, lively
 

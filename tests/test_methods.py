@@ -16,8 +16,7 @@ from pliant.experiments.methods import METHODS, OWN, make_k_schedule, make_optim
 from pliant.experiments.models import build_model
 from pliant.experiments.run_folder import Run
 from pliant.experiments.train import CHECKPOINT, Session, train
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import KSupport, Lp, Rows
+from pliant.norms import KSupport, Lp, NormBall, Rows
 
 OTHERS = [name for name in METHODS if name != "sgd" and not name.startswith("sfw")]
 NOTHING = {"k_start": None, **dict.fromkeys(OWN), "lr": None, "momentum": 0.9, "weight_decay": 5e-4}

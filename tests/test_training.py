@@ -15,7 +15,7 @@ from pliant.experiments.compress import compress_run
 from pliant.experiments.methods import METHODS
 from pliant.experiments.run_folder import Run, load, load_weights, save_weights
 from pliant.experiments.train import Session, learning_rate, train
-from pliant.norms.ball import NormBall
+from pliant.norms import NormBall
 
 
 def quick(out: Path, **options: Any) -> Path:

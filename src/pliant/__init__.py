@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from pliant.compression import reestimate_batchnorm as reestimate_batchnorm
     from pliant.compression import replay as replay
     from pliant.compression.budgets import compress_to as compress_to
-    from pliant.constraints.parameter_groups import KSchedule as KSchedule
-    from pliant.constraints.parameter_groups import constrain as constrain
-    from pliant.constraints.parameter_groups import filters as filters
-    from pliant.constraints.parameter_groups import l2 as l2
-    from pliant.constraints.parameter_groups import rank as rank
-    from pliant.constraints.parameter_groups import semi_structured as semi_structured
-    from pliant.constraints.parameter_groups import weights as weights
+    from pliant.constraints import constrain as constrain
+    from pliant.constraints import filters as filters
+    from pliant.constraints import l2 as l2
+    from pliant.constraints import rank as rank
+    from pliant.constraints import semi_structured as semi_structured
+    from pliant.constraints import weights as weights
     from pliant.constraints.transformer_rules import transformer_rules as transformer_rules
     from pliant.errors import BadInput as BadInput
     from pliant.errors import Busy as Busy
@@ -48,17 +47,18 @@ if TYPE_CHECKING:
     from pliant.experiments.sweep import sweep as sweep
     from pliant.experiments.train import train as train
     from pliant.exporting.folder import export as export
-    from pliant.norms.ball import NormBall as NormBall
-    from pliant.norms.lifts import Blocks as Blocks
-    from pliant.norms.lifts import Channels as Channels
-    from pliant.norms.lifts import KSparse as KSparse
-    from pliant.norms.lifts import KSupport as KSupport
-    from pliant.norms.lifts import Lp as Lp
-    from pliant.norms.lifts import Norm as Norm
-    from pliant.norms.lifts import Rows as Rows
-    from pliant.norms.lifts import Spectral as Spectral
-    from pliant.optim.sfw import SFW as SFW
-    from pliant.optim.soft_threshold import SoftThreshold as SoftThreshold
+    from pliant.norms import Blocks as Blocks
+    from pliant.norms import Channels as Channels
+    from pliant.norms import KSparse as KSparse
+    from pliant.norms import KSupport as KSupport
+    from pliant.norms import Lp as Lp
+    from pliant.norms import Norm as Norm
+    from pliant.norms import NormBall as NormBall
+    from pliant.norms import Rows as Rows
+    from pliant.norms import Spectral as Spectral
+    from pliant.optim import SFW as SFW
+    from pliant.optim import KSchedule as KSchedule
+    from pliant.optim import SoftThreshold as SoftThreshold
     from pliant.records import Record as Record
     from pliant.records import append_record as append_record
     from pliant.records import read_records as read_records
@@ -66,8 +66,6 @@ if TYPE_CHECKING:
     from pliant.structure.verification import coupled_channels as coupled_channels
 
 _HOMES = {
-    "norms.ball": ["NormBall"],
-    "constraints.transformer_rules": ["transformer_rules"],
     "compression.budgets": ["compress_to"],
     "experiments.compare": ["compare"],
     "compression": [
@@ -83,20 +81,19 @@ _HOMES = {
         "reestimate_batchnorm",
         "replay",
     ],
-    "constraints.parameter_groups": ["KSchedule", "constrain", "filters", "l2", "rank", "semi_structured", "weights"],
+    "constraints": ["constrain", "filters", "l2", "rank", "semi_structured", "transformer_rules", "weights"],
     "experiments.data.images": ["Loader", "load_data"],
     "experiments.demo": ["demo"],
     "errors": ["BadInput", "Busy", "DamagedFile", "Diverged", "PliantError", "Refused"],
     "exporting.folder": ["export"],
     "experiments.models": ["build_model"],
-    "norms.lifts": ["Blocks", "Channels", "KSparse", "KSupport", "Lp", "Norm", "Rows", "Spectral"],
+    "norms": ["Blocks", "Channels", "KSparse", "KSupport", "Lp", "Norm", "NormBall", "Rows", "Spectral"],
     "records": ["Record", "append_record", "read_records"],
     "reporting.page": ["report"],
     "experiments.run_folder": ["load", "rebuild"],
-    "optim.sfw": ["SFW"],
+    "optim": ["KSchedule", "SFW", "SoftThreshold"],
     "structure.verification": ["coupled_channels"],
     "experiments.sweep": ["sweep"],
-    "optim.soft_threshold": ["SoftThreshold"],
     "experiments.train": ["train"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from pliant.constraints.parameter_groups import Preset, Rule
+from pliant.constraints.parameter_groups import Rule
+from pliant.constraints.presets import Preset
 from pliant.errors import BadInput
 from pliant.structure.attention import linear_width, projections
 from pliant.structure.channel_groups import ChannelGroup

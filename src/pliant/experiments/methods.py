@@ -23,29 +23,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from pliant.constraints.parameter_groups import (
-    KSchedule,
-    Preset,
-    constrain,
-    filters,
-    l2,
-    layout_of,
-    rank,
-    resolve_k,
-    semi_structured,
-    weights,
-)
+from pliant.constraints import Preset, constrain, filters, l2, layout_of, rank, resolve_k, semi_structured, weights
 from pliant.errors import BadInput, unknown
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
-from pliant.optim import sfw
-from pliant.optim.sfw import SFW
-from pliant.optim.soft_threshold import SoftThreshold
+from pliant.optim import RESCALES as RESCALES_OF_SFW
+from pliant.optim import SFW, KSchedule, SoftThreshold
 from pliant.structure.layers import tied_parameters
 from pliant.structure.verification import coupled_channels
 
 Settings = dict[str, Any]  # of pliant.experiments.train.train
-RESCALES = tuple("none" if rescale is None else rescale for rescale in sfw.RESCALES)
+RESCALES = tuple("none" if rescale is None else rescale for rescale in RESCALES_OF_SFW)
 VERTICES = ("support", "sparse", "orthogonal")
 RECIPES = ("default", "gradient", "paper")
 

@@ -33,7 +33,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from pliant.constraints.parameter_groups import check_k
+from pliant.constraints import check_k
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged, unknown
 from pliant.experiments.baselines import merged
 from pliant.experiments.data.images import ImageData, Loader, load_data
@@ -65,7 +65,7 @@ from pliant.experiments.training.onednn import sound_convolutions
 from pliant.experiments.training.trackers import finish_trackers, start_trackers, tracker_names
 from pliant.files import is_empty, locked, make_folders, remove_leftovers, sync, write_bytes, write_text
 from pliant.measuring import eval_mode, evaluate, resolve_precision
-from pliant.optim.sfw import SFW
+from pliant.optim import SFW
 from pliant.structure.layers import SCHEMES
 
 CHECKPOINT = Path("checkpoint") / "last.pt"

@@ -28,7 +28,7 @@ from pliant.experiments.run_folder import Run
 from pliant.experiments.train import CHECKPOINT, Session, differ, learning_rate, train_run
 from pliant.experiments.training.onednn import sound_convolutions
 from pliant.experiments.workbench import Refine, Trial
-from pliant.optim.sfw import SFW
+from pliant.optim import SFW
 from pliant.records import CALIBRATION, Cost, Record
 from pliant.reporting.area import area
 from pliant.reporting.curves import PLACES
