@@ -24,9 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from pliant.calling import Example, Inputs, as_inputs, call, eval_mode, map_tensors, tensors_of
 from pliant.errors import BadInput, unknown
 from pliant.exporting.graph import Portable, onnx_session, reason
-from pliant.structure.layers import Example, Inputs, as_inputs, call, count_parameters, map_tensors, tensors_of
+from pliant.structure.layers import count_parameters
 
 BACKENDS = ("eager", "compile", "onnx")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -297,18 +298,6 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
         tensors[name] = plain.clone() if memory in memories else plain
         memories.add(memory)
     return tensors
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a while, then each of its modules back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _cpu_has_bf16() -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from pliant.calling import Example
 from pliant.compression.base import Analysis, Compressor, compressor_of
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.chain import Chain
@@ -29,7 +30,6 @@ from pliant.compression.plan import LayerPlan, Plan
 from pliant.compression.quantised import Int8
 from pliant.compression.rank import LowRank
 from pliant.errors import unknown
-from pliant.structure.layers import Example
 
 __all__ = [
     "COMPRESSORS",

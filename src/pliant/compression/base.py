@@ -16,16 +16,17 @@ import abc
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import nn
 
+from pliant.calling import Example
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
-from pliant.structure.layers import Example, count_parameters
+from pliant.structure.layers import count_parameters
 
 ALLOCATIONS = ("uniform", "global", "energy")
 COSTS = ("params", "macs")
@@ -190,14 +191,3 @@ def check_ratio(ratio: Any) -> None:
     number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     if not number or not math.isfinite(ratio) or not 0 <= ratio < 1:
         raise BadInput(f"ratio is the share to remove: expected 0 <= ratio < 1, got {ratio!r}")
-
-
-def inputs_of(batch: Any) -> Any:
-    """Return what the model is called on: the first of a tuple or list (images, labels), or the batch itself."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
-
-
-def check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    """Raise the error for an unknown name unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise unknown(what, str(value), known)

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from pliant.calling import Example
 from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
-from pliant.structure.layers import Example, count_parameters
+from pliant.structure.layers import count_parameters
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
+from pliant.calling import Example, as_inputs, count_calls
+from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
-from pliant.errors import BadInput
+from pliant.errors import BadInput, check_choice
 from pliant.structure.layers import (
-    Example,
-    as_inputs,
-    count_calls,
     count_parameters,
     named_layers,
     obstacle,

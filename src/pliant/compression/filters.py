@@ -13,23 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import nearest
-from pliant.compression.base import (
-    ALLOCATIONS,
-    COSTS,
-    Analysis,
-    Compressor,
-    check_choice,
-    check_ratio,
-    parameter_shapes,
-)
+from pliant.compression.base import ALLOCATIONS, COSTS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.costs import applications
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
-from pliant.errors import BadInput
+from pliant.errors import BadInput, check_choice
 from pliant.structure.layers import (
     AxisName,
-    Example,
-    as_inputs,
     axes,
     axis_length,
     complement,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pliant.compression.base import check_choice
 from pliant.compression.filters import FilterPruning, refusals
+from pliant.errors import check_choice
 from pliant.structure.heads import projection_layers
 from pliant.structure.verification import ChannelGroup, Structure
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.calling import Example, as_inputs
 from pliant.compression.base import Compressor, parameter_shapes
 from pliant.compression.entries import Weights, weight_plan
 from pliant.compression.factored import Factorable, convolution_like
 from pliant.compression.plan import Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.errors import BadInput, Refused
-from pliant.structure.layers import Example, as_inputs, tied_parameters, untransposed
+from pliant.structure.layers import tied_parameters, untransposed
 
 LEVELS = 127  # of int8's 128 negative numbers one is not used: the grid is symmetric, and zero stays zero
 

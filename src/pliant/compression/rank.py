@@ -21,23 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import STEPS, Options, Step, allocate
-from pliant.compression.base import (
-    ALLOCATIONS,
-    COSTS,
-    Analysis,
-    Compressor,
-    check_choice,
-    check_ratio,
-    parameter_shapes,
-)
+from pliant.compression.base import ALLOCATIONS, COSTS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.costs import ONCE, Applied, applications
 from pliant.compression.factored import Factorable, factored, matrices
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.compression.whitening import MAX_WIDTH, output_moments
-from pliant.errors import BadInput
-from pliant.structure.layers import SCHEMES, Example, as_inputs, count_parameters, tied_parameters, untransposed
+from pliant.errors import BadInput, check_choice
+from pliant.structure.layers import SCHEMES, count_parameters, tied_parameters, untransposed
 
 # Relative difference between ‖W‖ at the analysis and now; the analysis works in float64, so anything above rounding
 # means that the weights have changed.

@@ -27,7 +27,7 @@ from torch import nn
 
 import pliant
 from pliant.compression import Plan, skeleton
-from pliant.errors import BadInput, DamagedFile, shown
+from pliant.errors import BadInput, DamagedFile, first_line, shown
 from pliant.experiments.data.images import ImageData, load_data
 from pliant.experiments.models import build_model
 from pliant.files import sha256, write_bytes, write_text
@@ -177,8 +177,7 @@ def _compressed(model: nn.Module, plan: Plan, path: Path) -> nn.Module:
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except Exception as error:  # what is kept of a layer may be wrong in as many ways as there are compressors
-        reason = (str(error).splitlines() or [""])[0]
-        raise DamagedFile(f"{path} is damaged ({type(error).__name__}: {reason})") from error
+        raise DamagedFile(f"{path} is damaged ({type(error).__name__}: {first_line(error)})") from error
 
 
 def read_plan(path: Path) -> Plan:

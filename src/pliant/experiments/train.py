@@ -33,6 +33,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from pliant.calling import eval_mode
 from pliant.constraints.parameter_groups import check_k
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged, unknown
 from pliant.experiments.baselines import merged
@@ -64,7 +65,7 @@ from pliant.experiments.training.display import Display
 from pliant.experiments.training.onednn import sound_convolutions
 from pliant.experiments.training.trackers import finish_trackers, start_trackers, tracker_names
 from pliant.files import is_empty, locked, make_folders, remove_leftovers, sync, write_bytes, write_text
-from pliant.measuring import eval_mode, evaluate, resolve_precision
+from pliant.measuring import evaluate, resolve_precision
 from pliant.optim.sfw import SFW
 from pliant.structure.layers import SCHEMES
 

@@ -29,8 +29,8 @@ from pliant.compression import (
     budgets,
     reestimate_batchnorm,
 )
-from pliant.compression.base import ALLOCATIONS, check_choice
-from pliant.errors import BadInput
+from pliant.compression.base import ALLOCATIONS
+from pliant.errors import BadInput, check_choice
 from pliant.experiments.data.images import Loader
 from pliant.experiments.methods import parse_pattern
 from pliant.experiments.run_folder import Run, versions

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pliant.calling import Example
 from pliant.compression import Plan
 from pliant.errors import BadInput, unknown
 from pliant.experiments.run_folder import (
@@ -37,7 +38,6 @@ from pliant.experiments.run_folder import (
 from pliant.exporting.graph import OPSET, PACKAGES, Portable, require_onnx
 from pliant.files import making_folder, remove_leftovers, sha256, write_text
 from pliant.measuring import parameters
-from pliant.structure.layers import Example
 
 FORMATS = ("safetensors", "pt2", "onnx")
 MANIFEST = "export.json"

@@ -30,8 +30,7 @@ from typing import Any
 
 import yaml
 
-from pliant.compression.base import check_choice
-from pliant.errors import BadInput, DamagedFile, shown, unknown
+from pliant.errors import BadInput, DamagedFile, check_choice, shown, unknown
 from pliant.experiments.baselines.retraining import SCHEDULES
 from pliant.experiments.methods import METHODS, with_defaults
 from pliant.experiments.sweep import parse_ratios
