@@ -26,7 +26,7 @@ from torch import nn
 from pliant.calling import Example
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
-from pliant.structure.layers import count_parameters
+from pliant.structure import count_parameters
 
 ALLOCATIONS = ("uniform", "global", "energy")
 COSTS = ("params", "macs")

@@ -13,7 +13,7 @@ from pliant.calling import Example
 from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
-from pliant.structure.layers import count_parameters
+from pliant.structure import count_parameters
 
 
 @dataclass(frozen=True, eq=False)

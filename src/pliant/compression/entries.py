@@ -18,7 +18,7 @@ from pliant.calling import Example, as_inputs, count_calls
 from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.errors import BadInput, check_choice
-from pliant.structure.layers import (
+from pliant.structure import (
     count_parameters,
     named_layers,
     obstacle,

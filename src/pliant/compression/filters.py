@@ -19,17 +19,20 @@ from pliant.compression.base import ALLOCATIONS, COSTS, Analysis, Compressor, ch
 from pliant.compression.costs import applications
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.errors import BadInput, check_choice
-from pliant.structure.layers import (
+from pliant.structure import (
     AxisName,
+    ChannelGroup,
+    Structure,
     axes,
     axis_length,
     complement,
     count_parameters,
+    coupled_channels,
     keep_channels,
+    positions,
     weighted_layers,
     zero_channels,
 )
-from pliant.structure.verification import ChannelGroup, Structure, coupled_channels, positions
 
 IMPORTANCES = ("l2", "l1", "bn")
 MODES = ("remove", "mask")

@@ -8,8 +8,7 @@ from torch import nn
 
 from pliant.compression.filters import FilterPruning, refusals
 from pliant.errors import check_choice
-from pliant.structure.heads import projection_layers
-from pliant.structure.verification import ChannelGroup, Structure
+from pliant.structure import ChannelGroup, Structure, projection_layers
 
 IMPORTANCES = ("l2", "l1")
 
@@ -23,7 +22,7 @@ class HeadPruning(FilterPruning):
     heads of queries that read it. At least one head of every attention module stays. ``importance`` of a head:
     the ``"l2"`` or ``"l1"`` norm of its rows.
 
-    Known are ``nn.MultiheadAttention``, which becomes a ``pliant.structure.attention.ThinAttention``, and every
+    Known are ``nn.MultiheadAttention``, which becomes a ``pliant.structure.thin_attention.ThinAttention``, and every
     module with linear projections for queries, keys and values, packed or apart, as they are usually named; the
     numbers that it keeps of its heads follow. Modules of other kinds, or whose forward cannot do with fewer
     heads, are named in ``plan.refused``.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from pliant.errors import BadInput, DamagedFile, shown
-from pliant.structure.layers import count_parameters
+from pliant.structure import count_parameters
 
 FORMAT = "pliant.plan"
 VERSION = 1

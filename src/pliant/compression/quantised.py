@@ -25,7 +25,7 @@ from pliant.compression.factored import Factorable, convolution_like
 from pliant.compression.plan import Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.errors import BadInput, Refused
-from pliant.structure.layers import tied_parameters, untransposed
+from pliant.structure import tied_parameters, untransposed
 
 LEVELS = 127  # of int8's 128 negative numbers one is not used: the grid is symmetric, and zero stays zero
 

@@ -30,7 +30,7 @@ from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.compression.whitening import MAX_WIDTH, output_moments
 from pliant.errors import BadInput, check_choice
-from pliant.structure.layers import SCHEMES, count_parameters, tied_parameters, untransposed
+from pliant.structure import SCHEMES, count_parameters, tied_parameters, untransposed
 
 # Relative difference between ‖W‖ at the analysis and now; the analysis works in float64, so anything above rounding
 # means that the weights have changed.

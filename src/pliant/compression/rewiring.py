@@ -9,7 +9,7 @@ from torch import nn
 
 from pliant.calling import Inputs, count_calls, run
 from pliant.errors import first_line
-from pliant.structure.layers import largest_sound, named_layers, obstacle, other_matrices, tied_parameters
+from pliant.structure import largest_sound, named_layers, obstacle, other_matrices, tied_parameters
 
 
 def replaceable(

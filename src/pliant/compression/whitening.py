@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pliant.calling import as_inputs, inputs_of, map_tensors, run
 from pliant.compression.factored import Factorable, first_of_spatial
 from pliant.errors import BadInput, first_line
-from pliant.structure.layers import untransposed
+from pliant.structure import untransposed
 
 Layer = tuple[str, str]  # name and scheme
 

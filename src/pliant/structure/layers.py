@@ -6,9 +6,9 @@ the layer before; the ``"outputs"`` of an attention module are its heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from pliant.structure.attention import is_conv1d, projections, thin
+from pliant.structure.attention import is_conv1d, projections
+from pliant.structure.thin_attention import thin
 
 AxisName = Literal["outputs", "inputs"]
 SCHEMES = ("channel", "spatial")  # the two ways to read a convolution's weight as a matrix
-Item = TypeVar("Item")
 
 # What is known of a layer holds for these classes and for subclasses that keep their forward.
 _KNOWN: tuple[type[nn.Module], ...] = (
@@ -206,28 +206,3 @@ def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.index_fill_(dim, gone.to(parameter.device), 0.0)
-
-
-def largest_sound(
-    items: Sequence[Item], fault: Callable[[list[Item]], str | None]
-) -> tuple[list[Item], list[tuple[Item, str]]]:
-    """Split ``items`` into a list that is sound as a whole and the rest, each with its fault.
-
-    ``fault(items)`` returns None for a sound list and a reason otherwise. One call where all is well; a single
-    bad item among n costs about 2·log2(n) calls.
-    """
-    failed: list[tuple[Item, str]] = []
-
-    def extend(sound: list[Item], more: Sequence[Item]) -> list[Item]:
-        if not more:
-            return sound
-        reason = fault([*sound, *more])
-        if reason is None:
-            return [*sound, *more]
-        if len(more) == 1:
-            failed.append((more[0], reason))
-            return sound
-        half = len(more) // 2
-        return extend(extend(sound, more[:half]), more[half:])
-
-    return extend([], items), failed

@@ -29,12 +29,11 @@ from torch.nn.modules.conv import _ConvNd
 from pliant.calling import Example, Inputs, as_inputs, count_calls, map_tensors, run, tensors_of
 from pliant.errors import first_line
 from pliant.structure.attention import is_conv1d
-from pliant.structure.channel_groups import ChannelGroup as ChannelGroup
-from pliant.structure.channel_groups import Slot as Slot
-from pliant.structure.channel_groups import Structure as Structure
+from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.heads import Site, attention_sites
-from pliant.structure.layers import AxisName, complement, keep_channels, largest_sound, weighted_layers, zero_channels
+from pliant.structure.layers import AxisName, complement, keep_channels, weighted_layers, zero_channels
+from pliant.structure.soundness import largest_sound
 
 _TOLERANCE = 1e-8  # relative; float64 networks of a hundred layers agree to about 1e-13
 
