@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from backends import Latency, backend_latencies
 from latency import share
 from notes import processor, spread, table
 from torch import Tensor, nn
@@ -33,7 +34,6 @@ from pliant import measuring
 from pliant.calling import as_inputs, map_tensors, run
 from pliant.compression import Compressor, Plan, masked_twin
 from pliant.exporting.graph import max_difference
-from pliant.measuring import Latency, backend_latencies
 from pliant.structure.attention import is_conv1d
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
