@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.calling import Example, Inputs, as_inputs, call, eval_mode, map_tensors, tensors_of
 from pliant.errors import BadInput
-from pliant.structure.layers import count_parameters
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,7 +65,7 @@ def evaluate(
 
 def parameters(model: nn.Module) -> int:
     """Return the number of parameters, shared ones once."""
-    return count_parameters(model)
+    return sum(p.numel() for p in model.parameters())
 
 
 def nonzero(model: nn.Module) -> int:

@@ -23,10 +23,10 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import nn
 
+from pliant import measuring
 from pliant.calling import Example
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
-from pliant.structure import count_parameters
 
 ALLOCATIONS = ("uniform", "global", "energy")
 COSTS = ("params", "macs")
@@ -157,7 +157,7 @@ class Compressor(abc.ABC, Generic[A]):
             options={field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             ratio=ratio,
             ratio_removed=removed / total if total else 0.0,
-            params_before=count_parameters(model),
+            params_before=measuring.parameters(model),
             params_after=params_after,
             compressible=tuple(compressible),
             layers=tuple(layers),

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from pliant import measuring
 from pliant.calling import Example
 from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
-from pliant.structure import count_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class Chain(Compressor[Linked]):
             options={},
             ratio=1 - prod(1 - plan.ratio for plan in plans),
             ratio_removed=1 - prod(1 - plan.ratio_removed for plan in plans),
-            params_before=count_parameters(model),
+            params_before=measuring.parameters(model),
             params_after=plans[-1].params_after,
             compressible=plans[0].compressible,
             layers=(),

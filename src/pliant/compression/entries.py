@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from pliant import measuring
 from pliant.calling import Example, as_inputs, count_calls
 from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.errors import BadInput, check_choice
 from pliant.structure import (
-    count_parameters,
     named_layers,
     obstacle,
     other_matrices,
@@ -175,8 +175,8 @@ def weight_plan(
             kind=type(module).__name__,
             kept=n,
             total=_weight(model, name).numel(),
-            params=count_parameters(module),
-            params_dense=count_parameters(module),
+            params=measuring.parameters(module),
+            params_dense=measuring.parameters(module),
             shape=weight_shape(module),
         )
         for name, module, n in zip(analysis.layers, modules, kept, strict=True)
@@ -188,7 +188,7 @@ def weight_plan(
         removed=sum(layer.total - layer.kept for layer in layers),
         compressible=compressible,
         layers=layers,
-        params_after=count_parameters(model),
+        params_after=measuring.parameters(model),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from pliant import measuring
 from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import nearest
 from pliant.compression.base import ALLOCATIONS, COSTS, Analysis, Compressor, check_ratio, parameter_shapes
@@ -26,7 +27,6 @@ from pliant.structure import (
     axes,
     axis_length,
     complement,
-    count_parameters,
     coupled_channels,
     keep_channels,
     positions,
@@ -139,7 +139,7 @@ class FilterPruning(Compressor[Channels]):
             removed=dense - kept(n),
             compressible=costs.compressible,
             layers=_layers(model, groups, gone, real=self.mode == "remove"),
-            params_after=count_parameters(model) - (fewer if self.mode == "remove" else 0),
+            params_after=measuring.parameters(model) - (fewer if self.mode == "remove" else 0),
         )
 
     def _apply(self, model: nn.Module, plan: Plan, analysis: Channels | None) -> nn.Module:

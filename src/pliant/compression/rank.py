@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant import measuring
 from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import STEPS, Options, Step, allocate
 from pliant.compression.base import ALLOCATIONS, COSTS, Analysis, Compressor, check_ratio, parameter_shapes
@@ -30,7 +31,7 @@ from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.compression.whitening import MAX_WIDTH, output_moments
 from pliant.errors import BadInput, check_choice
-from pliant.structure import SCHEMES, count_parameters, tied_parameters, untransposed
+from pliant.structure import SCHEMES, tied_parameters, untransposed
 
 # Relative difference between ‖W‖ at the analysis and now; the analysis works in float64, so anything above rounding
 # means that the weights have changed.
@@ -212,7 +213,7 @@ class LowRank(Compressor[Spectra]):
             cut = offer[option]
             spectrum = cut.spectrum
             module = model.get_submodule(name)
-            dense = count_parameters(module)
+            dense = measuring.parameters(module)
             gone = spectrum.dense("params") - spectrum.cost(cut.rank, "params") if cut.rank else 0
             full = min(spectrum.rows, spectrum.columns)
             layers.append(
@@ -236,7 +237,7 @@ class LowRank(Compressor[Spectra]):
             removed=removed,
             compressible={f"{name}.weight" if name else "weight": cost for name, cost in compressible.items()},
             layers=layers,
-            params_after=count_parameters(model) - saved,
+            params_after=measuring.parameters(model) - saved,
         )
 
     def _apply(self, model: nn.Module, plan: Plan, analysis: Spectra | None) -> nn.Module:

@@ -23,7 +23,6 @@ from pliant.structure.layers import AxisName as AxisName
 from pliant.structure.layers import axes as axes
 from pliant.structure.layers import axis_length as axis_length
 from pliant.structure.layers import complement as complement
-from pliant.structure.layers import count_parameters as count_parameters
 from pliant.structure.layers import keep_channels as keep_channels
 from pliant.structure.layers import named_layers as named_layers
 from pliant.structure.layers import obstacle as obstacle

@@ -178,11 +178,6 @@ def tied_parameters(model: nn.Module) -> frozenset[int]:
     return frozenset(i for ids in owners.values() if len(ids) > 1 for i in ids)
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters, shared ones once."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
     """Reduce ``module`` in place to the positions ``keep`` (int64, ascending) of one axis."""
     which = axes(module)[axis]
