@@ -5,6 +5,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import pliant
 from pliant import measuring
 from pliant.compression import FilterPruning, LowRank
 from pliant.errors import BadInput
@@ -160,3 +161,9 @@ def test_precision() -> None:
     assert measuring.resolve_precision("auto", CPU) in ("fp32", "bf16")
     with pytest.raises(BadInput, match="precision"):
         measuring.resolve_precision("fp8", CPU)
+
+
+def test_the_versions_are_those_of_what_is_running() -> None:
+    versions = measuring.versions()
+    assert versions["pliant"] == pliant.__version__
+    assert versions["torch"] == torch.__version__

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import platform
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.calling import Example, Inputs, as_inputs, call, eval_mode, map_tensors, tensors_of
 from pliant.errors import BadInput
+from pliant.version import __version__
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -179,6 +182,18 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
         tensors[name] = plain.clone() if memory in memories else plain
         memories.add(memory)
     return tensors
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a measurement depends on."""
+    return {
+        "pliant": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def _cpu_has_bf16() -> bool:

@@ -13,11 +13,12 @@ from pliant.compression import LowRank
 from pliant.compression.base import check_ratio
 from pliant.compression.budgets import one_budget
 from pliant.errors import BadInput
-from pliant.experiments.run_folder import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config, write_plan
+from pliant.experiments.run_folder import CONFIG, RECORD, SHAPE, Run, write_config
 from pliant.experiments.sweep import PATTERN, check_pattern, describe
 from pliant.experiments.workbench import Trial, check_names, pattern_compressor
 from pliant.files import making_folder, remove_leftovers, write_text
 from pliant.records import CALIBRATION, factorises
+from pliant.storage import PLAN, WEIGHTS, save_weights, write_plan
 
 
 def compress_run(
@@ -107,7 +108,7 @@ def compress_run(
         write_plan(fresh / PLAN, plan)
         write_config(fresh / CONFIG, source.config)
         shutil.copyfile(source.path / SHAPE, fresh / SHAPE)
-        write_text(fresh / "record.json", json.dumps(record.to_dict(), indent=1) + "\n")
+        write_text(fresh / RECORD, json.dumps(record.to_dict(), indent=1) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     console.print(str(plan), markup=False)
     console.print(describe(record), markup=False)

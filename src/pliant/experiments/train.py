@@ -50,23 +50,14 @@ from pliant.experiments.methods import (
     with_defaults,
 )
 from pliant.experiments.models import build_model
-from pliant.experiments.run_folder import (
-    CONFIG,
-    PLAN,
-    SHAPE,
-    WEIGHTS,
-    Run,
-    save_weights,
-    versions,
-    write_config,
-    write_shape,
-)
+from pliant.experiments.run_folder import CONFIG, SHAPE, Run, write_config, write_shape
 from pliant.experiments.training.display import Display
 from pliant.experiments.training.onednn import sound_convolutions
 from pliant.experiments.training.trackers import finish_trackers, start_trackers, tracker_names
 from pliant.files import is_empty, locked, make_folders, remove_leftovers, sync, write_bytes, write_text
-from pliant.measuring import evaluate, resolve_precision
+from pliant.measuring import evaluate, resolve_precision, versions
 from pliant.optim.sfw import SFW
+from pliant.storage import PLAN, WEIGHTS, save_weights
 from pliant.structure.layers import SCHEMES
 
 CHECKPOINT = Path("checkpoint") / "last.pt"

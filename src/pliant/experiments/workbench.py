@@ -33,7 +33,8 @@ from pliant.compression.base import ALLOCATIONS
 from pliant.errors import BadInput, check_choice
 from pliant.experiments.data.images import Loader
 from pliant.experiments.methods import parse_pattern
-from pliant.experiments.run_folder import Run, versions
+from pliant.experiments.run_folder import Run
+from pliant.measuring import versions
 from pliant.records import CALIBRATION, Key, LayerCount, Record, factorises, record_key
 from pliant.structure.layers import SCHEMES
 
