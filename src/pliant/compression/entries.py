@@ -35,7 +35,7 @@ class Weights(Analysis):
     layers: tuple[str, ...]
 
 
-class _Zeroing(Compressor[Weights]):
+class Zeroing(Compressor[Weights]):
     """A compressor that sets entries of weights to zero, in all layers that it finds fit."""
 
     def analyse(
@@ -51,20 +51,20 @@ class _Zeroing(Compressor[Weights]):
         layers: list[str] = []
         refused: list[tuple[str, str]] = []
         for name, module in named_layers(model):
-            reason = obstacle(module, tied) or self._unfit(module)
+            reason = obstacle(module, tied) or self.unfit(module)
             if reason is None:
                 layers.append(name)
             else:
                 refused.append((name, reason))
         return Weights(parameter_shapes(model), (*refused, *other_matrices(model)), tuple(layers))
 
-    def _unfit(self, module: nn.Module) -> str | None:
+    def unfit(self, module: nn.Module) -> str | None:
         """Return why a layer cannot be acted on, or None."""
         return None
 
 
 @dataclass(frozen=True)
-class Magnitude(_Zeroing):
+class Magnitude(Zeroing):
     """Zero the entries of smallest magnitude in the weights of linear and convolution layers.
 
     ``ratio``: share of these entries to zero, in [0, 1); exactly round(ratio·n) of n are, those of lower index
@@ -82,7 +82,8 @@ class Magnitude(_Zeroing):
         check_ratio(self.ratio)
         check_choice("allocation", self.allocation, ALLOCATIONS)
 
-    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Weights) -> Plan:
+        """Return the plan: how many entries of each layer stay."""
         weights = [_weight(model, name) for name in analysis.layers]
         sizes = [w.numel() for w in weights]
         if self.allocation == "uniform" or not weights:
@@ -94,7 +95,8 @@ class Magnitude(_Zeroing):
             kept = [int(part.sum()) for part in stays.split(sizes)]
         return weight_plan(self, model, analysis, self.ratio, kept)
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        """Zero all but the largest entries of each layer, in place."""
         for layer in plan.layers:
             weight = _weight(model, layer.name)
             if not layer.kept <= layer.total == weight.numel():
@@ -105,7 +107,7 @@ class Magnitude(_Zeroing):
 
 
 @dataclass(frozen=True)
-class SemiStructured(_Zeroing):
+class SemiStructured(Zeroing):
     """Keep the ``n`` largest magnitudes of every ``m`` consecutive input channels, the pattern of sparse kernels.
 
     Blocks run along dim 1 of the weight (dim 0 of a ``Conv1D``), for each filter and each kernel position; among
@@ -123,17 +125,20 @@ class SemiStructured(_Zeroing):
         if not whole or not 1 <= self.n < self.m:
             raise BadInput(f"n:m keeps n of every m weights: expected whole 1 <= n < m, got {self.n!r}:{self.m!r}")
 
-    def _unfit(self, module: nn.Module) -> str | None:
+    def unfit(self, module: nn.Module) -> str | None:
+        """Return why blocks of ``m`` input channels cannot be formed in a layer, or None."""
         if isinstance(module, _ConvTransposeNd):
             return "is a transposed convolution"
         channels = weight_shape(untransposed(module))[1]
         return f"has {channels} input channels, which {self.m} does not divide" if channels % self.m else None
 
-    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Weights) -> Plan:
+        """Return the plan: n of every m entries of each layer stay."""
         kept = [_weight(model, name).numel() // self.m * self.n for name in analysis.layers]
         return weight_plan(self, model, analysis, 1 - self.n / self.m, kept)
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        """Zero all but the ``n`` largest entries of each block, in place."""
         for layer in plan.layers:
             weight = _weight(model, layer.name, by_rows=True)
             blocks = weight.abs().unflatten(1, (-1, self.m)).movedim(2, -1)
@@ -181,7 +186,7 @@ def weight_plan(
         )
         for name, module, n in zip(analysis.layers, modules, kept, strict=True)
     ]
-    return compressor._make_plan(
+    return compressor.assemble(
         model,
         analysis,
         ratio=ratio,

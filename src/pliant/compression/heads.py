@@ -35,9 +35,10 @@ class HeadPruning(FilterPruning):
         super().__post_init__()
         check_choice("importance", self.importance, IMPORTANCES)
 
-    def _choose(
+    def choose(
         self, model: nn.Module, structure: Structure
     ) -> tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]:
+        """Return the groups of heads, and (layer, reason) for each other projection of an attention module."""
         groups = tuple(group for group in structure.groups if group.kind == "heads")
         refused = refusals(structure, groups, projection_layers(model), "has no heads that can leave")
         if not groups and not refused:

@@ -198,7 +198,8 @@ class LowRank(Compressor[Spectra]):
             return ("channel",)
         return SCHEMES if self.scheme == "best" else ("spatial",)
 
-    def _plan(self, model: nn.Module, analysis: Spectra) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Spectra) -> Plan:
+        """Allocate the ratio to the layers, and return the plan with the rank of each."""
         self._check_analysis(analysis)
         modules = {name: _factorable(model, name) for name in analysis.layers}
         for name, spectra in analysis.layers.items():
@@ -230,7 +231,7 @@ class LowRank(Compressor[Spectra]):
             )
             removed += compressible[name] - cut.cost
             saved += gone
-        return replace(self, whiten=analysis.whitened)._make_plan(
+        return replace(self, whiten=analysis.whitened).assemble(
             model,
             analysis,
             ratio=self.ratio,
@@ -240,7 +241,8 @@ class LowRank(Compressor[Spectra]):
             params_after=measuring.parameters(model) - saved,
         )
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Spectra | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Spectra | None) -> nn.Module:
+        """Put factors into the places of the layers that the plan names."""
         if analysis is not None:
             self._check_analysis(analysis)
         elif self.whiten is True and any(layer.params < layer.params_dense for layer in plan.layers):
@@ -261,7 +263,7 @@ class LowRank(Compressor[Spectra]):
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Return a new model with the plan's factors, all zero: nothing is decomposed, no data is needed."""
-        self._check(model, plan)
+        self.checked(model, plan)
         new = copy.deepcopy(model)
         return replace_modules(
             new, {name: _empty(layer, rank, scheme) for name, layer, rank, scheme in _factorised(new, plan)}
