@@ -12,15 +12,16 @@ from torch import nn
 import pliant
 from pliant import measuring
 from pliant.compression import masked_twin
+from pliant.compressor_names import ALONE
 from pliant.errors import BadInput, DamagedFile, Refused
 from pliant.experiments.compress import compress_run
 from pliant.experiments.run_folder import Run
 from pliant.experiments.sweep import parse_ratios, sweep
 from pliant.experiments.train import train
-from pliant.experiments.workbench import COMPRESSORS, Trial
+from pliant.experiments.workbench import Trial
 from pliant.records import read_records
 
-EVERY = [*(name for name in COMPRESSORS if name != "heads"), "filters+rank", "rank+int8"]  # LeNet has no heads
+EVERY = [*(name for name in ALONE if name != "heads"), "filters+rank", "rank+int8"]  # LeNet has no heads
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ from pliant.calling import Example
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
 
-ALLOCATIONS = ("uniform", "global", "energy")
 COSTS = ("params", "macs")
 
 
@@ -179,7 +178,7 @@ class Compressor(abc.ABC, Generic[A]):
 
     def with_options_of(self, plan: Plan) -> Self:
         """Return a compressor of this kind with the plan's options; raises BadInput if it does not have them."""
-        return compressor_of(type(self), plan.options)
+        return with_options(type(self), plan.options)
 
     def assemble(
         self,
@@ -230,7 +229,7 @@ def option_names(kind: type[Compressor[Any]]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def compressor_of(kind: type[C], options: Mapping[str, Any]) -> C:
+def with_options(kind: type[C], options: Mapping[str, Any]) -> C:
     """Return ``kind(**options)``; options that it does not have, or not with these values, are a BadInput."""
     known = option_names(kind)
     for name in options:

@@ -16,8 +16,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from pliant import measuring
 from pliant.calling import Example, as_inputs, count_calls
-from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
+from pliant.compressor_names import ALLOCATIONS
 from pliant.errors import BadInput, check_choice
 from pliant.structure import (
     named_layers,

@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from pliant import measuring
 from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import nearest
-from pliant.compression.base import ALLOCATIONS, COSTS, Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.costs import applications
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
+from pliant.compressor_names import ALLOCATIONS
 from pliant.errors import BadInput, check_choice
 from pliant.structure import (
     AxisName,

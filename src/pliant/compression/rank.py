@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from pliant import measuring
 from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import STEPS, Options, Step, allocate
-from pliant.compression.base import ALLOCATIONS, COSTS, Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.costs import ONCE, Applied, applications
 from pliant.compression.factored import Factorable, factored, matrices
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.compression.whitening import MAX_WIDTH, output_moments
+from pliant.compressor_names import ALLOCATIONS, SCHEME, SCHEMES
 from pliant.errors import BadInput, check_choice
-from pliant.structure import SCHEMES, tied_parameters, untransposed
+from pliant.structure import tied_parameters, untransposed
 
 # Relative difference between ‖W‖ at the analysis and now; the analysis works in float64, so anything above rounding
 # means that the weights have changed.
@@ -133,7 +134,7 @@ class LowRank(Compressor[Spectra]):
     ratio: float = 0.5
     allocation: str = "global"
     whiten: bool | str = "auto"
-    scheme: str = "spatial"
+    scheme: str = SCHEME
     cost: str = "params"
 
     def __post_init__(self) -> None:

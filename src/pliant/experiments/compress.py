@@ -9,18 +9,19 @@ from typing import Any
 
 from rich.console import Console
 
-from pliant.compression import LowRank
 from pliant.compression.base import check_ratio
 from pliant.compression.budgets import one_budget
+from pliant.compression.by_name import check_names
+from pliant.compressor_names import CALIBRATION, SCHEME, check_pattern, factorises, names_in_help, takes_pattern
 from pliant.errors import BadInput
 from pliant.experiments.run_folder import CONFIG, RECORD, SHAPE, Run, write_config
-from pliant.experiments.sweep import PATTERN, check_pattern, describe
-from pliant.experiments.workbench import Trial, check_names, pattern_compressor
+from pliant.experiments.sweep import PATTERN, describe
+from pliant.experiments.workbench import Trial, pattern_compressor
 from pliant.files import making_folder, remove_leftovers, write_text
-from pliant.records import CALIBRATION, factorises
 from pliant.storage import PLAN, WEIGHTS, save_weights, write_plan
 
 
+@names_in_help
 def compress_run(
     run: str | Path,
     compressor: str = "filters",
@@ -47,7 +48,7 @@ def compress_run(
 
     Args:
         run: run folder, as pliant train makes it.
-        compressor: filters, heads, rank, weights or nm, or a chain such as filters+rank or rank+int8.
+        compressor: {compressors}.
         ratio: share of the compressible parameters to remove; 0.5 if there is no budget either.
         keep_params: instead of a ratio, share of all parameters that may stay.
         keep_macs: instead of a ratio, share of the multiply-accumulates that may stay.
@@ -72,6 +73,7 @@ def compress_run(
         Refused: nothing can be removed from this network, or the budget is out of reach.
     """
     check_names(compressor, allocation)
+    patterned = takes_pattern(compressor)
     limits = {
         "keep_params": keep_params,
         "keep_macs": keep_macs,
@@ -80,15 +82,15 @@ def compress_run(
         "max_drop": max_drop,
     }
     budget = None if all(limit is None for limit in limits.values()) else one_budget(**limits)
-    if budget is not None and (ratio is not None or compressor == "nm"):
-        raise BadInput(f"{'a pattern' if compressor == 'nm' else '--ratio'} and --{budget.kind} exclude each other")
+    if budget is not None and (ratio is not None or patterned):
+        raise BadInput(f"{'a pattern' if patterned else '--ratio'} and --{budget.kind} exclude each other")
     check_pattern(compressor, pattern, ratio=ratio)
     pattern = pattern or PATTERN
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
-    if compressor == "nm":
+    if patterned:
         pattern_compressor(pattern)  # for its BadInput, before anything is measured
-    size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if compressor == "nm" else ""}
+    size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if patterned else ""}
     source = Run.open(run)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
     trial = Trial(source, compressor, whiten=whiten, scheme=scheme, **options)
@@ -121,7 +123,7 @@ def _unusual(trial: Trial) -> list[str]:
     words = []
     if factorises(trial.compressor) and not trial.whiten:
         words.append("plain")
-    if trial.scheme not in (None, LowRank.scheme):
+    if trial.scheme not in (None, SCHEME):
         words.append(trial.scheme)
     if trial.allocation not in ("", "global"):  # nm has none
         words.append(trial.allocation)

@@ -9,16 +9,19 @@ from typing import Any
 from rich.console import Console
 
 from pliant.compression.base import check_ratio
+from pliant.compression.by_name import check_names
+from pliant.compressor_names import CALIBRATION, check_pattern, names_in_help, takes_pattern
 from pliant.errors import BadInput
 from pliant.experiments.run_folder import Run
-from pliant.experiments.workbench import Trial, check_names, pattern_compressor
+from pliant.experiments.workbench import Trial, pattern_compressor
 from pliant.files import locked
 from pliant.jsonl import check_appendable
-from pliant.records import CALIBRATION, Record, append_record, read_records
+from pliant.records import Record, append_record, read_records
 
 RATIOS, PATTERN = "0,0.3,0.5,0.7,0.8,0.9", "2:4"
 
 
+@names_in_help
 def sweep(
     runs: str | Path | Sequence[str | Path],
     compressor: str = "filters",
@@ -37,7 +40,7 @@ def sweep(
 
     Args:
         runs: run folders, as pliant train makes them.
-        compressor: filters, heads, rank, weights or nm, or a chain such as filters+rank or rank+int8.
+        compressor: {compressors}.
         ratios: shares of the compressible parameters to remove, such as 0,0.5,0.9; 0 is the dense network; by
             default 0,0.3,0.5,0.7,0.8,0.9.
         allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
@@ -57,7 +60,7 @@ def sweep(
     """
     check_names(compressor, allocation)
     check_pattern(compressor, pattern, ratios=ratios)
-    if compressor == "nm":
+    if takes_pattern(compressor):
         points = _patterns(pattern or PATTERN)
     else:
         points = [(ratio, "") for ratio in parse_ratios(RATIOS if ratios is None else ratios)]
@@ -103,15 +106,6 @@ def parse_ratios(ratios: str | Sequence[float]) -> list[float]:
     for ratio in parsed:
         check_ratio(ratio)
     return list(dict.fromkeys(parsed))
-
-
-def check_pattern(compressor: str, pattern: str | None, **ratio: object) -> None:
-    """Raise BadInput if a pattern is given to a compressor that takes a ratio, or a ratio to one of patterns."""
-    ((name, given),) = ratio.items()
-    if pattern is not None and compressor != "nm":
-        raise BadInput(f"--pattern {pattern} is for the compressor nm; {compressor} takes --{name}")
-    if given is not None and compressor == "nm":
-        raise BadInput(f"--{name} {given} is not for the compressor nm: it takes a --pattern such as 2:4")
 
 
 def describe(record: Record) -> str:

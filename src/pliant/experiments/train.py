@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pliant.calling import eval_mode
+from pliant.compressor_names import SCHEMES, parse_pattern
 from pliant.constraints.parameter_groups import check_k
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged, unknown
 from pliant.experiments.baselines import merged
@@ -46,7 +47,6 @@ from pliant.experiments.methods import (
     make_k_schedule,
     make_optimizer,
     make_threshold,
-    parse_pattern,
     with_defaults,
 )
 from pliant.experiments.models import build_model
@@ -58,7 +58,6 @@ from pliant.files import is_empty, locked, make_folders, remove_leftovers, sync,
 from pliant.measuring import evaluate, resolve_precision, versions
 from pliant.optim.sfw import SFW
 from pliant.storage import PLAN, WEIGHTS, save_weights
-from pliant.structure.layers import SCHEMES
 
 CHECKPOINT = Path("checkpoint") / "last.pt"
 LOG, ENVIRONMENT = "train.jsonl", "env.json"

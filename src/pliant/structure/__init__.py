@@ -18,7 +18,6 @@ from pliant.structure.channel_groups import ChannelGroup as ChannelGroup
 from pliant.structure.channel_groups import Slot as Slot
 from pliant.structure.channel_groups import Structure as Structure
 from pliant.structure.heads import projection_layers as projection_layers
-from pliant.structure.layers import SCHEMES as SCHEMES
 from pliant.structure.layers import AxisName as AxisName
 from pliant.structure.layers import axes as axes
 from pliant.structure.layers import axis_length as axis_length

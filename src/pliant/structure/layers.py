@@ -20,7 +20,6 @@ from pliant.structure.attention import is_conv1d, projections
 from pliant.structure.thin_attention import thin
 
 AxisName = Literal["outputs", "inputs"]
-SCHEMES = ("channel", "spatial")  # the two ways to read a convolution's weight as a matrix
 
 # What is known of a layer holds for these classes and for subclasses that keep their forward.
 _KNOWN: tuple[type[nn.Module], ...] = (
