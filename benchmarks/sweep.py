@@ -26,7 +26,7 @@ from notes import processor, table
 import pliant
 from pliant import measuring
 from pliant.experiments import run_folder as runs
-from pliant.experiments import workbench as trials
+from pliant.experiments import workbench
 from pliant.experiments.sweep import sweep
 from pliant.storage import WEIGHTS, save_weights
 
@@ -69,7 +69,7 @@ def shares(run: Path, compressor: str) -> tuple[float, Counter[str]]:
     with (
         timed(measuring, "evaluate", "accuracy"),
         timed(measuring, "latencies", "latency"),
-        timed(trials, "reestimate_batchnorm", "BatchNorm"),
+        timed(workbench, "reestimate_batchnorm", "BatchNorm"),
         timed(kind, "analyse", "curves of the layers"),
         timed(kind, "plan", "plans"),
         timed(kind, "apply", "removal"),

@@ -16,7 +16,7 @@ from pliant.compressor_names import CALIBRATION, SCHEME, check_pattern, factoris
 from pliant.errors import BadInput
 from pliant.experiments.run_folder import CONFIG, RECORD, SHAPE, Run, write_config
 from pliant.experiments.sweep import PATTERN, describe
-from pliant.experiments.workbench import Trial, pattern_compressor
+from pliant.experiments.workbench import Workbench, pattern_compressor
 from pliant.files import making_folder, remove_leftovers, write_text
 from pliant.storage import PLAN, WEIGHTS, save_weights, write_plan
 
@@ -93,11 +93,11 @@ def compress_run(
     size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if patterned else ""}
     source = Run.open(run)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    trial = Trial(source, compressor, whiten=whiten, scheme=scheme, **options)
+    bench = Workbench(source, compressor, whiten=whiten, scheme=scheme, **options)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
     if max_drop is not None and precision != "auto":  # the accuracy that it asks for is measured in this precision
         label = f"{precision}-{label}"
-    name = "-".join([source.name, compressor, *_unusual(trial), label])
+    name = "-".join([source.name, compressor, *_unusual(bench), label])
     folder = Path(out) if out else source.path.resolve().with_name(name)
     remove_leftovers(folder)
     if folder.exists():
@@ -105,7 +105,7 @@ def compress_run(
     if (source.path / PLAN).exists():
         raise BadInput(f"{run} is compressed already: give the run folder it was made from")
     with making_folder(folder) as fresh:  # first, for a place that cannot be written to is soon noticed
-        network, plan, record = trial.measure(**size) if budget is None else trial.fit(budget)
+        network, plan, record = bench.measure(**size) if budget is None else bench.fit(budget)
         save_weights(network, fresh / WEIGHTS)
         write_plan(fresh / PLAN, plan)
         write_config(fresh / CONFIG, source.config)
@@ -118,15 +118,15 @@ def compress_run(
     return folder
 
 
-def _unusual(trial: Trial) -> list[str]:
+def _unusual(bench: Workbench) -> list[str]:
     """Return the words for all options that make another network than the usual ones would."""
     words = []
-    if factorises(trial.compressor) and not trial.whiten:
+    if factorises(bench.compressor) and not bench.whiten:
         words.append("plain")
-    if trial.scheme not in (None, SCHEME):
-        words.append(trial.scheme)
-    if trial.allocation not in ("", "global"):  # nm has none
-        words.append(trial.allocation)
-    if trial.calibration != CALIBRATION:
-        words.append(f"calibration{trial.calibration}")
+    if bench.scheme not in (None, SCHEME):
+        words.append(bench.scheme)
+    if bench.allocation not in ("", "global"):  # nm has none
+        words.append(bench.allocation)
+    if bench.calibration != CALIBRATION:
+        words.append(f"calibration{bench.calibration}")
     return words

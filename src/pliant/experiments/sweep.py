@@ -13,7 +13,7 @@ from pliant.compression.by_name import check_names
 from pliant.compressor_names import CALIBRATION, check_pattern, names_in_help, takes_pattern
 from pliant.errors import BadInput
 from pliant.experiments.run_folder import Run
-from pliant.experiments.workbench import Trial, pattern_compressor
+from pliant.experiments.workbench import Workbench, pattern_compressor
 from pliant.files import locked
 from pliant.jsonl import check_appendable
 from pliant.records import Record, append_record, read_records
@@ -69,26 +69,26 @@ def sweep(
         raise BadInput("expected at least one run folder, got none")
     path = Path(out)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    trials = [Trial(run, compressor, whiten=whiten, scheme=scheme, **options) for run in opened]
+    benches = [Workbench(run, compressor, whiten=whiten, scheme=scheme, **options) for run in opened]
     if path.exists():
         read_records(path)  # for its DamagedFile, before anything is made
     check_appendable(path)
     with locked(path):
-        _append_missing(path, trials, points)
+        _append_missing(path, benches, points)
     return path
 
 
-def _append_missing(path: Path, trials: list[Trial], points: list[tuple[float, str]]) -> None:
-    """Measure the points of every trial that the file of records does not have, and append them one by one."""
+def _append_missing(path: Path, benches: list[Workbench], points: list[tuple[float, str]]) -> None:
+    """Measure the points of every workbench that the file of records does not have, and append them one by one."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     existing = {record.key() for record in read_records(path)} if path.exists() else set()
-    for trial in trials:
-        missing = [point for point in points if trial.key(*point) not in existing]
+    for bench in benches:
+        missing = [point for point in points if bench.key(*point) not in existing]
         if len(missing) < len(points):
             skipped = f"{len(points) - len(missing)} records exist already, skipped"
-            console.print(f"{trial.run.name}  {trial.compressor}: {skipped}")
+            console.print(f"{bench.run.name}  {bench.compressor}: {skipped}")
         for ratio, pattern_or_none in missing:
-            _, _, record = trial.measure(ratio, pattern_or_none)
+            _, _, record = bench.measure(ratio, pattern_or_none)
             append_record(path, record)
             existing.add(record.key())
             console.print(describe(record))

@@ -1,7 +1,7 @@
 """One trained network under one compressor: what is left at a ratio or within a budget, and what it cost.
 
-Sweeping and compressing a run both ask a :class:`Trial`. The analysis of the network (dependency graph, singular value
-decompositions) is made once and serves every ratio.
+Sweeps, comparisons and ``pliant compress`` all ask a :class:`Workbench`. The analysis of the network (dependency graph,
+singular value decompositions) is made once and serves every ratio.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LATENCY_BATCH = 1
 Refine = Callable[[nn.Module, int], nn.Module]
 
 
-class Trial:
+class Workbench:
     """A run and a compressor, ready to be measured at any ratio.
 
     Args:
