@@ -13,9 +13,10 @@ from pliant.errors import BadInput, DamagedFile, Diverged
 from pliant.experiments import train as training
 from pliant.experiments.compress import compress_run
 from pliant.experiments.methods import METHODS
-from pliant.experiments.run_folder import Run, load, load_weights, save_weights
+from pliant.experiments.run_folder import Run, load
 from pliant.experiments.train import Session, learning_rate, train
 from pliant.norms import NormBall
+from pliant.storage import load_weights, save_weights
 
 
 def quick(out: Path, **options: Any) -> Path:

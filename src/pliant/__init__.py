@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from pliant.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pliant.compression import Chain as Chain
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from pliant.experiments.demo import demo as demo
     from pliant.experiments.models import build_model as build_model
     from pliant.experiments.run_folder import load as load
-    from pliant.experiments.run_folder import rebuild as rebuild
     from pliant.experiments.sweep import sweep as sweep
     from pliant.experiments.train import train as train
     from pliant.exporting.folder import export as export
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from pliant.records import append_record as append_record
     from pliant.records import read_records as read_records
     from pliant.reporting.page import report as report
+    from pliant.storage import rebuild as rebuild
     from pliant.structure.verification import coupled_channels as coupled_channels
 
 _HOMES = {
@@ -90,8 +90,9 @@ _HOMES = {
     "norms": ["Blocks", "Channels", "KSparse", "KSupport", "Lp", "Norm", "NormBall", "Rows", "Spectral"],
     "records": ["Record", "append_record", "read_records"],
     "reporting.page": ["report"],
-    "experiments.run_folder": ["load", "rebuild"],
     "optim": ["KSchedule", "SFW", "SoftThreshold"],
+    "experiments.run_folder": ["load"],
+    "storage": ["rebuild"],
     "structure.verification": ["coupled_channels"],
     "experiments.sweep": ["sweep"],
     "experiments.train": ["train"],

@@ -13,8 +13,9 @@ import yaml
 
 import pliant
 from pliant.errors import PliantError
-from pliant.experiments.run_folder import Run, load, read_plan
+from pliant.experiments.run_folder import Run, load
 from pliant.experiments.train import CHECKPOINT, train
+from pliant.storage import read_plan
 
 SOURCES = sorted(Path(pliant.__file__).parent.rglob("*.py"))
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -27,13 +27,13 @@ from pliant.errors import BadInput, Diverged, shown, unknown
 from pliant.experiments.comparison.job import Job, Line, Outcome, data_of, perform
 from pliant.experiments.comparison.rehearsal import rehearse
 from pliant.experiments.comparison.suites import Entrant, Suite
-from pliant.experiments.run_folder import WEIGHTS
 from pliant.experiments.sweep import describe
 from pliant.files import locked, make_folders, sha256, write_text
 from pliant.jsonl import append_line, read_lines
 from pliant.records import Record, append_record, read_records
 from pliant.reporting.curves import TIME_SLACK, grouped, step_ratio
 from pliant.reporting.page import write_report
+from pliant.storage import WEIGHTS
 
 TRIALS, RECORDS = "trials.jsonl", "records.jsonl"
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from pliant.compressor_names import parse_pattern
 from pliant.constraints import Preset, constrain, filters, l2, layout_of, rank, resolve_k, semi_structured, weights
 from pliant.errors import BadInput, unknown
 from pliant.experiments import baselines
@@ -127,14 +128,6 @@ def make_threshold(optimizer: Optimizer, settings: Settings) -> SoftThreshold | 
         return None
     every = {} if settings["every"] is None else {"every": settings["every"]}
     return SoftThreshold(optimizer, settings["strength"], **every)
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Return (N, M) of a pattern such as "2:4"; raises BadInput for anything else."""
-    n, colon, m = pattern.partition(":")
-    if not (colon and n.isdecimal() and m.isdecimal() and 1 <= int(n) <= int(m)):
-        raise BadInput(f"a pattern is N:M with 1 <= N <= M, such as 2:4; got {pattern!r}")
-    return int(n), int(m)
 
 
 # --- the matrices -----------------------------------------------------------------------------------------------------

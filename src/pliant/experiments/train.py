@@ -33,6 +33,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from pliant.calling import eval_mode
+from pliant.compressor_names import SCHEMES, parse_pattern
 from pliant.constraints import check_k
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged, unknown
 from pliant.experiments.baselines import merged
@@ -45,28 +47,17 @@ from pliant.experiments.methods import (
     make_k_schedule,
     make_optimizer,
     make_threshold,
-    parse_pattern,
     with_defaults,
 )
 from pliant.experiments.models import build_model
-from pliant.experiments.run_folder import (
-    CONFIG,
-    PLAN,
-    SHAPE,
-    WEIGHTS,
-    Run,
-    save_weights,
-    versions,
-    write_config,
-    write_shape,
-)
+from pliant.experiments.run_folder import CONFIG, SHAPE, Run, write_config, write_shape
 from pliant.experiments.training.display import Display
 from pliant.experiments.training.onednn import sound_convolutions
 from pliant.experiments.training.trackers import finish_trackers, start_trackers, tracker_names
 from pliant.files import is_empty, locked, make_folders, remove_leftovers, sync, write_bytes, write_text
-from pliant.measuring import eval_mode, evaluate, resolve_precision
+from pliant.measuring import evaluate, resolve_precision, versions
 from pliant.optim import SFW
-from pliant.structure.layers import SCHEMES
+from pliant.storage import PLAN, WEIGHTS, save_weights
 
 CHECKPOINT = Path("checkpoint") / "last.pt"
 LOG, ENVIRONMENT = "train.jsonl", "env.json"

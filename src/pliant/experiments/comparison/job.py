@@ -27,7 +27,7 @@ from pliant.experiments.methods import OWN, with_defaults
 from pliant.experiments.run_folder import Run
 from pliant.experiments.train import CHECKPOINT, Session, differ, learning_rate, train_run
 from pliant.experiments.training.onednn import sound_convolutions
-from pliant.experiments.workbench import Refine, Trial
+from pliant.experiments.workbench import Refine, Workbench
 from pliant.optim import SFW
 from pliant.records import CALIBRATION, Cost, Record
 from pliant.reporting.area import area
@@ -207,8 +207,8 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
     run = Run.open(path, data)
     if job.search:
         for family, measures in job.families.items():
-            trial = _trial(run, job, measures[0])
-            points = [list(trial.validate(*point)) for point in measures[0].points]
+            bench = _workbench(run, job, measures[0])
+            points = [list(bench.validate(*point)) for point in measures[0].points]
             yield _outcome(job, family, points, area([(s, a) for s, a in points], 1 / data.num_classes))
         return
     cost = step_cost(job, data, run.seconds)
@@ -220,13 +220,13 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
         extra |= {"retraining_rounds": job.retraining_rounds}
     for measures in job.families.values():
         for measure in measures:
-            trial = _trial(run, job, measure)
+            bench = _workbench(run, job, measure)
             for point in measure.points:
                 if point == (0.0, ""):
-                    _, _, record = trial.measure(*point)
+                    _, _, record = bench.measure(*point)
                 else:
                     *before, _ = cycles(point[0], job.retraining_rounds)
-                    _, _, record = trial.measure(*point, again, before)
+                    _, _, record = bench.measure(*point, again, before)
                 config = {**record.config, **extra}
                 yield dataclasses.replace(record, run=job.name, method=job.label, cost=cost, config=config)
 
@@ -241,9 +241,9 @@ def _data(name: str, data_dir: str | None, image_size: int | None) -> ImageData:
     return load_data(name, data_dir, image_size=image_size)
 
 
-def _trial(run: Run, job: Job, measure: Measure) -> Trial:
+def _workbench(run: Run, job: Job, measure: Measure) -> Workbench:
     options: dict[str, Any] = {name: getattr(measure, name) for name in ("allocation", "whiten", "scheme")}
-    return Trial(run, measure.compressor, calibration=job.calibration, **options)
+    return Workbench(run, measure.compressor, calibration=job.calibration, **options)
 
 
 def _outcome(job: Job, family: str, points: list[list[float]], found: float | None, error: str = "") -> Outcome:
