@@ -22,7 +22,7 @@ CHUNK, SHARED_CHUNK = 2**16, 2**18
 SHORT = 2**10  # entries that are sorted as fast as searched
 ALIGNED = 16  # columns in a product
 SHIFT = 0.47  # of a power iteration, as a share of the smallest wanted eigenvalue; 0.5 would keep the eigenvalue 0
-_PIECE = 1024  # entries that are added up one after the other
+_PIECE = 1024  # entries that are summed one after the other
 # Muon's iteration lifts small singular values fast and leaves all of them between 0.68 and 1.21 (Jordan et al. 2024).
 LIFTING = (3.4445, -4.7750, 2.0315)
 # This one converges to 1 from there, with the third power of the distance (Higham 2008, Functions of Matrices).
@@ -250,7 +250,7 @@ def _nth_largest(keys: Tensor, n: int) -> Tensor:
 
 
 def _in_order_of_memory(x: Tensor, like: Tensor) -> Tensor:
-    """Return x with its dimensions in the order that those of ``like`` have in memory, outermost first."""
+    """Return x with its dimensions in the order in which ``like`` has its own in memory, outermost first."""
     return x.permute(_order_of_memory(like))
 
 
@@ -348,8 +348,8 @@ def advanced(right: Sequence[Tensor], before: Sequence[Tensor], triangle: Tensor
 def stirred(z: Tensor, first: int = 0, rows: int | None = None, size: Tensor | None = None) -> Tensor:
     """Add a little of a fixed vector to the last column: a start orthogonal to all rows of A would stay so for ever.
 
-    Where z is only a part of the directions: from row ``first`` on, of so many ``rows``, with the L2 norm ``size`` of
-    the last column.
+    Where z is a part of longer directions, it begins at row ``first`` of ``rows``, and ``size`` is the L2 norm of the
+    whole last column.
     """
     last = z[:, :, -1]
     angles = torch.arange(first, first + z.shape[1], dtype=z.dtype, device=z.device)

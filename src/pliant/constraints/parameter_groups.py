@@ -39,8 +39,8 @@ def constrain(
 
     A rule is a pair of a name pattern (as for file names: ``"*.weight"``, ``"layer1.*"``) or a predicate
     ``f(name, parameter)``, and a preset, or None for "no ball". The first rule that matches a parameter decides; a
-    structured preset only matches weights it can hold, so ``"*.weight"`` does not catch those of a BatchNorm. A tied
-    parameter matches under any of its names.
+    structured preset only matches weights it can hold, so ``"*.weight"`` does not match the weight of a BatchNorm. A
+    tied parameter matches under any of its names.
 
     With FSDP2, call it after ``fully_shard``, which puts new parameters in the place of the old ones; balls and radii
     are the same before and after.

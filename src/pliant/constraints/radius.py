@@ -35,7 +35,7 @@ def initial_norm(owner: nn.Module, name: str, parameter: Tensor, pretrained: boo
 
 
 def _drawn_norms(owner: nn.Module, leaf: str, draws: int) -> list[float]:
-    """Return the norms of a parameter in some draws of its layer's initialiser, none if that does not set it."""
+    """Return the norms of a parameter in ``draws`` runs of its layer's initialiser; none if that does not set it."""
     reset = getattr(type(owner), "reset_parameters", None) or getattr(type(owner), "_reset_parameters", None)
     if reset is None or not isinstance(getattr(owner, leaf, None), nn.Parameter) or not _callable_alone(reset):
         return []

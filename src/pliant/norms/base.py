@@ -1,4 +1,4 @@
-"""A norm: four answers that Frank-Wolfe asks for, made of a few that each kind of norm gives.
+"""The base of all norms: the four questions that Frank-Wolfe asks, and how each kind of norm answers them.
 
 A norm answers four questions: its value ``norm(x)``, the dual norm ``norm.dual(g)``, a minimiser of ⟨g, ·⟩ over the
 unit ball ``norm.lmo(g)`` (linear minimisation oracle), and the L2 ``norm.diameter(shape)`` of the unit ball.
@@ -119,7 +119,7 @@ class Norm(ABC):
         self.length(x.shape)
         magnitudes, rebuild = self.split(divided)
         nearest = scale * rebuild(self.nearest(magnitudes, radius / scale))
-        # The rounding of singular vectors, or of one threshold for many entries, adds up: shrink what it put outside.
+        # The rounding of singular vectors, or of one threshold for many entries, adds up: shrink a result outside.
         nearest = nearest / (self(nearest) / radius).clamp_min(1)
         inside = self(x) <= radius * (1 + 4 * torch.finfo(x.dtype).eps)
         return torch.where(inside, x, nearest.to(x.dtype))
@@ -182,7 +182,7 @@ class Norm(ABC):
         except TypeError as error:
             raise ValueError(f"not the spec of a {name} norm: {spec!r} ({error})") from None
 
-    # --- what is known of a norm ---
+    # --- facts about a norm ---
 
     k: int | None = None
     """How many entries, filters, channels or directions a vertex has at most; None where that is no parameter."""
@@ -192,13 +192,13 @@ class Norm(ABC):
         raise BadInput(f"{self} has no k")
 
     def parts_of_vertex(self, shape: Shape | Sequence[Shape]) -> int | None:
-        """Return of how many parts of equal kind a vertex is made, at most; None where it is not made of parts.
+        """Return how many parts a vertex has at most; None where a vertex is not made of parts.
 
-        Parts are what :meth:`soft_threshold` shortens: entries, filters, channels, singular directions.
+        Parts are what :meth:`soft_threshold` shortens: entries, filters, channels or singular directions.
         """
         return self.k
 
-    # --- what a kind of norm fills in: between tensors and magnitudes ---
+    # --- to be defined by each kind of norm: between tensors and magnitudes ---
 
     @abstractmethod
     def size_of(self, shape: Shape) -> int:
@@ -232,7 +232,7 @@ class Norm(ABC):
         """Return how many magnitudes the joint object has, given those of its tensors."""
         return sum(sizes)
 
-    # --- what a kind of norm fills in: on magnitudes a >= 0 alone, along their last dimension ---
+    # --- to be defined by each kind of norm: on magnitudes a >= 0 alone, along their last dimension ---
 
     @abstractmethod
     def norm_of(self, a: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pliant.norms.vector import KSparse, KSupport, Lp, VectorNorm
 
 @dataclass(frozen=True)
 class Lift(Norm):
-    """A vector norm applied to other magnitudes than those of the entries."""
+    """A vector norm applied to magnitudes of other things than entries."""
 
     inner: VectorNorm
 
@@ -41,7 +41,7 @@ class Lift(Norm):
         return replace(self, inner=self.inner.with_k(k))
 
     def parts_of_vertex(self, shape: Shape | Sequence[Shape]) -> int | None:
-        """Return of how many filters, channels or directions a vertex is made."""
+        """Return how many filters, channels or directions a vertex has at most."""
         return self.inner.parts_of_vertex(shape)
 
     def __post_init__(self) -> None:
@@ -82,8 +82,8 @@ class Rows(Lift):
     With ``orthogonal``, for ``KSparse`` alone, the oracle turns the k filters that it chose towards the nearest
     orthogonal ones: row i of −lmo(g) is pᵢ/‖pᵢ‖ for the polar factor P of these k rows of g, in place of gᵢ/‖gᵢ‖. It
     stays in the ball, which is the same, but ⟨g, lmo(g)⟩ reaches −dual(g) only where the rows are orthogonal already;
-    ``norm``, ``dual`` and the gap are those of the ball. Filters that look for the same thing are told apart, which
-    networks learn faster with: for k = all rows this is the direction of Muon.
+    ``norm``, ``dual`` and the gap do not change. Filters that look for the same thing are driven apart, and networks
+    learn faster: with k = all rows this is the direction of Muon.
     """
 
     dim: int = 0
@@ -222,7 +222,7 @@ class Spectral(Lift):
             raise ValueError(f"Spectral needs spatial to be True or False, got {self.spatial!r}")
 
     def size_of(self, shape: Shape) -> int:
-        """Return the number of singular values, those of all groups."""
+        """Return the number of singular values of all groups."""
         rows, columns = self.group_shape(shape)
         return self.groups * min(rows, columns)
 

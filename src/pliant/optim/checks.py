@@ -70,7 +70,7 @@ def check_ball_fits(ball: NormBall | None, tensors: Sequence[Tensor], *, joint: 
 
 def check_state(groups: Sequence[Group], state_dict: dict[str, Any]) -> None:
     """Raise ValueError for a state of other tensors, of another kind of ball, or of another number of processes."""
-    sizes = [[len(g["params"]) for g in each] for each in (groups, state_dict["param_groups"])]
+    sizes = [[len(g["params"]) for g in side] for side in (groups, state_dict["param_groups"])]
     if sizes[0] != sizes[1]:
         return  # which torch refuses in its own words
     for group, saved in zip(groups, state_dict["param_groups"], strict=False):

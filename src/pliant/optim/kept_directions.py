@@ -19,8 +19,8 @@ from pliant.optim.vertices import MANY, Vertex, along, group_matrices, l2_norms,
 
 SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
 AT_FIRST = 2  # iterations more where nothing is known of the directions
-# The quality of kept singular directions is measured every so many steps, first at this one, by so many iterations
-# more; below ENOUGH a tensor gets an iteration more in each step, above PLENTY one less.
+# Every MEASURE_EVERY steps, first at step MEASURE_AT, MEASURE_BY more iterations show how good kept directions are: a
+# share of what these reach. Below ENOUGH a tensor gets one iteration more in each step, above PLENTY one less.
 MEASURE_EVERY, MEASURE_AT, MEASURE_BY = 64, 8, 4
 ENOUGH, PLENTY = 0.98, 0.998
 
@@ -45,16 +45,16 @@ def vertices_from_last_step(
     options: Mapping[str, Any],
     memory: Sequence[Tensor] | None = None,
 ) -> list[Vertex]:
-    """Return vertices from the singular directions in the states, and keep those for the next step there.
+    """Return vertices from the singular directions in the states, and keep the new ones there for the next step.
 
-    Every :data:`MEASURE_EVERY` steps more iterations are made than usual, and the next time the gain of those is looked
-    at: by then it is known, so that looking does not wait for the device.
+    Every :data:`MEASURE_EVERY` steps a few more iterations measure their quality. The result is read at the next
+    measurement only: the device has finished by then, and reading does not wait for it.
 
     Args:
         oracle: over the tensors.
         norm: see :func:`keeps_directions`.
         directions: well-scaled stacks.
-        states: those of the L × J tensors; entries ``basis``, ``steps``, ``iterations`` and ``quality`` are kept there.
+        states: of the L × J tensors; ``basis``, ``steps``, ``iterations`` and ``quality`` are kept there.
         options: of the parameter group: ``power_iterations`` and ``capturable``.
         memory: for the carriers of the vertices.
     """
@@ -74,7 +74,7 @@ def vertices_from_last_step(
     if options["power_iterations"] is None and not options["capturable"]:
         for state in leaders:
             state["steps"] = state.get("steps", 0) + 1
-            # There from the first step on: a distributed checkpoint loads only what it finds in a state.
+            # From the first step on: a distributed checkpoint loads only entries that a state has already.
             state.setdefault("iterations", 1)
             state.setdefault("quality", torch.tensor((ENOUGH + PLENTY) / 2))
     return vertices
@@ -88,7 +88,7 @@ def _adapted(iterations: int, quality: float) -> int:
 
 
 def _to_host(values: Tensor) -> list[Tensor]:
-    """Return the entries as tensors on the host that are filled when the device gets there, without waiting for it."""
+    """Return the entries as tensors on the host, which the device fills later: nobody waits for it here."""
     if values.device.type == "cuda":
         host = torch.empty_like(values, device="cpu", pin_memory=True)
         return list(host.copy_(values, non_blocking=True).unbind())
@@ -119,7 +119,7 @@ def leading_vertices(
     assert rank is not None, f"{norm} has vertices of full rank"
     memory = [torch.empty_like(x) for x in stacks] if memory is None else memory
     matrices = [matrix for x in stacks for matrix in group_matrices(x, norm)]
-    # The left directions, which QR makes orthonormal, are those of the smaller side.
+    # QR makes the left directions orthonormal: take the smaller side for them.
     upright = [a.shape[1] > a.shape[2] for a in matrices]
     matrices = [a.mT if up else a for a, up in zip(matrices, upright, strict=True)]
     columns = [a.shape[2] for a in matrices]

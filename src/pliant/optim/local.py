@@ -22,7 +22,7 @@ class Local(Oracle):
         return [stack(column) for column in zip(*tensors, strict=True)]
 
     def takes_memory(self, directions: Sequence[Tensor]) -> bool:
-        """Tell so for a single ball on the CPU, where asking for new pages costs more than the arithmetic."""
+        """Return True for a single ball on the CPU, where new pages of memory cost more than the arithmetic."""
         return len(directions[0]) == 1 and readable(directions[0])
 
     def well_scaled(self, directions: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -48,7 +48,7 @@ class Local(Oracle):
         return leading_vertices(norm, directions, basis, iterations, memory)
 
     def basis(self, norm: Spectral, states: Sequence[Sequence[State]]) -> Tensor | None:
-        """Stack those of all balls; a joint ball's lies in the state of its first tensor."""
+        """Stack the bases of all balls; a joint ball keeps its basis in the state of its first tensor."""
         return stack([state[0]["basis"] for state in states]) if "basis" in states[0][0] else None
 
     def keep_basis(self, norm: Spectral, basis: Tensor, states: Sequence[Sequence[State]]) -> None:

@@ -25,7 +25,7 @@ class Oracle(ABC):
     L or J is 1.
 
     Args:
-        shapes: those of the J whole tensors.
+        shapes: of the J whole tensors.
     """
 
     def __init__(self, shapes: Sequence[Shape]) -> None:

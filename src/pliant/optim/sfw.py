@@ -134,7 +134,7 @@ class SFW(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Start without what can be made again: memory for vertices, and the balls that specs describe."""
+        """Drop what can be made again: memory for vertices, and the balls parsed from specs."""
         self._scratch = Scratch()
         self._balls = ParsedBalls()
 
@@ -185,7 +185,7 @@ class SFW(Optimizer):
     def set_ball(self, group: Group, ball: NormBall) -> None:
         """Give a group of this optimizer another ball: its weights are scaled inside, its momentum is kept.
 
-        Of singular directions the leading ones are kept, as many as the ball asks for.
+        The leading singular directions are kept, as many as the new ball asks for.
         """
         check_options(group, ball)
         check_ball_fits(ball, group["params"], joint=group["joint"])
@@ -243,7 +243,7 @@ class SFW(Optimizer):
 
     @property
     def scratch(self) -> list[Tensor]:
-        """The memory that is kept from step to step beside the state, for what it takes; its values mean nothing."""
+        """The memory that is kept from step to step beside the state; its values mean nothing."""
         return self._scratch.kept
 
     # --- the two kinds of step ---
@@ -290,7 +290,7 @@ class SFW(Optimizer):
             torch._foreach_copy_([p for (p,) in sets], list(weights[0].unbind(0)))
         for members in sets:
             if any(p.dtype != accumulation_dtype(p) for p in members):
-                # A small η leaves large entries as they are, but adds to small ones.
+                # With a small η, large entries of half precision do not shrink, but small ones grow.
                 self._scale_inside(members, ball, group)
 
     def _oracle(self, sets: Sequence[Sequence[Tensor]], group: Group) -> Oracle:
@@ -298,7 +298,7 @@ class SFW(Optimizer):
         members = sets[0]
         if not is_sharded(members):
             return Local([p.shape for p in members])
-        from pliant.optim.sharded import Sharded  # only who has DTensors needs torch.distributed
+        from pliant.optim.sharded import Sharded  # here: tensors of one process need no torch.distributed
 
         return Sharded(members, [name_of(p, group) for p in members])
 
@@ -337,7 +337,7 @@ class SFW(Optimizer):
 def _side_by_side(
     sets: Sequence[list[Tensor]], ball: NormBall, group: Group, states: Mapping[Tensor, Any]
 ) -> list[list[list[Tensor]]]:
-    """Return batches of sets: those of one shape that can be handled side by side."""
+    """Return the sets in batches: sets of one shape that a step can handle side by side are one batch."""
     batches: dict[Any, list[list[Tensor]]] = {}
     on_cpu = BATCHED_SPECTRAL if isinstance(ball.norm, Spectral) else BATCHED_ON_CPU
     for index, members in enumerate(sets):

@@ -3,7 +3,7 @@
 ``fully_shard`` (FSDP2) cuts every parameter along dim 0, and dim 0 counts the rows of most matrices. So a process has
 whole rows, and a vertex needs little of the others:
 
-* ``Rows``, ``Channels``, but ``orthogonal``: the norms of the rows; one float per filter or channel.
+* ``Rows`` and ``Channels``, unless ``orthogonal``: the norms of the rows; one float per filter or channel.
 * entries (``KSparse``, ``KSupport``, ``Lp(1)``): how many entries lie in which range, a few thousand counts however
   large the tensor and k are; each round narrows the range that the k-th largest entry is in.
 * ``Spectral`` with kept directions: see ``sharded_spectral``.
@@ -11,8 +11,7 @@ whole rows, and a vertex needs little of the others:
 
 For everything else (``Lp`` with other p, small or full-rank ``Spectral`` balls, orthogonal rows, grouped convolutions,
 pieces along another dimension, blocks across pieces) :meth:`Sharded.whole_vertices` puts the tensor together on every
-process, asks the oracle of one process and keeps its own piece. That is also the reference which the short ways are
-tested against.
+process, asks the oracle of one process and keeps its own piece. The tests compare the short ways with it.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Sharded(Oracle):
         return [x[None] for x in tensors[0]]
 
     def takes_memory(self, directions: Sequence[Tensor]) -> bool:
-        """Tell that it does not."""
+        """Return False: pieces get new memory."""
         return False
 
     def well_scaled(self, directions: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -172,15 +171,15 @@ class Sharded(Oracle):
     def _largest(self, tensors: list[Tensor], k: int) -> list[Tensor]:
         """Return the tensors with all but the k largest magnitudes of all of them, everywhere, set to zero.
 
-        As non-negative floats are ordered as their bits are, the k-th largest one is found from its first bits to its
-        last: how many there are of each value of the next bits tells which value it has.
+        Non-negative floats have the order of their bits. So the k-th largest is found from its first bits to its last:
+        counting the entries for each value of the next bits tells which value it has.
         """
         dtype = tensors[0].dtype
         bits = [x.abs().flatten().view(_INTEGERS[dtype]) for x in tensors]
         every = torch.cat(bits)
         place = sum(_PORTIONS[dtype])
         prefix = torch.zeros((), dtype=every.dtype, device=every.device)
-        room = torch.full((), k, dtype=torch.int64, device=every.device)  # of those with the prefix, so many are kept
+        room = torch.full((), k, dtype=torch.int64, device=every.device)  # how many entries with the prefix are kept
         for width in _PORTIONS[dtype]:
             place -= width
             candidate = (every >> place) >> width == prefix
@@ -192,7 +191,7 @@ class Sharded(Oracle):
             chosen = (at_least >= room).sum() - 1
             room = room - (at_least - counts).gather(0, chosen.view(1)).squeeze(0)
             prefix = (prefix << width) | chosen.to(prefix.dtype)
-        # Among equals the lower index wins: those of former tensors, and of former processes in the same tensor.
+        # Among equals the lower index wins: an earlier tensor, then an earlier process.
         tied = [x == prefix for x in bits]
         everywhere = self.pieces.gather(torch.stack([t.sum() for t in tied])).T.flatten()
         before = (everywhere.cumsum(0) - everywhere).view(len(tensors), -1)[:, self.pieces.rank]

@@ -1,7 +1,7 @@
 """Leading singular directions of matrices whose rows lie on many processes.
 
-The sum over processes of Gᵀ(GZ), columns × directions, is all that an iteration sends; where there are more columns
-than rows also a triangle of directions × directions.
+An iteration sends the sum over processes of Gᵀ(GZ), columns × directions, and where there are more columns than rows
+a triangle of directions × directions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def leading_vertices_of_pieces(
 ) -> tuple[list[Vertex], Tensor, Tensor]:
     """Return what :func:`~pliant.optim.kept_directions.leading_vertices` does, for pieces of well-scaled directions.
 
-    The basis of a matrix with more rows than columns has its rows, and lies on the processes as they do; that of
-    any other is the same everywhere.
+    A matrix with more rows than columns has a basis with as many rows, which lies on the processes as its rows do. The
+    basis of any other matrix is the same on every process.
 
     Args:
         pieces: how the tensors of the ball lie on processes.
@@ -136,7 +136,7 @@ def _stirred(pieces: Pieces, z: Tensor, j: int) -> Tensor:
 def _orthonormalised(pieces: Pieces, image: Sequence[Tensor], cut: Sequence[bool]) -> tuple[list[Tensor], Tensor]:
     """Return what :func:`~pliant.linalg.orthonormalised` does of the parts one above the other, and R.
 
-    Of parts that are cut each process has some rows. The QR factorisation of all is that of all processes' R.
+    Each process has a few rows of the parts that are cut. It sends its R; the QR factorisation of all R gives the rest.
     (Demmel, Grigori, Hoemmen, Langou 2012, Communication-optimal parallel and sequential QR and LU factorizations.)
     """
     own = [torch.linalg.qr(x) if is_cut else None for x, is_cut in zip(image, cut, strict=True)]

@@ -15,26 +15,26 @@ from pliant.optim.sfw import SFW
 
 
 class SoftThreshold:
-    """Take a little off every part of the weights with a ball, whenever the optimizer has taken ``every`` steps.
+    """Shorten every part of the weights with a ball a little, after every ``every`` steps of the optimizer.
 
     Parts are the entries, filters, channels or singular directions that the vertices of a ball are made of. A step adds
-    η·u to the parts of its vertex, where u is their length; the threshold takes strength·η·u off *all* parts of the
-    weights, down to 0. So a part stays if the vertices agree on it more than ``strength`` of the time. What is
-    left is made of fewer parts, and less is lost when others are removed.
+    η·u to the parts of its vertex, where u is their length. The threshold takes strength·η·u off *all* parts of the
+    weights, down to 0. So a part stays if more than a share ``strength`` of the vertices have it. The weights end up
+    made of fewer parts, and lose less when parts are removed.
 
-    It is the proximal step of the parts' total length (L1 norm, group lasso, nuclear norm), in turns with those of
-    Frank-Wolfe. No norm grows by it: the weights stay in their balls. :meth:`pliant.SFW.gap` remains that of the loss
-    alone. Where the length of a step follows the gradient there is no common η, so it needs ``rescale=None``.
-    Parameters that no step has moved are left alone.
+    This is the proximal step of the parts' total length (L1 norm, group lasso, nuclear norm), in turns with the steps
+    of Frank-Wolfe. No norm grows by it: the weights stay in their balls. :meth:`pliant.SFW.gap` remains the gap of the
+    loss alone. It needs ``rescale=None``: only then is η the same for all tensors. Parameters that no step has moved
+    are left alone.
 
     Args:
         optimizer: an :class:`~pliant.SFW` with ``rescale=None``; balls without parts, such as L2 balls, are left alone.
         strength: from 0, which does nothing, to below 1.
-        every: steps from one threshold to the next, which takes off what they add up to. A spectral ball
-            decomposes its weights for it.
+        every: steps from one threshold to the next, which takes off their sum. Each threshold of a spectral ball
+            decomposes its weights.
 
-    Call :meth:`step` after each step of the optimizer, before that of a scheduler. To resume, load the optimizer's
-    state and this one's.
+    Call :meth:`step` after each step of the optimizer, before the scheduler's. To resume, load the optimizer's state
+    and this one's.
     """
 
     def __init__(self, optimizer: SFW, strength: float, *, every: int = 20) -> None:

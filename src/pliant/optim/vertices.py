@@ -48,8 +48,8 @@ class Vertex(NamedTuple):
 def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the L2 norms of the members, stacks whose entries can be squared without loss, and the norms of those.
 
-    Each member is divided by a power of two near its largest entry. Where a look at the norms shows that nothing can
-    overflow or vanish, the stacks are returned as they are. Half precision becomes float32, mixed ones the widest.
+    Each member is divided by a power of two near its largest entry. Where the norms show that nothing can
+    overflow or vanish, the stacks are returned as they are. Half precision becomes float32; of mixed dtypes the widest.
 
     Args:
         stacks: J tensors (L, *shape).
@@ -72,7 +72,7 @@ def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[T
 
 
 def l2_norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Tensor]]:
-    """Return the L2 norms of the members over all stacks, (L,), and of each stack those of its rows or members."""
+    """Return the L2 norms of the members over all stacks, (L,), and for each stack the norms of its rows or members."""
     parts = []
     for x in stacks:
         # Rows first, also of the whole: the rounding of a long sum in float32 would show.
@@ -92,7 +92,7 @@ def unit_vertices(
 ) -> tuple[Tensor, list[Vertex]]:
     """Return the L2 norms of directions, (L,), and the vertices of the unit balls for them.
 
-    They are exact, but for polar factors of :data:`MANY` directions or more: inside the ball, and nearly the best.
+    They are exact, except polar factors of :data:`MANY` directions or more, which are inside the ball and nearly best.
 
     Args:
         norm: of the balls.
