@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import pliant
-from pliant.norms.lifts import Blocks, KSupport, Norm, Rows, Spectral
+from pliant.norms import Blocks, KSupport, Norm, Rows, Spectral
 
 Shape = tuple[int, int]
 SHARE = 0.1  # of filters, directions or entries in a vertex

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from backends import Latency, backend_latencies
 from notes import processor, spread, table
 from torch import Tensor, nn
 
 import pliant
 from pliant import measuring
 from pliant.compression import Compressor
-from pliant.measuring import Latency, backend_latencies
 
 CASES: dict[str, tuple[str, tuple[int, int, int], int]] = {  # network, image, batch
     "resnet18, 32×32": ("resnet18", (3, 32, 32), 8),

@@ -24,17 +24,17 @@ from typing import Any
 
 import torch
 import transformers
+from backends import Latency, backend_latencies
 from latency import share
 from notes import processor, spread, table
 from torch import Tensor, nn
 
 import pliant
 from pliant import measuring
+from pliant.calling import as_inputs, map_tensors, run
 from pliant.compression import Compressor, Plan, masked_twin
 from pliant.exporting.graph import max_difference
-from pliant.measuring import Latency, backend_latencies
 from pliant.structure.attention import is_conv1d
-from pliant.structure.layers import as_inputs, map_tensors, run
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 PACKAGES = ("torch", "transformers", "onnxruntime")

@@ -29,9 +29,9 @@ from torch.utils.benchmark import Timer
 
 import pliant
 from pliant.measuring import resolve_precision
-from pliant.norms.lifts import KSupport, Spectral
+from pliant.norms import KSupport, Spectral
+from pliant.optim.kept_directions import leading_vertices
 from pliant.optim.sfw import BATCHED_SPECTRAL
-from pliant.optim.vertices import leading_vertices
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,8 +43,7 @@ PRESETS: dict[str, Any] = {
     "spectral, k = 10 %": pliant.rank(0.1),
     "spectral, k = 2 %": pliant.rank(0.02),
 }
-FUSED = ", fused"
-CANDIDATES = ["SGD", *PRESETS, *(f"{name}{FUSED}" for name in PRESETS if "spectral" not in name)]
+CANDIDATES = ["SGD", *PRESETS]
 NATIVE_BF16 = resolve_precision("auto", torch.device("cpu")) == "bf16"  # emulated, it is ten times slower than float32
 WARM = 40  # steps after which a momentum hardly grows any more
 
@@ -90,10 +89,9 @@ def optimizer(model: nn.Module, name: str, lr: float = 1e-6) -> torch.optim.Opti
     if name == "SGD":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, foreach=True)
     # The classifier and what is not a matrix take the step of SGD, and so does a first layer that 2:4 cannot hold.
-    preset = name.removesuffix(FUSED)
-    rules = [("fc.*", None), *([("conv1.*", None)] if preset == "2:4" else []), ("*.weight", PRESETS[preset])]
+    rules = [("fc.*", None), *([("conv1.*", None)] if name == "2:4" else []), ("*.weight", PRESETS[name])]
     groups = pliant.constrain(model, rules, default=None)
-    return pliant.SFW(groups, lr=lr, momentum=0.9, fused=name.endswith(FUSED))
+    return pliant.SFW(groups, lr=lr, momentum=0.9)
 
 
 def step_times(rounds: int) -> str:
@@ -328,8 +326,8 @@ def growth(rounds: int, chart: Path) -> str:
 def optimizer_of_stack(model: nn.Module, name: str) -> torch.optim.Optimizer:
     if name == "SGD":
         return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, foreach=True)
-    groups = pliant.constrain(model, [("*", PRESETS[name.removesuffix(FUSED)])])
-    return pliant.SFW(groups, lr=1e-6, momentum=0.9, fused=name.endswith(FUSED))
+    groups = pliant.constrain(model, [("*", PRESETS[name])])
+    return pliant.SFW(groups, lr=1e-6, momentum=0.9)
 
 
 def main() -> None:

@@ -26,8 +26,9 @@ from notes import processor, table
 import pliant
 from pliant import measuring
 from pliant.experiments import run_folder as runs
-from pliant.experiments import workbench as trials
+from pliant.experiments import workbench
 from pliant.experiments.sweep import sweep
+from pliant.storage import WEIGHTS, save_weights
 
 RATIOS = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
 COMPRESSORS = {"filters": pliant.FilterPruning, "rank": pliant.LowRank}
@@ -44,7 +45,7 @@ def make_run(folder: Path, data_dir: str) -> Path:
     usual = {"method": "sgd", "batch_size": 128, "augment": True, "precision": "bf16", "channels_last": True}
     runs.write_config(folder / runs.CONFIG, {**settings, **usual})
     runs.write_shape(folder, 10, shape)
-    runs.save_weights(model, folder / runs.WEIGHTS)
+    save_weights(model, folder / WEIGHTS)
     return folder
 
 
@@ -68,7 +69,7 @@ def shares(run: Path, compressor: str) -> tuple[float, Counter[str]]:
     with (
         timed(measuring, "evaluate", "accuracy"),
         timed(measuring, "latencies", "latency"),
-        timed(trials, "reestimate_batchnorm", "BatchNorm"),
+        timed(workbench, "reestimate_batchnorm", "BatchNorm"),
         timed(kind, "analyse", "curves of the layers"),
         timed(kind, "plan", "plans"),
         timed(kind, "apply", "removal"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
 Shape = tuple[int, ...]
 Lift = Callable[[VectorNorm], Norm]
@@ -54,7 +54,7 @@ INSTANCES: list[tuple[Norm, Shape]] = [
     (lift(inner), shape)
     for lift, shape, magnitudes in LIFTED_SHAPES
     for inner in VECTOR_NORMS
-    if getattr(inner, "k", 1) <= magnitudes
+    if (inner.k or 1) <= magnitudes
 ]
 
 

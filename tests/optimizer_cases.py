@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Rows, Spectral
-from pliant.optim.sfw import SFW
+from pliant.norms import Blocks, KSparse, KSupport, Lp, NormBall, Rows, Spectral
+from pliant.optim import SFW
 
 from .instances import gaussian
 

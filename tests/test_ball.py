@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import KSupport, Lp, Norm, Rows
+from pliant.norms import KSupport, Lp, Norm, NormBall, Rows
 
 from .instances import INSTANCES
 

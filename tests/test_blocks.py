@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import pliant
+from pliant.calling import as_inputs, call, run
 from pliant.compression import FilterPruning, HeadPruning, compress
 from pliant.errors import BadInput
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Channels, KSupport, Lp, Spectral
-from pliant.optim.sfw import SFW
-from pliant.structure.layers import as_inputs, call, run
+from pliant.norms import Channels, KSupport, Lp, NormBall, Spectral
+from pliant.optim import SFW
 from tests.test_transformers import CASES, lively
 
 # Names within a block: what makes heads, what makes neurons, and what reads them.

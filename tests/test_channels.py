@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.constraints.parameter_groups import KSchedule, constrain, filters, initial_norm, rank
+from pliant.constraints import constrain, filters, initial_norm, rank
 from pliant.errors import BadInput
 from pliant.experiments.models import build_model
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Channels, KSparse, KSupport, Lp, Norm, Rows, VectorNorm
-from pliant.optim.sfw import SFW
+from pliant.norms import Channels, KSparse, KSupport, Lp, Norm, NormBall, Rows, VectorNorm
+from pliant.optim import SFW, KSchedule
 from pliant.structure.verification import coupled_channels
 
 INNER = [Lp(1), Lp(2), KSparse(2), KSupport(2)]

@@ -27,7 +27,7 @@ from pliant.experiments.data.images import Loader
 from pliant.experiments.methods import resolved
 from pliant.experiments.run_folder import Run
 from pliant.experiments.training.settings import Settings
-from pliant.experiments.workbench import Trial
+from pliant.experiments.workbench import Workbench
 from pliant.files import locked
 from pliant.jsonl import read_lines
 from pliant.records import Record, read_records
@@ -503,7 +503,7 @@ def test_iterative_magnitude_pruning_retrains_at_each_of_its_sizes(tmp_path: Pat
     assert small[0].val_top1 != small[1].val_top1
     assert small[0].nonzero == small[1].nonzero
     # Without anything learned in between, several rounds choose the weights that one round does.
-    trial = Trial(Run.open(tmp_path / "runs" / once.training), "weights", calibration=64)
+    bench = Workbench(Run.open(tmp_path / "runs" / once.training), "weights", calibration=64)
     seen = []
 
     def watch(network: nn.Module, rounds_before: int) -> nn.Module:
@@ -511,8 +511,8 @@ def test_iterative_magnitude_pruning_retrains_at_each_of_its_sizes(tmp_path: Pat
         seen.append((rounds_before, round((weights == 0).double().mean().item(), 2)))
         return network
 
-    in_rounds, _, record = trial.measure(0.84, "", watch, [0.6])
-    at_once, _, expected = trial.measure(0.84)
+    in_rounds, _, record = bench.measure(0.84, "", watch, [0.6])
+    at_once, _, expected = bench.measure(0.84)
     assert [share for _, share in seen] == pytest.approx([0.6, 0.84], abs=0.02)
     assert [index for index, _ in seen] == [0, 1]
     assert all(torch.equal(a, b) for a, b in zip(in_rounds.parameters(), at_once.parameters(), strict=True))

@@ -7,11 +7,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from pliant import constrain, filters, l2, rank, semi_structured, weights
-from pliant.constraints.parameter_groups import KSchedule, norm_k, resolve_k, with_k
+from pliant.constraints import resolve_k
 from pliant.errors import BadInput
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Rows, Spectral
-from pliant.optim.sfw import SFW
+from pliant.norms import Blocks, KSparse, KSupport, Lp, NormBall, Rows, Spectral
+from pliant.optim import SFW, KSchedule
 
 
 def network() -> nn.Sequential:
@@ -306,7 +305,7 @@ def test_schedule_anneals_k_keeps_the_diameter_and_the_momentum() -> None:
     seen = []
     for _ in range(12):
         ball = NormBall.from_spec(opt.param_groups[0]["ball"])
-        seen.append(norm_k(ball.norm))
+        seen.append(ball.norm.k)
         assert ball.diameter((20, 20)) == pytest.approx(diameter)
         model.weight.grad = torch.randn(20, 20)
         opt.step()
@@ -344,7 +343,7 @@ def test_schedule_resumes(optimizer_first: bool, done: int) -> None:
     assert torch.equal(resumed_model.weight, weight)
     for schedule in (anneal, resumed):
         schedule.step()
-    k, resumed_k = (norm_k(NormBall.from_spec(o.param_groups[0]["ball"]).norm) for o in (opt, again))
+    k, resumed_k = (NormBall.from_spec(o.param_groups[0]["ball"]).norm.k for o in (opt, again))
     assert k == resumed_k == {4: 13, 10: 6, 15: 6}[done]
 
 
@@ -360,7 +359,7 @@ def test_schedules_need_something_to_anneal() -> None:
 
 
 def test_with_k() -> None:
-    assert with_k(Blocks(KSparse(2), 4), 3) == Blocks(KSparse(3), 4)
-    assert with_k(KSupport(2), 1) == KSupport(1)
+    assert Blocks(KSparse(2), 4).with_k(3) == Blocks(KSparse(3), 4)
+    assert KSupport(2).with_k(1) == KSupport(1)
     with pytest.raises(BadInput, match="no k"):
-        with_k(Rows(Lp(1)), 1)
+        Rows(Lp(1)).with_k(1)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pliant.calling import as_inputs, run
 from pliant.compression import Int8, LowRank, Magnitude, Plan, SemiStructured, compress, replay
 from pliant.compression.base import Compressor
-from pliant.structure.layers import as_inputs, run
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,10 +15,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from pliant import constrain, filters, l2, rank, semi_structured, weights
-from pliant.constraints.parameter_groups import Preset
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Rows, Spectral
-from pliant.optim.sfw import RESCALES, SFW, Rescale
+from pliant.constraints import Preset
+from pliant.norms import Blocks, KSparse, KSupport, Lp, NormBall, Rows, Spectral
+from pliant.optim import RESCALES, SFW, Rescale
 
 from .instances import Shape, gaussian
 

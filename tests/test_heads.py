@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.calling import as_inputs, run
 from pliant.compression import FilterPruning, HeadPruning, LowRank, compress, masked_twin, replay
 from pliant.errors import BadInput, Refused
 from pliant.experiments.models import build_model
-from pliant.structure.attention import ThinAttention, projections
-from pliant.structure.layers import as_inputs, keep_channels, run
+from pliant.structure.attention import projections
+from pliant.structure.layers import keep_channels
+from pliant.structure.thin_attention import ThinAttention
 from pliant.structure.verification import _fault, _randomise, coupled_channels
 
 X = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
 Constraints = list[Any]
 # cvxpy learns the shape of a sum by summing memory that nobody has written to.

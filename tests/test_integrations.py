@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import pliant
-from pliant.norms.ball import NormBall
-from pliant.optim.sfw import SFW
+from pliant.norms import NormBall
+from pliant.optim import SFW
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*started outside of their balls.*:UserWarning")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pliant import FilterPruning, Magnitude, NormBall, compress, constrain, filters, l2
-from pliant.constraints.parameter_groups import resolve_k
-from pliant.norms.lifts import KSupport, Lp, Rows, Spectral
-from pliant.optim.sfw import SFW
+from pliant.constraints import resolve_k
+from pliant.norms import KSupport, Lp, Rows, Spectral
+from pliant.optim import SFW
 
 from .instances import gaussian
 

@@ -1,17 +1,15 @@
 import itertools
-import math
-import statistics
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
+import pliant
 from pliant import measuring
 from pliant.compression import FilterPruning, LowRank
 from pliant.errors import BadInput
 from pliant.experiments.models import build_model
-from pliant.measuring import Latency, backend_latencies
 
 CPU = torch.device("cpu")
 
@@ -153,124 +151,9 @@ def test_latency_is_positive_for_each_model() -> None:
 def test_candidates_take_turns() -> None:
     order: list[str] = []
     calls = [lambda name=name: order.append(name) for name in "abc"]
-    times = measuring._take_turns(calls, seconds=1e-4, rounds=3, threads=1)
+    times = measuring.take_turns(calls, seconds=1e-4, rounds=3, threads=1)
     assert [len(series) for series in times] == [3, 3, 3]
     assert [name for name, _ in itertools.groupby(order)] == ["a", "b", "c"] * 3
-
-
-def test_a_latency_compares_round_by_round() -> None:
-    dense = Latency("dense", "eager", 1, 8, (2.0, 4.0, 8.0))
-    small = Latency("small", "eager", 1, 8, (1.0, 1.0, 4.0))
-    assert dense.quartiles() == (3.0, 4.0, 6.0)
-    assert small.speedup(of=dense) == (2.0, 2.0, 3.0)
-
-
-class Branching(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.sum() > 0 else -x
-
-
-def test_every_model_is_measured_in_every_backend_and_the_rest_has_a_reason() -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    models = {"plain": nn.Linear(4, 4), "branching": Branching()}
-    threads = torch.get_num_threads()
-    rows = backend_latencies(models, torch.ones(3, 4), backends=["eager", "onnx"], rounds=2, seconds=1e-4)
-    assert torch.get_num_threads() == threads
-    assert {(row.model, row.backend, row.threads) for row in rows} == set(
-        itertools.product(models, ["eager", "onnx"], [1, 2])
-    )
-    for row in rows:
-        assert row.batch == 3
-        if (row.model, row.backend) == ("branching", "onnx"):
-            assert row.seconds == ()
-            assert "values of a tensor" in row.skipped
-        else:
-            assert len(row.seconds) == 2
-            assert row.skipped == ""
-            assert all(t > 0 and math.isfinite(t) for t in row.seconds)
-    assert models["plain"].training
-
-
-class Named(nn.Module):
-    def forward(self, *, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return left + 2 * right
-
-
-def test_networks_of_keyword_arguments_are_measured_too() -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    inputs = {"left": torch.ones(3, 4), "right": torch.ones(3, 4)}
-    rows = backend_latencies({"m": Named()}, inputs, backends=["eager", "onnx"], threads=[1], rounds=2, seconds=1e-4)
-    assert [(row.batch, len(row.seconds), row.skipped) for row in rows] == [(3, 2, ""), (3, 2, "")]
-
-
-class Noisy(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.rand_like(x)
-
-
-def test_a_graph_that_is_not_the_model_is_not_measured() -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    rows = backend_latencies(
-        {"m": Noisy()}, torch.ones(3, 4), backends=["eager", "onnx"], threads=[1], rounds=2, seconds=1e-4
-    )
-    assert rows[0].seconds
-    assert rows[1].seconds == ()
-    assert "differs from the model" in rows[1].skipped
-
-
-class Noting(nn.Module):
-    seen: list[int] = []  # noqa: RUF012 - shared with the copies, on purpose
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append(torch.get_num_threads())
-        return x
-
-
-def test_warming_up_and_measuring_have_the_threads_that_were_asked_for() -> None:
-    Noting.seen.clear()
-    backend_latencies({"m": Noting()}, torch.ones(1, 1), backends=["eager"], threads=[3], rounds=2, seconds=1e-4)
-    assert Noting.seen[0] == torch.get_num_threads() != 3  # the check of the example
-    assert set(Noting.seen[1:]) == {3}
-
-
-def test_onnx_latency_is_that_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    asked: list[int] = []
-    real = measuring.onnx_session
-    monkeypatch.setattr(
-        measuring, "onnx_session", lambda path, threads: (asked.append(threads), real(path, threads))[1]
-    )
-    backend_latencies(
-        {"m": nn.Linear(4, 4)}, torch.ones(1, 4), backends=["onnx"], threads=[2, 1], rounds=2, seconds=1e-4
-    )
-    assert asked == [2, 1]
-
-
-def test_latencies_refuse_what_they_cannot_measure() -> None:
-    with pytest.raises(BadInput, match="did you mean 'eager'"):
-        backend_latencies({"m": nn.Identity()}, torch.ones(1, 1), backends=["eagr"])
-    with pytest.raises(BadInput, match="rounds"):
-        backend_latencies({"m": nn.Identity()}, torch.ones(1, 1), rounds=1)
-    with pytest.raises(BadInput, match="cannot be called"):
-        backend_latencies({"m": nn.Linear(3, 3)}, torch.ones(1, 1), backends=["eager"])
-
-
-@pytest.mark.slow
-def test_compiled_models_are_measured_or_skipped_with_a_reason() -> None:
-    (row,) = backend_latencies(
-        {"m": nn.Sequential(nn.Linear(4, 4), nn.ReLU())},
-        torch.ones(2, 4),
-        backends=["compile"],
-        threads=[1],
-        rounds=2,
-        seconds=1e-4,
-    )
-    assert bool(row.seconds) != bool(row.skipped), row
-    assert statistics.median(row.seconds) > 0 if row.seconds else "ompiler" in row.skipped, row
 
 
 def test_precision() -> None:
@@ -278,3 +161,9 @@ def test_precision() -> None:
     assert measuring.resolve_precision("auto", CPU) in ("fp32", "bf16")
     with pytest.raises(BadInput, match="precision"):
         measuring.resolve_precision("fp8", CPU)
+
+
+def test_the_versions_are_those_of_what_is_running() -> None:
+    versions = measuring.versions()
+    assert versions["pliant"] == pliant.__version__
+    assert versions["torch"] == torch.__version__

@@ -21,8 +21,7 @@ from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.optimizers import make_k_schedule, matrix_layers
 from pliant.experiments.training.session import Session
 from pliant.experiments.training.settings import OWN, Resolved, Settings
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import KSupport, Lp, Rows
+from pliant.norms import KSupport, Lp, NormBall, Rows
 
 OTHERS = [name for name in METHODS if name != "sgd" and not name.startswith("sfw")]
 

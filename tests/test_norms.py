@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pliant.compression.factored import matrices
-from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
 from .instances import (
     INSTANCES,
@@ -142,13 +142,13 @@ def test_lifts_of_a_column_one_block_or_one_row(inner: VectorNorm) -> None:
     assert_same(Rows(inner), inner, (6,))
     assert_same(Blocks(inner, 6), inner, (1, 6))
     assert_same(Blocks(inner, 6, dim=0), inner, (6,))
-    if getattr(inner, "k", 1) == 1:
+    if (inner.k or 1) == 1:
         assert_same(Rows(inner), Lp(2), (1, 6))
         assert_same(Blocks(inner, 1), Lp(2), (2, 3))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-@pytest.mark.parametrize("inner", [v for v in VECTOR_NORMS if getattr(v, "k", 1) == 1], ids=str)
+@pytest.mark.parametrize("inner", [v for v in VECTOR_NORMS if (v.k or 1) == 1], ids=str)
 def test_of_one_entry_every_norm_is_the_magnitude(inner: VectorNorm, shape: Shape) -> None:
     x = torch.full(shape, -3.0)
     for norm in (inner, Rows(inner)):
@@ -286,7 +286,7 @@ def longest_point(norm: Norm, shape: Shape, magnitudes: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("norm", "shape", "magnitudes"),
-    [(lift(v), shape, n) for lift, shape, n in LIFTED_SHAPES for v in VECTOR_NORMS if getattr(v, "k", 1) <= n],
+    [(lift(v), shape, n) for lift, shape, n in LIFTED_SHAPES for v in VECTOR_NORMS if (v.k or 1) <= n],
     ids=str,
 )
 def test_diameter_is_attained_and_never_exceeded(norm: Norm, shape: Shape, magnitudes: int) -> None:

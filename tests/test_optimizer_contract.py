@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import KSupport, Lp, Rows, Spectral
-from pliant.optim.sfw import SFW
+from pliant.norms import KSupport, Lp, NormBall, Rows, Spectral
+from pliant.optim import SFW
 
 from .instances import gaussian
 from .optimizer_cases import (

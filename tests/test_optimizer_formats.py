@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Lp
-from pliant.optim.sfw import SFW
+from pliant.norms import Lp, NormBall
+from pliant.optim import SFW
 
 from .instances import LAYOUTS, gaussian
 from .optimizer_cases import (

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import KSupport, Spectral
-from pliant.optim.sfw import SFW
+from pliant.norms import KSupport, NormBall, Spectral
+from pliant.optim import SFW
 
 from .optimizer_cases import (
     CASES,

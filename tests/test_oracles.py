@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pliant.linalg import advanced, keep_largest, keep_n_of_m, kth_largest, orthonormalised, times, topk_mask
-from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
-from pliant.optim.vertices import keeps_directions, leading_vertices, unit_vertices, well_scaled
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
+from pliant.optim.kept_directions import keeps_directions, leading_vertices
+from pliant.optim.vertices import unit_vertices, well_scaled
 
 from .instances import INSTANCES, few_integers, gaussian, tiled
 

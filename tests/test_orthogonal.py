@@ -7,12 +7,11 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 
-from pliant.constraints.parameter_groups import KSchedule, constrain, filters, rank, weights
+from pliant.constraints import constrain, filters, rank, weights
 from pliant.errors import BadInput
 from pliant.experiments.models import build_model
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Channels, KSparse, KSupport, Lp, Norm, Rows, VectorNorm
-from pliant.optim.sfw import SFW
+from pliant.norms import Channels, KSparse, KSupport, Lp, Norm, NormBall, Rows, VectorNorm
+from pliant.optim import SFW, KSchedule
 from pliant.optim.vertices import unit_vertices
 from pliant.structure.verification import coupled_channels
 

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import pliant
-from pliant.constraints.parameter_groups import KSchedule
 from pliant.errors import BadInput
 from pliant.experiments.methods import make_optimizer
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Blocks, Channels, KSparse, KSupport, Lp, Rows, Spectral
-from pliant.optim.sfw import SFW
+from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, NormBall, Rows, Spectral
+from pliant.optim import SFW, KSchedule
 from pliant.optim.vertices import LEAST
 
 from .instances import gaussian
@@ -111,9 +109,7 @@ def test_many_tensors_at_a_time_are_the_same_as_one_by_one(norm: Any) -> None:
     ball, results = NormBall(norm, 1.5), []
     for foreach in (True, False):
         parameters = [nn.Parameter(gaussian((12, 16), i)) for i in range(3)]
-        opt = SFW(
-            [{"params": parameters, "ball": ball}], lr=0.1, rescale=None, persistence=1.0, foreach=foreach, fused=None
-        )
+        opt = SFW([{"params": parameters, "ball": ball}], lr=0.1, rescale=None, persistence=1.0, foreach=foreach)
         for step in range(4):
             for i, p in enumerate(parameters):
                 p.grad = gaussian((12, 16), 10 * step + i)

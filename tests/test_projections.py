@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral
+from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, NormBall, Rows, Spectral
 
 from .instances import INSTANCES
 

@@ -248,7 +248,7 @@ def test_steps_are_ordered_by_ratio_and_shares_are_of_the_dense_network() -> Non
         ("weights", 0.5, "Single weights zeroed", ["non-zero parameters left (%)"]),
         ("weights", 0.0, "Single weights zeroed", ["non-zero parameters left (%)"]),
         ("nm", 0.5, "N:M patterns", ["non-zero parameters left (%)"]),
-        ("heads", 0.5, "heads", ["parameters left (%)", "MACs left (%)"]),
+        ("heads", 0.5, "Heads removed", ["parameters left (%)", "MACs left (%)"]),
     ],
 )
 def test_a_family_is_shown_against_what_it_reduces(compressor: str, ratio: float, title: str, axes: list[str]) -> None:

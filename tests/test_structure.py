@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from pliant.errors import BadInput
 from pliant.experiments.models import MODELS, build_model
-from pliant.structure.layers import complement, keep_channels, largest_sound, zero_channels
-from pliant.structure.verification import ChannelGroup, Slot, _fault, _randomise, coupled_channels
+from pliant.structure import ChannelGroup, Slot, coupled_channels
+from pliant.structure.layers import complement, keep_channels, zero_channels
+from pliant.structure.soundness import largest_sound
+from pliant.structure.verification import _fault, _randomise
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

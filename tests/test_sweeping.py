@@ -12,15 +12,16 @@ from torch import nn
 import pliant
 from pliant import measuring
 from pliant.compression import masked_twin
+from pliant.compressor_names import ALONE
 from pliant.errors import BadInput, DamagedFile, Refused
 from pliant.experiments.compress import compress_run
 from pliant.experiments.run_folder import Run
 from pliant.experiments.sweep import parse_ratios, sweep
 from pliant.experiments.train import train
-from pliant.experiments.workbench import COMPRESSORS, Trial
+from pliant.experiments.workbench import Workbench
 from pliant.records import read_records
 
-EVERY = [*(name for name in COMPRESSORS if name != "heads"), "filters+rank", "rank+int8"]  # LeNet has no heads
+EVERY = [*(name for name in ALONE if name != "heads"), "filters+rank", "rank+int8"]  # LeNet has no heads
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_other_settings_are_another_measurement(run: Path, tmp_path: Path, capsy
     assert [r.config["calibration"] for r in records] == [64, 32, 64, 64, 64]
     assert records[2].config["evaluation_precision"] == "bf16"
     for whiten in (True, False):
-        _, plan, _ = Trial(Run.open(run), "rank", whiten=whiten, calibration=64).measure(0.5)
+        _, plan, _ = Workbench(Run.open(run), "rank", whiten=whiten, calibration=64).measure(0.5)
         assert plan.options["whiten"] is whiten
 
 
@@ -104,7 +105,7 @@ def test_a_scheme_is_another_measurement_with_a_name_of_its_own(run: Path, tmp_p
     assert len({r.key() for r in records}) == 4
     layers = [{layer["name"]: (layer["kept"], layer["total"]) for layer in r.layers} for r in records]
     assert layers[0] != layers[1]  # the ranks that fit differ with the shapes of the factors
-    assert Trial(Run.open(run), "filters+rank", whiten=False, scheme="spatial").name == "filters+rank-spatial"
+    assert Workbench(Run.open(run), "filters+rank", whiten=False, scheme="spatial").name == "filters+rank-spatial"
 
 
 def test_spatial_factors_are_written_and_read_again(run: Path, tmp_path: Path) -> None:
@@ -131,8 +132,8 @@ def test_a_run_is_compressed_to_a_budget(
 ) -> None:
     out = compress_run(run, compressor, calibration=128, out=str(tmp_path / "small"), **budget)
     record = json.loads((out / "record.json").read_text())
-    trial = Trial(Run.open(run), compressor, calibration=128)
-    assert share(record | {"val_top1_dense": trial._accuracy(trial.dense, "val")}) <= 1
+    bench = Workbench(Run.open(run), compressor, calibration=128)
+    assert share(record | {"val_top1_dense": bench._accuracy(bench.dense, "val")}) <= 1
     assert 0 < record["ratio"] < 1
     ((kind, limit),) = budget.items()
     assert record["config"]["budget"] == f"{kind}={limit}"
@@ -184,16 +185,16 @@ def test_a_place_that_cannot_be_written_to_is_noticed_before_measuring(
     verb: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(Trial, "measure", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(Workbench, "measure", lambda *_: pytest.fail("measured first"))
     with pytest.raises(OSError, match="file"):
         verb(run, str(tmp_path / "file" / "out"))
 
 
 def test_compressing_leaves_the_run_as_it_was(run: Path) -> None:
-    trial = Trial(Run.open(run), "rank", calibration=64)
-    before = {name: tensor.clone() for name, tensor in trial.dense.state_dict().items()}
-    trial.measure(0.7)
-    torch.testing.assert_close(trial.dense.state_dict(), before, rtol=0, atol=0)
+    bench = Workbench(Run.open(run), "rank", calibration=64)
+    before = {name: tensor.clone() for name, tensor in bench.dense.state_dict().items()}
+    bench.measure(0.7)
+    torch.testing.assert_close(bench.dense.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("compressor", EVERY)
@@ -210,8 +211,8 @@ def test_compressed_folder_is_loaded_again(compressor: str, run: Path, tmp_path:
     small, record = pliant.load(out), json.loads((out / "record.json").read_text())
     assert measuring.parameters(small) == record["params"]
     assert (out / "model.safetensors").stat().st_size == record["bytes"]
-    trial = Trial(Run.open(run), compressor, calibration=256)
-    assert trial._accuracy(small, "test") == record["top1"]
+    bench = Workbench(Run.open(run), compressor, calibration=256)
+    assert bench._accuracy(small, "test") == record["top1"]
     with pytest.raises(BadInput, match="exists"):
         compress_run(run, compressor, out=str(out))
 
@@ -243,10 +244,10 @@ def test_damaged_artefacts(damage: dict[str, bytes], message: str, run: Path, tm
 
 
 def test_a_run_with_other_weights_is_another_run(run: Path, tmp_path: Path) -> None:
-    ours, theirs = Trial(Run.open(run), "rank"), Trial(Run.open(run), "rank")
+    ours, theirs = Workbench(Run.open(run), "rank"), Workbench(Run.open(run), "rank")
     assert ours.key(0.5) == theirs.key(0.5)
     other = train(model="lenet5", epochs=1, out=str(tmp_path / "lenet"))
-    assert Trial(Run.open(other), "rank").key(0.5) != ours.key(0.5)
+    assert Workbench(Run.open(other), "rank").key(0.5) != ours.key(0.5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pliant
 from pliant import NormBall, SoftThreshold
 from pliant.errors import BadInput
-from pliant.norms.lifts import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
 
 from .instances import INSTANCES, Shape, few_integers, gaussian, tiled
 

@@ -12,13 +12,14 @@ from torch import nn
 from pliant.errors import BadInput, DamagedFile, Diverged
 from pliant.experiments.compress import compress_run
 from pliant.experiments.methods import METHODS
-from pliant.experiments.run_folder import Run, load, load_weights, save_weights
+from pliant.experiments.run_folder import Run, load
 from pliant.experiments.train import train
 from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.schedules import SCHEDULES, learning_rate
 from pliant.experiments.training.session import Session
 from pliant.experiments.training.settings import Settings
-from pliant.norms.ball import NormBall
+from pliant.norms import NormBall
+from pliant.storage import load_weights, save_weights
 
 
 def quick(out: Path, **options: Any) -> Path:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pliant.calling import as_inputs, run
 from pliant.compression import FilterPruning, HeadPruning, LowRank, Plan, masked_twin, replay, skeleton
 from pliant.errors import Refused
 from pliant.structure.attention import is_conv1d
-from pliant.structure.layers import as_inputs, run
 from pliant.structure.verification import coupled_channels
 
 transformers = pytest.importorskip("transformers")

@@ -65,7 +65,9 @@ VERBS = {
     "report": Verb("reporting.page", "report", "turn records into a table and an HTML page", "records", True),
     "compare": Verb("experiments.compare", "compare", "compare methods fairly, as a suite says", "suite"),
     "compress": Verb("experiments.compress", "compress_run", "compress a trained network to one size", "run"),
-    "export": Verb("exporting.folder", "export_run", "write a network for other programs", "folder", prints_path=True),
+    "export": Verb(
+        "experiments.export", "export_run", "write a network for other programs", "folder", prints_path=True
+    ),
     "demo": Verb("experiments.demo", "demo", "all of this on small images, in about a minute"),
 }
 

@@ -7,7 +7,7 @@ after ``pliant: error:`` and exits with code 2; in Python the same line is the e
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 _SHOWN = 100  # characters of a value in a message
 
@@ -48,3 +48,20 @@ def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return BadInput(f"unknown {what} {name!r}: {hint}known are {', '.join(known)}")
+
+
+def check_choice(what: str, value: str, known: Collection[str]) -> None:
+    """Raise the error for an unknown name unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise unknown(what, str(value), known)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and text as one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pliant.errors import BadInput, unknown
+from pliant.errors import BadInput, one_line, unknown
 
 GROUPS = {
     "norm": "pliant.norms",
@@ -109,11 +109,6 @@ def current_directory_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's type and text as one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ CPU) may a function look at them to take a shorter way to the same result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
@@ -22,7 +22,7 @@ CHUNK, SHARED_CHUNK = 2**16, 2**18
 SHORT = 2**10  # entries that are sorted as fast as searched
 ALIGNED = 16  # columns in a product
 SHIFT = 0.47  # of a power iteration, as a share of the smallest wanted eigenvalue; 0.5 would keep the eigenvalue 0
-_PIECE = 1024  # entries that are added up one after the other
+_PIECE = 1024  # entries that are summed one after the other
 # Muon's iteration lifts small singular values fast and leaves all of them between 0.68 and 1.21 (Jordan et al. 2024).
 LIFTING = (3.4445, -4.7750, 2.0315)
 # This one converges to 1 from there, with the third power of the distance (Higham 2008, Functions of Matrices).
@@ -124,22 +124,6 @@ def readable(x: Tensor) -> bool:
     """Return whether looking at the values of x costs nothing: a plain tensor on the CPU, outside of torch.compile."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not isinstance(x, FakeTensor)
     return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-# A DTensor is known by its method to_local, so that only what has one imports torch.distributed.
-
-
-def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Return whether one of the tensors is a DTensor, which lies on many processes."""
-    return any(type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "to_local") for x in tensors)
-
-
-def local_piece(x: Tensor) -> Tensor:
-    """Return this process's piece of a DTensor, in the same memory; any other tensor itself."""
-    if not is_sharded((x,)):
-        return x
-    piece: Tensor = x.to_local()  # type: ignore[attr-defined]
-    return piece
 
 
 # --- keeping the largest entries --------------------------------------------------------------------------------------
@@ -266,7 +250,7 @@ def _nth_largest(keys: Tensor, n: int) -> Tensor:
 
 
 def _in_order_of_memory(x: Tensor, like: Tensor) -> Tensor:
-    """Return x with its dimensions in the order that those of ``like`` have in memory, outermost first."""
+    """Return x with its dimensions in the order in which ``like`` has its own in memory, outermost first."""
     return x.permute(_order_of_memory(like))
 
 
@@ -278,19 +262,19 @@ def _order_of_memory(x: Tensor) -> list[int]:
 # --- leading singular directions --------------------------------------------------------------------------------------
 
 
-def starting_directions(blocks: Sequence[Tensor], size: int) -> list[Tensor]:
+def starting_directions(matrices: Sequence[Tensor], size: int) -> list[Tensor]:
     """Return the fixed start of :func:`leading_directions` where nothing better is known; leaves the random state.
 
-    Shapes: blocks (L, r_i, c_i) -> (L, c_i, size).
+    Shapes: matrices (L, r_i, c_i) -> (L, c_i, size).
     """
     generator = torch.Generator().manual_seed(0)
-    starts = [torch.randn(1, a.shape[2], size, generator=generator, dtype=a.dtype) for a in blocks]
+    starts = [torch.randn(1, a.shape[2], size, generator=generator, dtype=a.dtype) for a in matrices]
     # Every member starts the same, so that a matrix does not notice what else is in its batch.
-    return [start.to(a.device).expand(len(a), -1, -1) for start, a in zip(starts, blocks, strict=True)]
+    return [start.to(a.device).expand(len(a), -1, -1) for start, a in zip(starts, matrices, strict=True)]
 
 
 def leading_directions(
-    blocks: Sequence[Tensor], start: Sequence[Tensor], iterations: int
+    matrices: Sequence[Tensor], start: Sequence[Tensor], iterations: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Approximate the k leading singular directions of L block-diagonal matrices, without decomposing them.
 
@@ -299,7 +283,7 @@ def leading_directions(
     Finding structure with randomness, section 4.5; for the shift see :func:`advanced`.)
 
     Args:
-        blocks: the diagonal blocks of the matrices A, each (L, r_i, c_i); one block is the common case.
+        matrices: the diagonal blocks of the matrices A, each (L, r_i, c_i); one is the common case.
         start: right directions from the last, similar matrices, or :func:`starting_directions`: (L, c_i, k).
         iterations: at least 1; after a good start 1 is enough.
 
@@ -307,13 +291,13 @@ def leading_directions(
         ``left`` (L, r_i, k), together with orthonormal columns but for zero rows of A, which stay zero;
         ``right`` = Aᵀ·left, (L, c_i, k); and the next start (L, c_i, k). The first columns are about the leading ones.
     """
-    rows = [a.shape[1] for a in blocks]
+    rows = [a.shape[1] for a in matrices]
     for _ in range(iterations):
-        start = [_stirred(z) for z in start]
-        images = [times(a, z) for a, z in zip(blocks, start, strict=True)]
+        start = [stirred(z) for z in start]
+        images = [times(a, z) for a, z in zip(matrices, start, strict=True)]
         basis, triangle = orthonormalised(images[0] if len(images) == 1 else torch.cat(images, dim=1))
         left = list(basis.split(rows, dim=1))
-        right = [times(a.mT, u) for a, u in zip(blocks, left, strict=True)]
+        right = [times(a.mT, u) for a, u in zip(matrices, left, strict=True)]
         squares = [torch.linalg.vecdot(z, z, dim=1) for z in right]
         start = advanced(right, start, triangle, torch.stack(squares).sum(dim=0))
     return left, right, list(start)
@@ -361,11 +345,11 @@ def advanced(right: Sequence[Tensor], before: Sequence[Tensor], triangle: Tensor
     return [torch.baddbmm(w, z, shift) for w, z in zip(right, before, strict=True)]
 
 
-def _stirred(z: Tensor, first: int = 0, rows: int | None = None, size: Tensor | None = None) -> Tensor:
+def stirred(z: Tensor, first: int = 0, rows: int | None = None, size: Tensor | None = None) -> Tensor:
     """Add a little of a fixed vector to the last column: a start orthogonal to all rows of A would stay so for ever.
 
-    Where z is only a part of the directions: from row ``first`` on, of so many ``rows``, with the L2 norm ``size`` of
-    the last column.
+    Where z is a part of longer directions, it begins at row ``first`` of ``rows``, and ``size`` is the L2 norm of the
+    whole last column.
     """
     last = z[:, :, -1]
     angles = torch.arange(first, first + z.shape[1], dtype=z.dtype, device=z.device)
@@ -384,7 +368,7 @@ def polar(matrices: Tensor, lifting: int = 5, converging: int = 2, inside: bool 
     they were. Without the converging steps this is Muon's, with values between 0.68 and 1.21.
 
     Args:
-        matrices: (blocks, rows, columns).
+        matrices: (L, rows, columns).
         lifting: steps that bring all singular values near 1.
         converging: steps that make them 1.
         inside: let the last of them be one that leaves no singular value above 1; the smallest are 0.99 then.

@@ -8,15 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
+import platform
 import statistics
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -24,11 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant.errors import BadInput, unknown
-from pliant.exporting.graph import Portable, onnx_session, reason
-from pliant.structure.layers import Example, Inputs, as_inputs, call, count_parameters, map_tensors, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, call, eval_mode, map_tensors, tensors_of
+from pliant.errors import BadInput
+from pliant.version import __version__
 
-BACKENDS = ("eager", "compile", "onnx")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,7 +68,7 @@ def evaluate(
 
 def parameters(model: nn.Module) -> int:
     """Return the number of parameters, shared ones once."""
-    return count_parameters(model)
+    return sum(p.numel() for p in model.parameters())
 
 
 def nonzero(model: nn.Module) -> int:
@@ -145,114 +142,17 @@ def latencies(
         stack.enter_context(torch.inference_mode())
         for model in models:
             stack.enter_context(eval_mode(model))
-        calls = [_ready_call(model, inputs) for model in models]
-        times = _take_turns(calls, seconds=seconds, rounds=rounds, threads=threads)
+        calls = [bound_call(model, inputs) for model in models]
+        times = take_turns(calls, seconds=seconds, rounds=rounds, threads=threads)
     return [statistics.median(series) for series in times]
 
 
-@dataclass(frozen=True)
-class Latency:
-    """How long one forward pass of a model takes in one backend: ``seconds`` holds one median per round.
-
-    All rows of one call of :func:`backend_latencies` with the same ``threads`` were measured in turns, so entry i of
-    one may be compared with entry i of another. ``skipped`` is the reason where nothing was measured, and empty
-    otherwise.
-    """
-
-    model: str
-    backend: str
-    threads: int
-    batch: int
-    seconds: tuple[float, ...] = ()
-    skipped: str = ""
-
-    def quartiles(self) -> tuple[float, float, float]:
-        """Return lower quartile, median and upper quartile of the seconds."""
-        return _quartiles(self.seconds)
-
-    def speedup(self, of: Latency) -> tuple[float, float, float]:
-        """Return the quartiles of (seconds of ``of`` / own seconds), round by round."""
-        return _quartiles([theirs / own for theirs, own in zip(of.seconds, self.seconds, strict=True)])
-
-
-def backend_latencies(
-    models: Mapping[str, nn.Module],
-    example_inputs: Example,
-    *,
-    backends: Sequence[str] = BACKENDS,
-    threads: Sequence[int] = (1, 2),
-    seconds: float = 0.05,
-    rounds: int = 10,
-) -> list[Latency]:
-    """Return how long a forward pass takes: each model in each backend with each number of threads, on the CPU.
-
-    Models and backends take turns, round after round, so that the ratios hold while a shared machine drifts. A
-    backend that this machine does not have, or that cannot take a model, gives rows with the reason; so does an ONNX
-    graph whose outputs are not those of the model. With "compile",
-    what torch.compile has made in this process is forgotten, and made again when it is next used.
-
-    Args:
-        models: by name; they are copied.
-        example_inputs: one batch: a tensor, a tuple of tensors or a dict of keyword arguments.
-        backends: "eager" (plain torch), "compile" (torch.compile) and "onnx" (ONNX Runtime).
-        threads: numbers of threads of one operation.
-        seconds: least time per measurement.
-        rounds: measurements per model, at least 2.
-    """
-    for backend in backends:
-        if backend not in BACKENDS:
-            raise unknown("backend", backend, BACKENDS)
-    if rounds < 2:
-        raise BadInput(f"rounds must be at least 2 to show a spread, got {rounds}")
-    batch = len(tensors_of(as_inputs(example_inputs))[0])
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        portables = {name: Portable(model, example_inputs) for name, model in models.items()}
-        files = {name: Path(folder, f"{index}.onnx") for index, name in enumerate(models)}
-        for count in threads:
-            if "compile" in backends:
-                torch.compiler.reset()  # Dynamo keeps few versions of one forward; then it runs eagerly, in silence
-            calls: dict[tuple[str, str], Callable[[], object]] = {}
-            skipped: dict[tuple[str, str], str] = {}
-            with _threads(count):
-                for name, backend in itertools.product(models, backends):
-                    try:
-                        calls[name, backend] = _ready(portables[name], backend, files[name], count)
-                    except Exception as error:  # compilers and runtimes raise what they like
-                        skipped[name, backend] = reason(error)
-                times = _take_turns(list(calls.values()), seconds=seconds, rounds=rounds, threads=count)
-            measured = dict(zip(calls, times, strict=True))
-            rows += [
-                Latency(*key, count, batch, tuple(measured.get(key, ())), skipped.get(key, ""))
-                for key in itertools.product(models, backends)
-            ]
-    return rows
-
-
-def _ready(portable: Portable, backend: str, file: Path, threads: int) -> Callable[[], object]:
-    """Return a call of the model on its example in a backend, compiled and warm."""
-    arguments = portable.arguments(portable.given_batch)
-    model: Any = portable.model
-    if backend == "onnx":
-        if not file.exists():
-            portable.save_onnx(file)  # compared with torch: nobody wants to know how fast a wrong graph is
-        session, feed = onnx_session(file, threads), portable.feed(arguments)
-        session.run(None, feed)
-        return functools.partial(session.run, None, feed)
-    # The compiler warns of what torch itself should not use any more.
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        if backend == "compile":
-            model = torch.compile(model, dynamic=False)
-        ready = _ready_call(model, arguments)
-        ready()
-    return ready
-
-
-def _ready_call(model: Callable[..., object], inputs: Inputs) -> Callable[[], object]:
+def bound_call(model: Callable[..., object], inputs: Inputs) -> Callable[[], object]:
+    """Return a function without arguments that calls ``model`` on ``inputs``."""
     return functools.partial(model, **inputs) if isinstance(inputs, dict) else functools.partial(model, *inputs)
 
 
-def _take_turns(
+def take_turns(
     calls: Sequence[Callable[[], object]], *, seconds: float, rounds: int, threads: int
 ) -> list[list[float]]:
     """Return the seconds that each call takes in each of the rounds, medians over at least ``seconds``."""
@@ -262,21 +162,6 @@ def _take_turns(
         for timer, series in zip(timers, times, strict=True):
             series.append(timer.blocked_autorange(min_run_time=seconds).median)
     return times
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -299,16 +184,16 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a while, then each of its modules back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def versions() -> dict[str, str]:
+    """Return the versions that a measurement depends on."""
+    return {
+        "pliant": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def _cpu_has_bf16() -> bool:

@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pliant.compressor_names import CALIBRATION as CALIBRATION
+from pliant.compressor_names import factorises as factorises
 from pliant.errors import BadInput, shown
 from pliant.jsonl import append_line, read_lines
 
 Key = tuple[str | float, ...]
-
-
-CALIBRATION = 2048
-"""How many training images a compression looks at, unless it was told otherwise."""
 
 
 class LayerCount(TypedDict):
@@ -207,11 +205,6 @@ class Record:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only __post_init__ calls this
-
-
-def factorises(compressor: str) -> bool:
-    """Return whether a compressor or a link of it is rank."""
-    return "rank" in compressor.split("+")
 
 
 def record_key(

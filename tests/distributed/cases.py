@@ -31,13 +31,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn.parallel import DistributedDataParallel
 
 import pliant
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
-from pliant.optim import sfw
-from pliant.optim import vertices as oracles
-from pliant.optim.sfw import RESCALES, SFW
-from pliant.optim.sharded import Shards
-from pliant.optim.vertices import leading_vertices, unit_vertices
+from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, NormBall, Rows, Spectral, VectorNorm
+from pliant.optim import RESCALES, SFW, kept_directions
+from pliant.optim.kept_directions import leading_vertices
+from pliant.optim.momentum import direction
+from pliant.optim.oracle import State
+from pliant.optim.sharded import Sharded
+from pliant.optim.vertices import unit_vertices
 
 from ..instances import gaussian
 
@@ -107,7 +107,9 @@ class Problem:
         for p, q in zip(expected, got, strict=True):
             assert_close(q, p, tolerance)
         # The gap is a difference: 0 where weights have come to a vertex.
-        size = sum(self.radius * one._direction(p, one.param_groups[0]).norm() for p in expected if p in one.state)
+        size = sum(
+            self.radius * direction(p, one.state[p], one.param_groups[0]).norm() for p in expected if p in one.state
+        )
         assert (many.gap() - one.gap()).abs() <= 10 * tolerance * size
         for p, q in zip(expected, got, strict=True):
             buffer = many.state[q].get("momentum_buffer") if q in many.state else None
@@ -279,7 +281,7 @@ def spectral_steps_in_float32_are_as_exact_as_those_of_one_process(mesh: DeviceM
 
 def in_float64(problem: Problem, steps: int, lr: float) -> Tensor:
     """Return the only weight after steps of one process in float64, from the numbers that float32 starts from."""
-    drawn = oracles.starting_directions
+    drawn = kept_directions.starting_directions
 
     def same_start(blocks: Sequence[Tensor], size: int) -> list[Tensor]:
         return [z.double() for z in drawn([a.float() for a in blocks], size)]
@@ -287,7 +289,7 @@ def in_float64(problem: Problem, steps: int, lr: float) -> Tensor:
     p = nn.Parameter(problem.weights()[0].double())
     opt = problem.optimizer([p], rescale=None, lr=lr)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(oracles, "starting_directions", same_start)
+        patch.setattr(kept_directions, "starting_directions", same_start)
         for step in range(steps):
             p.grad = problem.gradients(step)[0].double()
             opt.step()
@@ -312,11 +314,11 @@ def equal_entries_leave_exactly_k(mesh: DeviceMesh, folder: Path) -> None:
     shapes = [(6, 5), (5, 3), (1, 4), (7,)]
     tensors = [torch.randint(-2, 3, s, generator=generator).double() for s in shapes]
     pieces = [cut(x, mesh, [Shard(0)]) for x in tensors]
-    shards = Shards(pieces, list("abcd"))
+    oracle = Sharded(pieces, list("abcd"))
     for k in (1, 2, 10, 30, 41, 56):
         for norm in (KSparse(k), KSupport(k), Lp(1)):
             _, expected = unit_vertices(norm, [x[None] for x in tensors])
-            _, got = shards.unit_vertices(norm, [x.to_local() for x in pieces])
+            _, got = oracle.vertices(norm, [x.to_local()[None] for x in pieces])
             for e, v, x in zip(expected, got, pieces, strict=True):
                 piece = cut((e.factor * e.carrier)[0], mesh, [Shard(0)]).to_local()
                 torch.testing.assert_close((v.factor * v.carrier)[0], piece, rtol=1e-12, atol=0)
@@ -330,9 +332,9 @@ def short_ways_find_the_vertices_of_the_whole_tensor(mesh: DeviceMesh, folder: P
         for shape in [(12, 8), (20, 4, 3, 3), (4, 8)]:
             for x in (gaussian(shape), torch.zeros(shape, dtype=torch.float64)):
                 x = cut(x, mesh, [Shard(0)])
-                shards = Shards([x], ["x"])
+                oracle = Sharded([x], ["x"])
                 (length, (got,)), (expected_length, (expected,)) = (
-                    way(norm, [x.to_local()]) for way in (shards.unit_vertices, shards.whole_vertices)
+                    way(norm, [x.to_local()[None]]) for way in (oracle.vertices, oracle.whole_vertices)
                 )
                 torch.testing.assert_close(length, expected_length, rtol=1e-12, atol=0)
                 torch.testing.assert_close(
@@ -346,15 +348,16 @@ def singular_directions_are_those_of_the_whole_tensor(mesh: DeviceMesh, folder: 
         for norm in (Spectral(KSupport(3)), Spectral(KSparse(3)), Spectral(Lp(1))):
             low = [gaussian(s, i).flatten(1) * torch.linspace(1, 0.1, s[1]) ** 2 for i, s in enumerate(shapes)]
             tensors = [*low[:-1], low[-1] * 0] if len(low) > 1 else low
-            shards = Shards([cut(x, mesh, [Shard(0)]) for x in tensors], ["x"] * len(tensors))
+            oracle = Sharded([cut(x, mesh, [Shard(0)]) for x in tensors], ["x"] * len(tensors))
             pieces = [cut(x, mesh, [Shard(0)]).to_local()[None] for x in tensors]
             expected, basis, value = leading_vertices(norm, [x[None] for x in tensors], None, 6)
-            got, kept, got_value = shards.leading_vertices(norm, pieces, None, 6)
+            got, kept, got_value = oracle.leading_vertices(norm, pieces, None, 6)
+            states: list[State] = [{} for _ in tensors]
             torch.testing.assert_close(got_value, value, rtol=1e-9, atol=0)
             for _ in range(2):  # from the kept directions on
                 expected, basis, value = leading_vertices(norm, [x[None] for x in tensors], basis, 2)
-                joined = shards.joined_basis(norm, shards.parted_basis(norm, kept))
-                got, kept, got_value = shards.leading_vertices(norm, pieces, joined, 2)
+                oracle.keep_basis(norm, kept, [states])
+                got, kept, got_value = oracle.leading_vertices(norm, pieces, oracle.basis(norm, [states]), 2)
             torch.testing.assert_close(got_value, value, rtol=1e-9, atol=0)
             for v, e in zip(got, expected, strict=True):
                 whole_piece = cut((e.factor * e.carrier)[0], mesh, [Shard(0)]).to_local()
@@ -365,8 +368,8 @@ def singular_directions_are_those_of_the_whole_tensor(mesh: DeviceMesh, folder: 
 def the_quality_of_directions_is_measured_alike(mesh: DeviceMesh, folder: Path) -> None:
     problem = Problem(Spectral(KSupport(10)), [(40, 60), (70, 40)])
     with pytest.MonkeyPatch.context() as patch:  # twice in eight steps
-        patch.setattr(sfw, "MEASURE_AT", 2)
-        patch.setattr(sfw, "MEASURE_EVERY", 4)
+        patch.setattr(kept_directions, "MEASURE_AT", 2)
+        patch.setattr(kept_directions, "MEASURE_EVERY", 4)
         one, many = problem.check(mesh, 8, 1e-6, momentum=0.0)
     for a, b in zip(one.state.values(), many.state.values(), strict=True):
         assert a["iterations"] == b["iterations"] > 1  # unrelated gradients: more iterations are worth it

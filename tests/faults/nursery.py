@@ -151,7 +151,7 @@ def _import_all() -> None:
     """Import whatever a command imports, so that the children need not; compute no gradient, for forks cannot then."""
     import torch
 
-    for module in ("cli", "experiments.sweep", "experiments.compress", "exporting.folder", "reporting.page"):
+    for module in ("cli", "experiments.sweep", "experiments.compress", "experiments.export", "reporting.page"):
         importlib.import_module(f"pliant.{module}")
     from pliant.compression import FilterPruning, compress
     from pliant.experiments.training.session import Session

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pliant import SFW, FilterPruning, LowRank, Magnitude, SemiStructured, compress, constrain, filters, load, rank
-from pliant.constraints.parameter_groups import weights as entries
+from pliant.constraints import weights as entries
 from pliant.errors import BadInput, Diverged
 from pliant.experiments.data.images import ImageData, Split
 from pliant.experiments.run_folder import Run
@@ -107,7 +107,7 @@ def test_poor_data_are_trained_on(method: str, kind: str, tmp_path: Path) -> Non
 
 def finite_weights(run: Run, split: Split) -> bool:
     from pliant.experiments.models import build_model
-    from pliant.experiments.run_folder import load_weights
+    from pliant.storage import load_weights
 
     model = build_model(run.config["model"], num_classes=4, image_shape=(1, 8, 8), width=run.config["width"])
     load_weights(model, run.path / "model.safetensors")

@@ -6,8 +6,8 @@
     plan = compressor.plan(model, x, analysis=analysis)    plain data, no side effect
     small = compressor.apply(model, plan)                  a new model; the given one is not touched
 
-A kind of compressor fills in ``analyse``, ``_plan`` and ``_apply``; the checks around them are made here.
-Calibration data is a finite iterable of batches, (images, labels) or images alone; most compressors need none.
+A kind of compressor fills in ``analyse``, ``plan_with`` and ``carry_out``; the checks around them are made here.
+Calibration data is a finite iterable of batches, (images, labels) or images alone; most compressors do without.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import abc
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import nn
 
+from pliant import measuring
+from pliant.calling import Example
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
-from pliant.structure.layers import Example, count_parameters
 
-ALLOCATIONS = ("uniform", "global", "energy")
 COSTS = ("params", "macs")
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What a kind of compressor needs to know of a model before it can plan for any ratio.
+    """What a kind of compressor needs to know about a model before it can plan for any ratio.
 
-    ``shapes``: those of all parameters by name, by which the model is known again. ``refused``: (layer, reason)
-    for each layer that is left alone.
+    Args:
+        shapes: those of all parameters by name, by which the model is recognised, see :func:`parameter_shapes`.
+        refused: (layer, reason) for each layer that is left alone.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -49,7 +50,20 @@ C = TypeVar("C", bound="Compressor[Any]")
 
 @dataclass(frozen=True)
 class Compressor(abc.ABC, Generic[A]):
-    """A way to make a model smaller; its fields are its options."""
+    """A way to make a model smaller; its fields are its options.
+
+    To write a compressor, make a frozen dataclass with its options as fields, all with defaults, and three methods:
+
+    * :meth:`analyse` does the expensive part, the same for all ratios, and returns an :class:`Analysis` of its own;
+    * :meth:`plan_with` decides from that what to do, without any side effect: :meth:`assemble` makes the plan;
+    * :meth:`carry_out` does what a plan says to a copy of the model.
+
+    A compressor that can be asked for any size has the field ``ratio``, the share to remove, in [0, 1). One that shares
+    the ratio out among the layers in several ways has the field ``allocation``, and one whose ratio may count either
+    parameters or multiply-accumulates has the field ``cost``. Checks, copies, tables, files, chains, sweeps and budgets
+    come from here and from the plan. What :meth:`carry_out` needs of the weights or of data, and a network that only
+    takes stored weights does not, is left out in :meth:`skeleton`.
+    """
 
     @abc.abstractmethod
     def analyse(
@@ -60,37 +74,76 @@ class Compressor(abc.ABC, Generic[A]):
     ) -> A:
         """Return the part of the work that does not depend on the ratio.
 
-        ``example_inputs``: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes.
-        ``calibration``: batches of training data, for compressors that look at data; the others do not read them.
-        Raises BadInput if the model does not take them.
+        Args:
+            model: any module; not changed.
+            example_inputs: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes.
+            calibration: batches of training data, for compressors that look at data; the others do not read them.
+
+        Raises:
+            BadInput: the model does not take the example or the data.
+        """
+
+    @abc.abstractmethod
+    def plan_with(self, model: nn.Module, analysis: A) -> Plan:
+        """Return what would be done to ``model``, by its analysis.
+
+        Args:
+            model: with finite weights, in any mode; not changed.
+            analysis: of this model.
+
+        Raises:
+            Refused: something is asked for, and nothing at all can be removed. (:meth:`assemble` sees to that.)
+        """
+
+    @abc.abstractmethod
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: A | None) -> nn.Module:
+        """Do what a plan says, and return the result.
+
+        Args:
+            model: a copy that may be changed, with the layers that the plan names, in their shapes.
+            plan: made by a compressor of this class with these options, or read from a file.
+            analysis: that of the plan, where it is at hand.
+
+        Raises:
+            BadInput: the plan asks for something that the layers do not have.
         """
 
     def plan(self, model: nn.Module, example_inputs: Example, *, analysis: A | None = None) -> Plan:
         """Return what would be done to ``model``.
 
-        ``analysis``: the result of ``analyse`` on this model with the weights that it has now.
-        Raises Refused if something is asked for and nothing at all can be removed, BadInput if a weight is not
-        finite or the analysis is of another model.
+        Args:
+            model: any module; not changed.
+            example_inputs: as in :meth:`analyse`.
+            analysis: the result of ``analyse`` on this model with the weights that it has now.
+
+        Raises:
+            Refused: something is asked for, and nothing at all can be removed.
+            BadInput: a weight is not finite, or the analysis is of another model.
         """
         _check_finite(model)
         if analysis is None:
             analysis = self.analyse(model, example_inputs)
         elif analysis.shapes != parameter_shapes(model):
             raise BadInput("the analysis is of another model: names or shapes of the parameters differ")
-        return self._plan(model, analysis)
+        return self.plan_with(model, analysis)
 
     def apply(self, model: nn.Module, plan: Plan, *, analysis: A | None = None) -> nn.Module:
         """Return a new model that is ``model`` compressed as ``plan`` says.
 
-        The plan's options hold, not those of this compressor. ``analysis`` saves work where it is at hand.
-        Raises BadInput if the plan is of another kind of compressor or for another model.
+        Args:
+            model: the one that the plan is for, with any weights; not changed.
+            plan: its options hold, not those of this compressor.
+            analysis: that of the plan; saves work where it is at hand.
+
+        Raises:
+            BadInput: the plan is of another kind of compressor or for another model.
         """
-        planned = self._check(model, plan)
+        planned = self.checked(model, plan)
         _check_finite(model)
-        return planned._apply(copy.deepcopy(model), plan, analysis)
+        return planned.carry_out(copy.deepcopy(model), plan, analysis)
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Return a new model of the architecture that ``apply`` gives; its weights are of no account.
+        """Return a new model of the architecture that :meth:`apply` gives; its weights may be any.
 
         It is what stored weights are loaded into, and what costs are counted on. Raises BadInput as ``apply``.
         """
@@ -99,7 +152,7 @@ class Compressor(abc.ABC, Generic[A]):
     @property
     def has_ratio(self) -> bool:
         """Whether the compressor can be asked for any size."""
-        return any(field.name == "ratio" for field in dataclasses.fields(self))
+        return "ratio" in option_names(type(self))
 
     def at(self, ratio: float) -> Self:
         """Return this compressor with another ratio. Raises BadInput if it has none, or for one out of range."""
@@ -109,28 +162,25 @@ class Compressor(abc.ABC, Generic[A]):
 
     def counting(self, cost: str) -> Self:
         """Return this compressor with a ratio that counts ``cost``, or as it is if it knows one cost only."""
-        known = any(field.name == "cost" for field in dataclasses.fields(self))
+        known = "cost" in option_names(type(self))
         return dataclasses.replace(self, cost=cost) if known else self  # type: ignore[call-arg]
 
-    def _check(self, model: nn.Module, plan: Plan) -> Self:
-        """Return the compressor with the plan's options; BadInput if it is of another kind or for another model."""
+    def checked(self, model: nn.Module, plan: Plan) -> Self:
+        """Return the compressor with the plan's options.
+
+        Raises BadInput if the plan is of another kind of compressor or for another model.
+        """
         if plan.compressor != type(self).__name__:
             raise BadInput(f"the plan is for {plan.compressor}, it cannot be applied by {type(self).__name__}")
-        planned = self._planned(plan)
+        planned = self.with_options_of(plan)
         plan.check(model)
         return planned
 
-    def _planned(self, plan: Plan) -> Self:
-        return compressor_of(type(self), plan.options)
+    def with_options_of(self, plan: Plan) -> Self:
+        """Return a compressor of this kind with the plan's options; raises BadInput if it does not have them."""
+        return with_options(type(self), plan.options)
 
-    @abc.abstractmethod
-    def _plan(self, model: nn.Module, analysis: A) -> Plan: ...
-
-    @abc.abstractmethod
-    def _apply(self, model: nn.Module, plan: Plan, analysis: A | None) -> nn.Module:
-        """Carry out a checked plan on ``model``, a copy that may be changed, and return the result."""
-
-    def _make_plan(
+    def assemble(
         self,
         model: nn.Module,
         analysis: Analysis,
@@ -141,10 +191,20 @@ class Compressor(abc.ABC, Generic[A]):
         layers: Iterable[LayerPlan],
         params_after: int,
     ) -> Plan:
-        """Assemble the plan.
+        """Return the plan of this compressor.
 
-        ``compressible``: parameter name → how much of the cost that the ratio counts (parameters, unless the
-        compressor says otherwise) could be removed there; ``removed``: how much is.
+        Args:
+            model: the model that it is for.
+            analysis: of the model.
+            ratio: the share that was asked for.
+            removed: how much is removed of the cost that the ratio counts: parameters, unless the compressor says
+                otherwise.
+            compressible: parameter name → how much of that cost could be removed there.
+            layers: what stays of each layer.
+            params_after: number of parameters of the compressed model.
+
+        Raises:
+            Refused: the ratio is not 0, and nothing at all can be removed.
         """
         total = sum(compressible.values())
         if ratio > 0 and not total:
@@ -153,10 +213,10 @@ class Compressor(abc.ABC, Generic[A]):
             raise Refused(f"{type(self).__name__} finds nothing to remove: {reasons or 'no layers'}{more}")
         return Plan(
             compressor=type(self).__name__,
-            options={field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            options={name: getattr(self, name) for name in option_names(type(self))},
             ratio=ratio,
             ratio_removed=removed / total if total else 0.0,
-            params_before=count_parameters(model),
+            params_before=measuring.parameters(model),
             params_after=params_after,
             compressible=tuple(compressible),
             layers=tuple(layers),
@@ -164,9 +224,14 @@ class Compressor(abc.ABC, Generic[A]):
         )
 
 
-def compressor_of(kind: type[C], options: Mapping[str, Any]) -> C:
+def option_names(kind: type[Compressor[Any]]) -> list[str]:
+    """Return the names of a compressor's options."""
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def with_options(kind: type[C], options: Mapping[str, Any]) -> C:
     """Return ``kind(**options)``; options that it does not have, or not with these values, are a BadInput."""
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = option_names(kind)
     for name in options:
         if name not in known:
             raise unknown(f"option of {kind.__name__}", name, known)
@@ -190,14 +255,3 @@ def check_ratio(ratio: Any) -> None:
     number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     if not number or not math.isfinite(ratio) or not 0 <= ratio < 1:
         raise BadInput(f"ratio is the share to remove: expected 0 <= ratio < 1, got {ratio!r}")
-
-
-def inputs_of(batch: Any) -> Any:
-    """Return what the model is called on: the first of a tuple or list (images, labels), or the batch itself."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
-
-
-def check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    """Raise the error for an unknown name unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise unknown(what, str(value), known)

@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import update_bn
 
-from pliant.errors import BadInput
-from pliant.structure.layers import line
+from pliant.errors import BadInput, first_line
 
 
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
@@ -51,7 +50,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
     except BadInput:  # of the calibration data
         raise
     except (RuntimeError, ValueError, TypeError) as error:
-        raise BadInput(f"batch {batches} cannot be run in training mode: {line(error)}") from error
+        raise BadInput(f"batch {batches} cannot be run in training mode: {first_line(error)}") from error
     if not batches:
         raise BadInput("the loader for the BatchNorm statistics is empty")
     for dropout, share in dropouts:

@@ -17,10 +17,12 @@ from typing import Any
 from torch import nn
 
 from pliant import measuring
-from pliant.compression import Chain, Compressor, Plan, reestimate_batchnorm
-from pliant.compression.base import Analysis
+from pliant.calling import Example
+from pliant.compression.base import Analysis, Compressor
+from pliant.compression.batchnorm import reestimate_batchnorm
+from pliant.compression.chain import Chain
+from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
-from pliant.structure.layers import Example
 
 SMALLEST = 1 - 2**-30  # the ratio of the smallest network there is; a ratio of 1 would ask for none
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from pliant import measuring
+from pliant.calling import Example
 from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
-from pliant.structure.layers import Example, count_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,8 @@ class Chain(Compressor[Linked]):
         first = self.links[0].analyse(model, example_inputs, calibration)
         return Linked(parameter_shapes(model), first.refused, example_inputs, calibration, first)
 
-    def _plan(self, model: nn.Module, analysis: Linked) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Linked) -> Plan:
+        """Return the plans of the links, each made for what the links before it leave."""
         plans: list[Plan] = []
         refusals: list[Refused] = []
         network = model
@@ -120,7 +122,7 @@ class Chain(Compressor[Linked]):
             options={},
             ratio=1 - prod(1 - plan.ratio for plan in plans),
             ratio_removed=1 - prod(1 - plan.ratio_removed for plan in plans),
-            params_before=count_parameters(model),
+            params_before=measuring.parameters(model),
             params_after=plans[-1].params_after,
             compressible=plans[0].compressible,
             layers=(),
@@ -135,13 +137,15 @@ class Chain(Compressor[Linked]):
             analysis.later[i] = (tuple(before), known)
         return known
 
-    def _planned(self, plan: Plan) -> Chain:
+    def with_options_of(self, plan: Plan) -> Chain:
+        """Return this chain if its links are of the plan's kinds; their options are those of their own plans."""
         kinds = [type(link).__name__ for link in self.links]
         if [link.compressor for link in plan.links] != kinds:
             raise BadInput(f"the plan is for {[link.compressor for link in plan.links]}, this is a chain of {kinds}")
         return self  # the options are those of the links' plans
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Linked | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Linked | None) -> nn.Module:
+        """Carry out the plans of the links in order."""
         for i, (link, step) in enumerate(zip(self.links, plan.links, strict=True)):
             known = None if analysis is None else analysis.known(i, plan.links[:i])
             model = link.apply(model, step, analysis=known)
@@ -149,7 +153,7 @@ class Chain(Compressor[Linked]):
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Return a new model of the architecture that ``apply`` gives; its weights are of no account."""
-        self._check(model, plan)
+        self.checked(model, plan)
         for link, step in zip(self.links, plan.links, strict=True):
             model = link.skeleton(model, step)
         return model

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pliant.structure.layers import Inputs, run
+from pliant.calling import Inputs, run
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from pliant.compression.base import ALLOCATIONS, Analysis, Compressor, check_choice, check_ratio, parameter_shapes
+from pliant import measuring
+from pliant.calling import Example, as_inputs, count_calls
+from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
-from pliant.errors import BadInput
-from pliant.structure.layers import (
-    Example,
-    as_inputs,
-    count_calls,
-    count_parameters,
+from pliant.compressor_names import ALLOCATIONS
+from pliant.errors import BadInput, check_choice
+from pliant.structure import (
     named_layers,
     obstacle,
     other_matrices,
@@ -37,7 +36,7 @@ class Weights(Analysis):
     layers: tuple[str, ...]
 
 
-class _Zeroing(Compressor[Weights]):
+class Zeroing(Compressor[Weights]):
     """A compressor that sets entries of weights to zero, in all layers that it finds fit."""
 
     def analyse(
@@ -53,20 +52,20 @@ class _Zeroing(Compressor[Weights]):
         layers: list[str] = []
         refused: list[tuple[str, str]] = []
         for name, module in named_layers(model):
-            reason = obstacle(module, tied) or self._unfit(module)
+            reason = obstacle(module, tied) or self.unfit(module)
             if reason is None:
                 layers.append(name)
             else:
                 refused.append((name, reason))
         return Weights(parameter_shapes(model), (*refused, *other_matrices(model)), tuple(layers))
 
-    def _unfit(self, module: nn.Module) -> str | None:
+    def unfit(self, module: nn.Module) -> str | None:
         """Return why a layer cannot be acted on, or None."""
         return None
 
 
 @dataclass(frozen=True)
-class Magnitude(_Zeroing):
+class Magnitude(Zeroing):
     """Zero the entries of smallest magnitude in the weights of linear and convolution layers.
 
     ``ratio``: share of these entries to zero, in [0, 1); exactly round(ratio·n) of n are, those of lower index
@@ -84,7 +83,8 @@ class Magnitude(_Zeroing):
         check_ratio(self.ratio)
         check_choice("allocation", self.allocation, ALLOCATIONS)
 
-    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Weights) -> Plan:
+        """Return the plan: how many entries of each layer stay."""
         weights = [_weight(model, name) for name in analysis.layers]
         sizes = [w.numel() for w in weights]
         if self.allocation == "uniform" or not weights:
@@ -96,7 +96,8 @@ class Magnitude(_Zeroing):
             kept = [int(part.sum()) for part in stays.split(sizes)]
         return weight_plan(self, model, analysis, self.ratio, kept)
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        """Zero all but the largest entries of each layer, in place."""
         for layer in plan.layers:
             weight = _weight(model, layer.name)
             if not layer.kept <= layer.total == weight.numel():
@@ -107,7 +108,7 @@ class Magnitude(_Zeroing):
 
 
 @dataclass(frozen=True)
-class SemiStructured(_Zeroing):
+class SemiStructured(Zeroing):
     """Keep the ``n`` largest magnitudes of every ``m`` consecutive input channels, the pattern of sparse kernels.
 
     Blocks run along dim 1 of the weight (dim 0 of a ``Conv1D``), for each filter and each kernel position; among
@@ -125,17 +126,20 @@ class SemiStructured(_Zeroing):
         if not whole or not 1 <= self.n < self.m:
             raise BadInput(f"n:m keeps n of every m weights: expected whole 1 <= n < m, got {self.n!r}:{self.m!r}")
 
-    def _unfit(self, module: nn.Module) -> str | None:
+    def unfit(self, module: nn.Module) -> str | None:
+        """Return why blocks of ``m`` input channels cannot be formed in a layer, or None."""
         if isinstance(module, _ConvTransposeNd):
             return "is a transposed convolution"
         channels = weight_shape(untransposed(module))[1]
         return f"has {channels} input channels, which {self.m} does not divide" if channels % self.m else None
 
-    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Weights) -> Plan:
+        """Return the plan: n of every m entries of each layer stay."""
         kept = [_weight(model, name).numel() // self.m * self.n for name in analysis.layers]
         return weight_plan(self, model, analysis, 1 - self.n / self.m, kept)
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        """Zero all but the ``n`` largest entries of each block, in place."""
         for layer in plan.layers:
             weight = _weight(model, layer.name, by_rows=True)
             blocks = weight.abs().unflatten(1, (-1, self.m)).movedim(2, -1)
@@ -177,20 +181,20 @@ def weight_plan(
             kind=type(module).__name__,
             kept=n,
             total=_weight(model, name).numel(),
-            params=count_parameters(module),
-            params_dense=count_parameters(module),
+            params=measuring.parameters(module),
+            params_dense=measuring.parameters(module),
             shape=weight_shape(module),
         )
         for name, module, n in zip(analysis.layers, modules, kept, strict=True)
     ]
-    return compressor._make_plan(
+    return compressor.assemble(
         model,
         analysis,
         ratio=ratio,
         removed=sum(layer.total - layer.kept for layer in layers),
         compressible=compressible,
         layers=layers,
-        params_after=count_parameters(model),
+        params_after=measuring.parameters(model),
     )
 
 

@@ -13,32 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from pliant import measuring
+from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import nearest
-from pliant.compression.base import (
-    ALLOCATIONS,
-    COSTS,
-    Analysis,
-    Compressor,
-    check_choice,
-    check_ratio,
-    parameter_shapes,
-)
+from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.costs import applications
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
-from pliant.errors import BadInput
-from pliant.structure.layers import (
+from pliant.compressor_names import ALLOCATIONS
+from pliant.errors import BadInput, check_choice
+from pliant.structure import (
     AxisName,
-    Example,
-    as_inputs,
+    ChannelGroup,
+    Structure,
     axes,
     axis_length,
     complement,
-    count_parameters,
+    coupled_channels,
     keep_channels,
+    positions,
     weighted_layers,
     zero_channels,
 )
-from pliant.structure.verification import ChannelGroup, Structure, coupled_channels, positions
 
 IMPORTANCES = ("l2", "l1", "bn")
 MODES = ("remove", "mask")
@@ -99,7 +94,7 @@ class FilterPruning(Compressor[Channels]):
     def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Channels:
         """Find and verify the coupled channels; the weights do not matter."""
         structure = coupled_channels(model, example_inputs)
-        groups, refused = self._choose(model, structure)
+        groups, refused = self.choose(model, structure)
         probe = copy.deepcopy(model).eval()
         layers = dict(weighted_layers(probe))
         weights: dict[str, int] = {}
@@ -109,7 +104,7 @@ class FilterPruning(Compressor[Channels]):
                 weights.setdefault(f"{name}.{tensor}" if name else tensor, times.whole)
         return Channels(parameter_shapes(model), refused, groups, weights)
 
-    def _choose(
+    def choose(
         self, model: nn.Module, structure: Structure
     ) -> tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]:
         """Return the groups that this compressor removes from, and (layer, reason) for each other layer."""
@@ -117,7 +112,8 @@ class FilterPruning(Compressor[Channels]):
         layers = [name for name, _ in weighted_layers(model)]
         return groups, refusals(structure, groups, layers, "makes attention heads, which HeadPruning removes")
 
-    def _plan(self, model: nn.Module, analysis: Channels) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Channels) -> Plan:
+        """Rank the removals of single channels, and return the plan that takes as many as come nearest to the ratio."""
         groups = analysis.groups
         size = _Size(model, groups)
         costs = size if self.cost == "params" else _Size(model, groups, analysis.applied)
@@ -138,17 +134,18 @@ class FilterPruning(Compressor[Channels]):
         counts = Counter(steps[:n])
         gone = positions(groups, [order[: counts[g]] for g, order in enumerate(orders)])
         fewer = size.after({}) - size.after(counts)
-        return self._make_plan(
+        return self.assemble(
             model,
             analysis,
             ratio=self.ratio,
             removed=dense - kept(n),
             compressible=costs.compressible,
             layers=_layers(model, groups, gone, real=self.mode == "remove"),
-            params_after=count_parameters(model) - (fewer if self.mode == "remove" else 0),
+            params_after=measuring.parameters(model) - (fewer if self.mode == "remove" else 0),
         )
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Channels | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Channels | None) -> nn.Module:
+        """Cut the channels out of the layers that hold them, or zero them, in place."""
         for module, axis, keep in _kept(model, plan):
             if self.mode == "remove":
                 keep_channels(module, axis, keep)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pliant.compression.base import check_choice
 from pliant.compression.filters import FilterPruning, refusals
-from pliant.structure.heads import projection_layers
-from pliant.structure.verification import ChannelGroup, Structure
+from pliant.errors import check_choice
+from pliant.structure import ChannelGroup, Structure, projection_layers
 
 IMPORTANCES = ("l2", "l1")
 
@@ -23,7 +22,7 @@ class HeadPruning(FilterPruning):
     heads of queries that read it. At least one head of every attention module stays. ``importance`` of a head:
     the ``"l2"`` or ``"l1"`` norm of its rows.
 
-    Known are ``nn.MultiheadAttention``, which becomes a ``pliant.structure.attention.ThinAttention``, and every
+    Known are ``nn.MultiheadAttention``, which becomes a ``pliant.structure.thin_attention.ThinAttention``, and every
     module with linear projections for queries, keys and values, packed or apart, as they are usually named; the
     numbers that it keeps of its heads follow. Modules of other kinds, or whose forward cannot do with fewer
     heads, are named in ``plan.refused``.
@@ -36,9 +35,10 @@ class HeadPruning(FilterPruning):
         super().__post_init__()
         check_choice("importance", self.importance, IMPORTANCES)
 
-    def _choose(
+    def choose(
         self, model: nn.Module, structure: Structure
     ) -> tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]:
+        """Return the groups of heads, and (layer, reason) for each other projection of an attention module."""
         groups = tuple(group for group in structure.groups if group.kind == "heads")
         refused = refusals(structure, groups, projection_layers(model), "has no heads that can leave")
         if not groups and not refused:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from pliant import measuring
 from pliant.errors import BadInput, DamagedFile, shown
-from pliant.structure.layers import count_parameters
 
 FORMAT = "pliant.plan"
 VERSION = 1
@@ -102,7 +102,7 @@ class Plan:
                     f"the plan is for another model: {layer.name!r} should be a {layer.kind} with weight"
                     f" {layer.shape}, not a {type(module).__name__} with {weight_shape(module)}"
                 )
-        count = count_parameters(model)
+        count = measuring.parameters(model)
         if count != self.params_before:
             raise BadInput(
                 f"the plan is for another model: it should have {self.params_before} parameters, not {count}"

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.calling import Example, as_inputs
 from pliant.compression.base import Compressor, parameter_shapes
 from pliant.compression.entries import Weights, weight_plan
 from pliant.compression.factored import Factorable, convolution_like
 from pliant.compression.plan import Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.errors import BadInput, Refused
-from pliant.structure.layers import Example, as_inputs, tied_parameters, untransposed
+from pliant.structure import tied_parameters, untransposed
 
 LEVELS = 127  # of int8's 128 negative numbers one is not used: the grid is symmetric, and zero stays zero
 
@@ -79,14 +80,16 @@ class Int8(Compressor[Weights]):
         sound, refused = replaceable(probe, as_inputs(example_inputs), _unfit, quantised)
         return Weights(parameter_shapes(model), refused, tuple(sound))
 
-    def _plan(self, model: nn.Module, analysis: Weights) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Weights) -> Plan:
+        """Return the plan: all entries stay."""
         if not analysis.layers:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in analysis.refused[:5])
             raise Refused(f"Int8 finds no weight to store in eight bits: {reasons or 'no layers'}")
         kept = [prod(weight_shape(model.get_submodule(name))) for name in analysis.layers]
         return weight_plan(self, model, analysis, 0.0, kept)
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
+        """Put eight-bit layers into the places of those that the plan names."""
         tied = tied_parameters(model)
         new = {}
         for layer in plan.layers:

@@ -21,23 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant import measuring
+from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import STEPS, Options, Step, allocate
-from pliant.compression.base import (
-    ALLOCATIONS,
-    COSTS,
-    Analysis,
-    Compressor,
-    check_choice,
-    check_ratio,
-    parameter_shapes,
-)
+from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.costs import ONCE, Applied, applications
 from pliant.compression.factored import Factorable, factored, matrices
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.compression.whitening import MAX_WIDTH, output_moments
-from pliant.errors import BadInput
-from pliant.structure.layers import SCHEMES, Example, as_inputs, count_parameters, tied_parameters, untransposed
+from pliant.compressor_names import ALLOCATIONS, SCHEME, SCHEMES
+from pliant.errors import BadInput, check_choice
+from pliant.structure import tied_parameters, untransposed
 
 # Relative difference between ‖W‖ at the analysis and now; the analysis works in float64, so anything above rounding
 # means that the weights have changed.
@@ -139,7 +134,7 @@ class LowRank(Compressor[Spectra]):
     ratio: float = 0.5
     allocation: str = "global"
     whiten: bool | str = "auto"
-    scheme: str = "spatial"
+    scheme: str = SCHEME
     cost: str = "params"
 
     def __post_init__(self) -> None:
@@ -204,7 +199,8 @@ class LowRank(Compressor[Spectra]):
             return ("channel",)
         return SCHEMES if self.scheme == "best" else ("spatial",)
 
-    def _plan(self, model: nn.Module, analysis: Spectra) -> Plan:
+    def plan_with(self, model: nn.Module, analysis: Spectra) -> Plan:
+        """Allocate the ratio to the layers, and return the plan with the rank of each."""
         self._check_analysis(analysis)
         modules = {name: _factorable(model, name) for name in analysis.layers}
         for name, spectra in analysis.layers.items():
@@ -219,7 +215,7 @@ class LowRank(Compressor[Spectra]):
             cut = offer[option]
             spectrum = cut.spectrum
             module = model.get_submodule(name)
-            dense = count_parameters(module)
+            dense = measuring.parameters(module)
             gone = spectrum.dense("params") - spectrum.cost(cut.rank, "params") if cut.rank else 0
             full = min(spectrum.rows, spectrum.columns)
             layers.append(
@@ -236,17 +232,18 @@ class LowRank(Compressor[Spectra]):
             )
             removed += compressible[name] - cut.cost
             saved += gone
-        return replace(self, whiten=analysis.whitened)._make_plan(
+        return replace(self, whiten=analysis.whitened).assemble(
             model,
             analysis,
             ratio=self.ratio,
             removed=removed,
             compressible={f"{name}.weight" if name else "weight": cost for name, cost in compressible.items()},
             layers=layers,
-            params_after=count_parameters(model) - saved,
+            params_after=measuring.parameters(model) - saved,
         )
 
-    def _apply(self, model: nn.Module, plan: Plan, analysis: Spectra | None) -> nn.Module:
+    def carry_out(self, model: nn.Module, plan: Plan, analysis: Spectra | None) -> nn.Module:
+        """Put factors into the places of the layers that the plan names."""
         if analysis is not None:
             self._check_analysis(analysis)
         elif self.whiten is True and any(layer.params < layer.params_dense for layer in plan.layers):
@@ -267,7 +264,7 @@ class LowRank(Compressor[Spectra]):
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Return a new model with the plan's factors, all zero: nothing is decomposed, no data is needed."""
-        self._check(model, plan)
+        self.checked(model, plan)
         new = copy.deepcopy(model)
         return replace_modules(
             new, {name: _empty(layer, rank, scheme) for name, layer, rank, scheme in _factorised(new, plan)}

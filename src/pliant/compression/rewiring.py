@@ -7,17 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from pliant.structure.layers import (
-    Inputs,
-    count_calls,
-    largest_sound,
-    line,
-    named_layers,
-    obstacle,
-    other_matrices,
-    run,
-    tied_parameters,
-)
+from pliant.calling import Inputs, count_calls, run
+from pliant.errors import first_line
+from pliant.structure import largest_sound, named_layers, obstacle, other_matrices, tied_parameters
 
 
 def replaceable(
@@ -55,7 +47,7 @@ def replaceable(
         try:
             run(replace_modules(trial, {name: substitute(trial.get_submodule(name)) for name in names}), inputs)
         except Exception as error:  # whatever a user's forward may raise
-            return f"cannot be replaced: {line(error)}"
+            return f"cannot be replaced: {first_line(error)}"
         return None
 
     sound, failed = largest_sound(candidates, fault)

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.compression.base import inputs_of
+from pliant.calling import as_inputs, inputs_of, map_tensors, run
 from pliant.compression.factored import Factorable, first_of_spatial
-from pliant.errors import BadInput
-from pliant.structure.layers import as_inputs, line, map_tensors, run, untransposed
+from pliant.errors import BadInput, first_line
+from pliant.structure import untransposed
 
 Layer = tuple[str, str]  # name and scheme
 
@@ -87,7 +87,7 @@ def output_moments(
     except BadInput:  # of the calibration data
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise BadInput(f"the model cannot be called on calibration batch {batches}: {line(error)}") from error
+        raise BadInput(f"the model cannot be called on calibration batch {batches}: {first_line(error)}") from error
     finally:
         for handle in hooks:
             handle.remove()

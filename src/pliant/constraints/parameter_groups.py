@@ -1,183 +1,30 @@
-"""Which ball for which parameter: rules, presets, radii from the initialisation, schedules of k.
+"""Which ball for which parameter: from a model and rules to the parameter groups of :class:`~pliant.SFW`.
 
-:func:`constrain` turns a model and a list of rules into the parameter groups of :class:`~pliant.SFW`:
+::
 
     groups = pliant.constrain(model, [("*.weight", pliant.rank(k=0.1, radius=10))], default=None)
     opt = pliant.SFW(groups, lr=0.1)
-
-A preset (:func:`filters`, :func:`rank`, :func:`weights`, :func:`semi_structured`, :func:`l2`) says what a ball is made
-of in relative terms: k as a count or a fraction, the radius relative to the size of the weights at initialisation.
 """
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pliant.constraints.presets import Layout, Preset
+from pliant.constraints.radius import initial_norm
 from pliant.errors import BadInput
-from pliant.linalg import is_sharded, l2_norm
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
-from pliant.optim.sfw import SFW
+from pliant.norms import Channels, NormBall
 
-Vertices = Literal["support", "sparse", "orthogonal"]
-Rule = tuple[str | Callable[[str, Tensor], bool], "Preset | None"]
+Rule = tuple[str | Callable[[str, Tensor], bool], Preset | None]
 
 _UNMATCHED: Any = object()
-
-
-# --- presets ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a weight is read as a matrix: ``dim`` counts its rows (outputs), in ``groups`` blocks of rows."""
-
-    dim: int = 0
-    groups: int = 1
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A ball in relative terms; made by the functions below.
-
-    Args:
-        norm: from the parameter's shape and layout to its norm; raises ValueError where there is none.
-        radius: w, the radius in units of the expected L2 norm at initialisation: the ball gets the L2 diameter
-            2·w·E‖θ_init‖₂, whatever its norm.
-        structured: only for weights of at least two dimensions that are not an embedding or a normalisation.
-        coupled: from a number of channels to the vector norm of their lengths, where the preset can constrain channels
-            that several tensors share.
-        orthogonal: whether the vertices of such a ball have orthogonal rows.
-    """
-
-    norm: Callable[[torch.Size, Layout], Norm]
-    radius: float
-    structured: bool = True
-    coupled: Callable[[int], VectorNorm] | None = None
-    orthogonal: bool = False
-
-    def __post_init__(self) -> None:
-        if not (self.radius > 0 and math.isfinite(self.radius)):
-            raise BadInput(f"radius must be positive and finite, got {self.radius}")
-
-
-def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
-    """Constrain to few filters (rows): ``Rows(KSupport(k))``.
-
-    Args:
-        k: filters per vertex; an int is a count, a float in (0, 1] a fraction of the layer's filters.
-        radius: relative to the initialisation, see :class:`~pliant.constraints.Preset`.
-        vertices: "support" scales the filters of a vertex along the gradient (k-support norm), "sparse" gives each
-            the same length (k-sparse norm), "orthogonal" also turns them away from each other
-            (:class:`~pliant.Rows`).
-    """
-    check_k(k)
-    _check_vertices(vertices, "support", "sparse", "orthogonal")
-    orthogonal = vertices == "orthogonal"
-
-    def norm(shape: torch.Size, layout: Layout) -> Norm:
-        n = Rows(Lp(2), layout.dim).length(shape)
-        return Rows(_vector_norm(k, n, vertices), layout.dim, orthogonal)
-
-    return Preset(norm, radius, coupled=lambda channels: _vector_norm(k, channels, vertices), orthogonal=orthogonal)
-
-
-def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support", spatial: bool = False) -> Preset:
-    """Constrain to low rank: ``Spectral(KSupport(k))``.
-
-    Args:
-        k: singular directions per vertex; a count or a fraction as in :func:`filters`.
-        radius: as there.
-        vertices: "support" or "sparse", as there.
-        spatial: read 2-d convolutions for k×1 then 1×k layers, not for k×k then 1×1 (:class:`~pliant.Spectral`);
-            those with kernels of one row or column have no choice.
-    """
-    check_k(k)
-    _check_vertices(vertices)
-    if not isinstance(spatial, bool):
-        raise BadInput(f"spatial must be True or False, got {spatial!r}")
-
-    def norm(shape: torch.Size, layout: Layout) -> Norm:
-        both_ways = len(shape) == 4 and min(shape[2:]) > 1
-        whole = Spectral(Lp(2), layout.dim, layout.groups, spatial and both_ways)
-        return replace(whole, inner=_vector_norm(k, whole.length(shape), vertices))
-
-    return Preset(norm, radius)
-
-
-def weights(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
-    """Constrain to few entries: ``KSupport(k)``; k counts entries, else as :func:`filters`."""
-    check_k(k)
-    _check_vertices(vertices)
-    return Preset(lambda shape, layout: _vector_norm(k, math.prod(shape), vertices), radius)
-
-
-def semi_structured(n: int = 2, m: int = 4, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
-    """Constrain to n of m consecutive input channels: ``Blocks(KSupport(n), m)``, the N:M pattern of hardware.
-
-    A layer whose input channels m does not divide is an error that names it: give it another rule before this one.
-    """
-    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
-        raise BadInput(f"an N:M pattern needs integers 1 <= n <= m, got {n}:{m}")
-    _check_vertices(vertices)
-
-    def norm(shape: torch.Size, layout: Layout) -> Norm:
-        inputs = 1 if layout.dim == 0 else 0
-        pattern = Blocks(_vector_norm(n, m, vertices), m, inputs)
-        pattern.length(shape)
-        return pattern
-
-    return Preset(norm, radius)
-
-
-def l2(radius: float = 10.0) -> Preset:
-    """Constrain to an L2 ball, for any tensor: bounded, but nothing made sparse."""
-    return Preset(lambda shape, layout: Lp(2), radius, structured=False)
-
-
-def resolve_k(k: float, n: int) -> int:
-    """Return k as a count: an int is one already, a float f is the fraction max(1, floor(f·n + ½)).
-
-    Raises BadInput where k is below 1, above n, or a fraction outside of (0, 1].
-    """
-    check_k(k)
-    count = k if isinstance(k, int) else max(1, math.floor(k * n + 0.5))
-    if count > n:
-        raise BadInput(f"k={k} is more than there are ({n}): give at most {n}, or a fraction such as 0.1")
-    return count
-
-
-def check_k(k: float) -> None:
-    """Raise BadInput unless k is an int >= 1 (count) or a float in (0, 1] (fraction)."""
-    if isinstance(k, bool) or not isinstance(k, int | float):
-        raise BadInput(f"k must be an int (count) or a float (fraction), got {k!r}")
-    if isinstance(k, int) and k < 1:
-        raise BadInput(f"k as a count must be at least 1, got {k}")
-    if isinstance(k, float) and not 0 < k <= 1:
-        raise BadInput(f"k as a fraction must lie in (0, 1], got {k}; a count is written without a point")
-
-
-def _check_vertices(vertices: Vertices, *known: Vertices) -> None:
-    known = known or ("support", "sparse")
-    if vertices not in known:
-        raise BadInput(f"vertices must be one of {', '.join(map(repr, known))}, got {vertices!r}")
-
-
-def _vector_norm(k: float, n: int, vertices: Vertices) -> VectorNorm:
-    return (KSupport if vertices == "support" else KSparse)(resolve_k(k, n))
-
-
-# --- from rules to groups ---------------------------------------------------------------------------------------------
 
 
 def constrain(
@@ -192,8 +39,8 @@ def constrain(
 
     A rule is a pair of a name pattern (as for file names: ``"*.weight"``, ``"layer1.*"``) or a predicate
     ``f(name, parameter)``, and a preset, or None for "no ball". The first rule that matches a parameter decides; a
-    structured preset only matches weights it can hold, so ``"*.weight"`` does not catch those of a BatchNorm. A tied
-    parameter matches under any of its names.
+    structured preset only matches weights it can hold, so ``"*.weight"`` does not match the weight of a BatchNorm. A
+    tied parameter matches under any of its names.
 
     With FSDP2, call it after ``fully_shard``, which puts new parameters in the place of the old ones; balls and radii
     are the same before and after.
@@ -391,163 +238,3 @@ def _make_ball(preset: Preset, name: str, parameter: Tensor, owner: nn.Module, p
         raise BadInput(f"{name} of shape {tuple(parameter.shape)}: {error}") from None
     diameter = 2 * preset.radius * initial_norm(owner, name, parameter, pretrained)
     return NormBall(norm, diameter / norm.diameter(parameter.shape))
-
-
-def initial_norm(owner: nn.Module, name: str, parameter: Tensor, pretrained: bool = False, draws: int = 3) -> float:
-    """Return E‖θ_init‖₂ of one parameter, the mean over draws of its layer's own initialiser.
-
-    Where the layer has no ``reset_parameters`` that sets this parameter, or for ``pretrained`` weights, it is the norm
-    at hand; 0 counts as 1. Raises BadInput for a norm that is not finite, or that a meta tensor does not have.
-    """
-    leaf = name.rpartition(".")[2]
-    norms = [] if pretrained else _drawn_norms(owner, leaf, draws)
-    if not norms:
-        if parameter.is_meta:
-            raise BadInput(f"{name} is on the meta device and its layer cannot draw it: its radius cannot be measured")
-        whole = parameter.full_tensor() if is_sharded([parameter]) else parameter  # type: ignore[attr-defined]
-        norms = [l2_norm([whole.detach().double()]).item()]
-    mean = sum(norms) / len(norms)
-    if not math.isfinite(mean):
-        raise BadInput(f"{name} has NaN or infinite entries: its radius cannot be measured")
-    return mean or 1.0
-
-
-def _drawn_norms(owner: nn.Module, leaf: str, draws: int) -> list[float]:
-    """Return the norms of a parameter in some draws of its layer's initialiser, none if that does not set it."""
-    reset = getattr(type(owner), "reset_parameters", None) or getattr(type(owner), "_reset_parameters", None)
-    if reset is None or not isinstance(getattr(owner, leaf, None), nn.Parameter) or not _callable_alone(reset):
-        return []
-    # Tensors that are not leaves of autograd cannot be deep-copied; older weight_norm and pruning keep such ones.
-    tensors = [t for module in owner.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors}
-    if is_sharded(owner.parameters()):
-        from pliant.optim import sharded as distributed
-
-        copied = distributed.whole_copy(owner, memo)
-    else:
-        copied = copy.deepcopy(owner, memo)
-    if any(t.is_meta for t in [*copied.parameters(), *copied.buffers()]):
-        copied.to_empty(device="cpu")
-    copied.cpu()
-    norms = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        # The same draws for every layer: layers of one shape then share one radius, and so one group.
-        torch.default_generator.manual_seed(0)
-        getattr(copied, leaf).fill_(math.nan)  # to see whether it is set
-        for _ in range(draws):
-            reset(copied)
-            norms.append(l2_norm([getattr(copied, leaf).double()]).item())
-    return [] if math.isnan(norms[0]) else norms
-
-
-def _callable_alone(reset: Callable[..., Any]) -> bool:
-    _, *others = inspect.signature(reset).parameters.values()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return all(p.default is not inspect.Parameter.empty or p.kind in variadic for p in others)
-
-
-# --- schedules of k ---------------------------------------------------------------------------------------------------
-
-
-class KSchedule:
-    """Anneal k of every ball that has one, linearly from ``start`` to ``end`` over ``steps`` steps.
-
-    The L2 diameter of each ball is kept, so the radius follows k; the weights are scaled inside the new ball and the
-    momentum is kept. Constructing sets the start value but touches no weights; call :meth:`step` after each optimizer
-    step. To resume, load the optimizer's state and the schedule's, in any order.
-
-    Args:
-        optimizer: an :class:`~pliant.SFW`.
-        start: k at the first step: a count or a fraction, as in the presets.
-        end: k at the last step; None for the k that each group has now.
-        steps: number of steps from start to end, at least 1.
-    """
-
-    def __init__(self, optimizer: SFW, start: float = 1.0, end: float | None = None, *, steps: int) -> None:
-        if steps < 1:
-            raise BadInput(f"a schedule of k needs steps >= 1, got {steps}")
-        self.optimizer = optimizer
-        self.steps = steps
-        self.last_step = 0
-        self._spans: list[tuple[int, int] | None] = []
-        for group in optimizer.param_groups:
-            ball = None if group["ball"] is None else NormBall.from_spec(group["ball"])
-            current = None if ball is None else norm_k(ball.norm)
-            if ball is None or current is None:
-                self._spans.append(None)
-                continue
-            n = self._length(ball, group)
-            try:
-                self._spans.append((resolve_k(start, n), current if end is None else resolve_k(end, n)))
-            except BadInput as error:
-                names = ", ".join(group.get("param_names", ["a group without names"]))
-                raise BadInput(f"{names}: {error}") from None
-        if not any(self._spans):
-            raise BadInput("no group of this optimizer has a ball with a k to anneal")
-        self._apply(started=False)
-
-    def step(self) -> None:
-        """Go one step further; after ``steps`` steps k stays at its end."""
-        self.last_step += 1
-        if self.last_step <= self.steps:
-            self._apply()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain data."""
-        return {
-            "last_step": self.last_step,
-            "steps": self.steps,
-            "spans": [list(s) if s else None for s in self._spans],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: every ball gets the k of that step."""
-        if len(state["spans"]) != len(self._spans):
-            raise BadInput(f"a schedule of {len(state['spans'])} groups cannot go on with {len(self._spans)} groups")
-        self.last_step, self.steps = state["last_step"], state["steps"]
-        self._spans = [tuple(s) if s else None for s in state["spans"]]
-        self._apply()
-
-    def _apply(self, *, started: bool = True) -> None:
-        progress = min(1.0, self.last_step / self.steps)
-        for group, span in zip(self.optimizer.param_groups, self._spans, strict=True):
-            if span is None:
-                continue
-            ball = NormBall.from_spec(group["ball"])
-            k = math.floor(span[0] + (span[1] - span[0]) * progress + 0.5)
-            if k != norm_k(ball.norm):
-                shapes = ball_shapes(group)
-                norm = with_k(ball.norm, k)
-                ball = NormBall(norm, ball.diameter(shapes) / norm.diameter(shapes))
-                if started:
-                    self.optimizer.set_ball(group, ball)
-                else:
-                    group["ball"] = ball.to_spec()
-
-    def _length(self, ball: NormBall, group: dict[str, Any]) -> int:
-        lengths = {with_k(ball.norm, 1).length(p.shape) for p in group["params"]}
-        if group["joint"]:
-            return with_k(ball.norm, 1).length(ball_shapes(group))
-        if len(lengths) > 1:
-            raise BadInput(f"a group with one ball has tensors with {sorted(lengths)} places for k: split the group")
-        return lengths.pop()
-
-
-def ball_shapes(group: dict[str, Any]) -> list[torch.Size]:
-    """Return the shapes that a ball of a parameter group is over: of all its tensors jointly, or of each, all alike."""
-    return [p.shape for p in (group["params"] if group["joint"] else group["params"][:1])]
-
-
-def norm_k(norm: Norm) -> int | None:
-    """Return the k of a norm or of what it lifts, None where it has none."""
-    inner = getattr(norm, "inner", norm)
-    return inner.k if isinstance(inner, KSparse | KSupport) else None
-
-
-def with_k(norm: Norm, k: int) -> Norm:
-    """Return the same norm with another k; the norm must have one."""
-    if isinstance(norm, KSparse | KSupport):
-        return replace(norm, k=k)
-    if isinstance(norm, Rows | Channels | Spectral | Blocks) and isinstance(norm.inner, KSparse | KSupport):
-        return replace(norm, inner=replace(norm.inner, k=k))
-    raise BadInput(f"{norm} has no k")

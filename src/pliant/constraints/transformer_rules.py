@@ -5,7 +5,7 @@
     rules = pliant.transformer_rules(model, linear=pliant.rank(k=0.1, radius=3))
     groups = pliant.constrain(model, rules, default=None)
 
-Heads and neurons are found together with all that leaves with them, so they need an example:
+Heads and neurons leave with whatever is tied to them. To find it, an example is needed:
 
     groups = pliant.coupled_channels(model, example_inputs).groups
     rules = pliant.transformer_rules(model, heads=pliant.filters(k=0.25), neurons=pliant.filters(k=0.1), coupled=groups)
@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from pliant.constraints.parameter_groups import Preset, Rule
+from pliant.constraints.parameter_groups import Rule
+from pliant.constraints.presets import Preset
 from pliant.errors import BadInput
 from pliant.structure.attention import linear_width, projections
 from pliant.structure.channel_groups import ChannelGroup
@@ -50,7 +51,7 @@ def transformer_rules(
             ``constrain`` as well.
 
     Raises:
-        BadInput: blocks, heads or neurons that a preset is given for are not found.
+        BadInput: a preset is given for blocks, heads or neurons, and the model has none that are known.
     """
     rules: list[Rule] = []
     layers = frozenset(f"{name}.weight" for name in _block_layers(model))

@@ -9,17 +9,19 @@ from typing import Any
 
 from rich.console import Console
 
-from pliant.compression import LowRank
 from pliant.compression.base import check_ratio
 from pliant.compression.budgets import one_budget
+from pliant.compression.by_name import check_names
+from pliant.compressor_names import CALIBRATION, SCHEME, check_pattern, factorises, names_in_help, takes_pattern
 from pliant.errors import BadInput
-from pliant.experiments.run_folder import CONFIG, PLAN, SHAPE, WEIGHTS, Run, save_weights, write_config, write_plan
-from pliant.experiments.sweep import PATTERN, check_pattern, describe
-from pliant.experiments.workbench import Trial, check_names, pattern_compressor
+from pliant.experiments.run_folder import CONFIG, RECORD, SHAPE, Run, write_config
+from pliant.experiments.sweep import PATTERN, describe
+from pliant.experiments.workbench import Workbench, pattern_compressor
 from pliant.files import making_folder, remove_leftovers, write_text
-from pliant.records import CALIBRATION, factorises
+from pliant.storage import PLAN, WEIGHTS, save_weights, write_plan
 
 
+@names_in_help
 def compress_run(
     run: str | Path,
     compressor: str = "filters",
@@ -46,7 +48,7 @@ def compress_run(
 
     Args:
         run: run folder, as pliant train makes it.
-        compressor: filters, heads, rank, weights or nm, or a chain such as filters+rank or rank+int8.
+        compressor: {compressors}.
         ratio: share of the compressible parameters to remove; 0.5 if there is no budget either.
         keep_params: instead of a ratio, share of all parameters that may stay.
         keep_macs: instead of a ratio, share of the multiply-accumulates that may stay.
@@ -71,6 +73,7 @@ def compress_run(
         Refused: nothing can be removed from this network, or the budget is out of reach.
     """
     check_names(compressor, allocation)
+    patterned = takes_pattern(compressor)
     limits = {
         "keep_params": keep_params,
         "keep_macs": keep_macs,
@@ -79,22 +82,22 @@ def compress_run(
         "max_drop": max_drop,
     }
     budget = None if all(limit is None for limit in limits.values()) else one_budget(**limits)
-    if budget is not None and (ratio is not None or compressor == "nm"):
-        raise BadInput(f"{'a pattern' if compressor == 'nm' else '--ratio'} and --{budget.kind} exclude each other")
+    if budget is not None and (ratio is not None or patterned):
+        raise BadInput(f"{'a pattern' if patterned else '--ratio'} and --{budget.kind} exclude each other")
     check_pattern(compressor, pattern, ratio=ratio)
     pattern = pattern or PATTERN
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
-    if compressor == "nm":
+    if patterned:
         pattern_compressor(pattern)  # for its BadInput, before anything is measured
-    size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if compressor == "nm" else ""}
+    size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if patterned else ""}
     source = Run.open(run)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    trial = Trial(source, compressor, whiten=whiten, scheme=scheme, **options)
+    bench = Workbench(source, compressor, whiten=whiten, scheme=scheme, **options)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
     if max_drop is not None and precision != "auto":  # the accuracy that it asks for is measured in this precision
         label = f"{precision}-{label}"
-    name = "-".join([source.name, compressor, *_unusual(trial), label])
+    name = "-".join([source.name, compressor, *_unusual(bench), label])
     folder = Path(out) if out else source.path.resolve().with_name(name)
     remove_leftovers(folder)
     if folder.exists():
@@ -102,12 +105,12 @@ def compress_run(
     if (source.path / PLAN).exists():
         raise BadInput(f"{run} is compressed already: give the run folder it was made from")
     with making_folder(folder) as fresh:  # first, for a place that cannot be written to is soon noticed
-        network, plan, record = trial.measure(**size) if budget is None else trial.fit(budget)
+        network, plan, record = bench.measure(**size) if budget is None else bench.fit(budget)
         save_weights(network, fresh / WEIGHTS)
         write_plan(fresh / PLAN, plan)
         write_config(fresh / CONFIG, source.config)
         shutil.copyfile(source.path / SHAPE, fresh / SHAPE)
-        write_text(fresh / "record.json", json.dumps(record.to_dict(), indent=1) + "\n")
+        write_text(fresh / RECORD, json.dumps(record.to_dict(), indent=1) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     console.print(str(plan), markup=False)
     console.print(describe(record), markup=False)
@@ -115,15 +118,15 @@ def compress_run(
     return folder
 
 
-def _unusual(trial: Trial) -> list[str]:
+def _unusual(bench: Workbench) -> list[str]:
     """Return the words for all options that make another network than the usual ones would."""
     words = []
-    if factorises(trial.compressor) and not trial.whiten:
+    if factorises(bench.compressor) and not bench.whiten:
         words.append("plain")
-    if trial.scheme not in (None, LowRank.scheme):
-        words.append(trial.scheme)
-    if trial.allocation not in ("", "global"):  # nm has none
-        words.append(trial.allocation)
-    if trial.calibration != CALIBRATION:
-        words.append(f"calibration{trial.calibration}")
+    if bench.scheme not in (None, SCHEME):
+        words.append(bench.scheme)
+    if bench.allocation not in ("", "global"):  # nm has none
+        words.append(bench.allocation)
+    if bench.calibration != CALIBRATION:
+        words.append(f"calibration{bench.calibration}")
     return words

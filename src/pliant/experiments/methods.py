@@ -18,13 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pliant.constraints.parameter_groups import filters, rank, weights
+from pliant.constraints import filters, rank, weights
 from pliant.errors import BadInput, unknown
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
 from pliant.experiments.training.optimizers import Build, condlr, lorita, matrix_sgd, nm_preset, pat, sfw, sgd
 from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Setting, Settings
-from pliant.experiments.training.settings import parse_pattern as parse_pattern
 
 
 @dataclass(frozen=True)

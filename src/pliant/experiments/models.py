@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.errors import BadInput, unknown
+from pliant.errors import BadInput, first_line, one_line, unknown
 
 MIN_SIDE = 8  # pixels: scikit-learn's digits, the smallest images that the networks here are meant for
 
@@ -69,7 +69,7 @@ def build_model(name: str, *, num_classes: int, image_shape: ImageShape, width: 
         return MODELS[name](num_classes=num_classes, image_shape=image_shape, width=width)
     except (RuntimeError, TypeError, OverflowError) as error:  # what torch raises for sizes beyond memory and integers
         size = f"at width {width:g} for images of shape {tuple(image_shape)}"
-        raise BadInput(f"model {name!r} cannot be built {size}: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"model {name!r} cannot be built {size}: {first_line(error)}") from error
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -419,7 +419,7 @@ def _build_own(name: str, *, num_classes: int, image_shape: ImageShape, width: f
         try:
             module = importlib.import_module(module_name)
         except Exception as error:
-            raise BadInput(f"model {name!r}: import failed with {_one_line(error)}") from error
+            raise BadInput(f"model {name!r}: import failed with {one_line(error)}") from error
         constructor = getattr(module, attribute, None)
         if not callable(constructor):
             raise BadInput(f"model {name!r}: module {module_name} has no callable named {attribute!r}")
@@ -433,7 +433,7 @@ def _build_own(name: str, *, num_classes: int, image_shape: ImageShape, width: f
         try:
             model = constructor(**accepted)
         except Exception as error:
-            raise BadInput(f"model {name!r}: {attribute} raised {_one_line(error)}") from error
+            raise BadInput(f"model {name!r}: {attribute} raised {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"model {name!r}: expected a torch.nn.Module from it, got a {type(model).__name__}")
     return model
@@ -456,10 +456,6 @@ def _accepted(constructor: Callable[..., object], offered: dict[str, object]) ->
         return offered
     by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {key: value for key, value in offered.items() if key in by_keyword}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

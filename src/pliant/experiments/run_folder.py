@@ -10,31 +10,24 @@ runs/NAME/config.yaml        the settings; `pliant train --config` takes it
 
 from __future__ import annotations
 
-import copy
 import json
-import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy
-import safetensors
-import safetensors.torch
 import torch
 import yaml
 from torch import nn
 
-import pliant
-from pliant.compression import Plan, skeleton
 from pliant.errors import BadInput, DamagedFile, shown
 from pliant.experiments.data.images import ImageData, load_data
 from pliant.experiments.models import build_model
-from pliant.files import sha256, write_bytes, write_text
+from pliant.files import sha256, write_text
 from pliant.jsonl import read_lines
-from pliant.measuring import state_tensors
+from pliant.storage import PLAN, WEIGHTS, load_weights, rebuild
 
-CONFIG, SHAPE, WEIGHTS, PLAN, LOG = "config.yaml", "shape.json", "model.safetensors", "plan.json", "train.jsonl"
+CONFIG, SHAPE, LOG, RECORD = "config.yaml", "shape.json", "train.jsonl", "record.json"
 _REQUIRED = ("data", "model", "method", "seed")
 _KINDS: dict[str, Any] = {
     "data": str,
@@ -148,80 +141,6 @@ def load(path: str | Path) -> nn.Module:
     return rebuild(run.build(), path) if (path / PLAN).exists() else run.load()
 
 
-def rebuild(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Return the network that ``pliant.export`` or ``pliant compress`` wrote, in eval mode on the CPU.
-
-    Nothing is unpickled: a copy of ``model`` is compressed as the folder's plan.json says, if there is one, and takes
-    the weights of its model.safetensors.
-
-    Args:
-        model: freshly built by the constructor that the exported network came from.
-        folder: the folder.
-
-    Raises:
-        DamagedFile: a file is missing or damaged, or the weights belong to another model.
-        BadInput: the plan is for another model.
-    """
-    folder = Path(folder)
-    plan = read_plan(folder / PLAN) if (folder / PLAN).exists() else None
-    if not (folder / WEIGHTS).is_file():
-        raise DamagedFile(f"{folder} has no {WEIGHTS}: give a folder that pliant export or pliant compress wrote")
-    small = copy.deepcopy(model) if plan is None else _compressed(model, plan, folder / PLAN)
-    load_weights(small, folder / WEIGHTS)
-    return small.cpu().eval()
-
-
-def _compressed(model: nn.Module, plan: Plan, path: Path) -> nn.Module:
-    try:
-        return skeleton(model, plan)
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
-    except Exception as error:  # what is kept of a layer may be wrong in as many ways as there are compressors
-        reason = (str(error).splitlines() or [""])[0]
-        raise DamagedFile(f"{path} is damaged ({type(error).__name__}: {reason})") from error
-
-
-def read_plan(path: Path) -> Plan:
-    """Read a compression plan; raises DamagedFile if it is none."""
-    try:
-        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 raise the one, thousands of brackets the other
-        raise DamagedFile(f"{path} is damaged: {error}") from None
-    except DamagedFile as error:
-        raise DamagedFile(f"{path}: {error}") from None
-
-
-def write_plan(path: Path, plan: Plan) -> None:
-    """Write a compression plan for :func:`read_plan`, in one step."""
-    write_text(path, json.dumps(plan.to_dict(), indent=1) + "\n")
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the parameters and buffers of a model as safetensors, in one step."""
-    write_bytes(path, safetensors.torch.save(state_tensors(model)))
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load what :func:`save_weights` wrote; raises DamagedFile if the file is damaged or of another model."""
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from None
-    expected = state_tensors(model)
-    differing = [
-        name
-        for name in expected.keys() | tensors.keys()
-        if name not in expected
-        or name not in tensors
-        or expected[name].shape != tensors[name].shape
-        or expected[name].is_floating_point() != tensors[name].is_floating_point()
-    ]
-    if differing:
-        shown = ", ".join(sorted(differing)[:3])
-        raise DamagedFile(f"{path} belongs to another model: {len(differing)} tensors differ, such as {shown}")
-    model.load_state_dict(tensors, strict=False)  # tied tensors are stored once; the names were compared above
-
-
 def read_shape(folder: Path) -> tuple[int, tuple[int, int, int]]:
     """Return what :func:`write_shape` wrote: the number of classes and (channels, height, width) of an image."""
     try:
@@ -242,15 +161,3 @@ def write_shape(folder: Path, num_classes: int, image_shape: tuple[int, int, int
 def write_config(path: Path, config: dict[str, Any]) -> None:
     """Write settings as YAML in one step."""
     write_text(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a measurement depends on."""
-    return {
-        "pliant": pliant.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-    }

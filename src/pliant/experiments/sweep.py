@@ -9,16 +9,19 @@ from typing import Any
 from rich.console import Console
 
 from pliant.compression.base import check_ratio
+from pliant.compression.by_name import check_names
+from pliant.compressor_names import CALIBRATION, check_pattern, names_in_help, takes_pattern
 from pliant.errors import BadInput
 from pliant.experiments.run_folder import Run
-from pliant.experiments.workbench import Trial, check_names, pattern_compressor
+from pliant.experiments.workbench import Workbench, pattern_compressor
 from pliant.files import locked
 from pliant.jsonl import check_appendable
-from pliant.records import CALIBRATION, Record, append_record, read_records
+from pliant.records import Record, append_record, read_records
 
 RATIOS, PATTERN = "0,0.3,0.5,0.7,0.8,0.9", "2:4"
 
 
+@names_in_help
 def sweep(
     runs: str | Path | Sequence[str | Path],
     compressor: str = "filters",
@@ -37,7 +40,7 @@ def sweep(
 
     Args:
         runs: run folders, as pliant train makes them.
-        compressor: filters, heads, rank, weights or nm, or a chain such as filters+rank or rank+int8.
+        compressor: {compressors}.
         ratios: shares of the compressible parameters to remove, such as 0,0.5,0.9; 0 is the dense network; by
             default 0,0.3,0.5,0.7,0.8,0.9.
         allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
@@ -57,7 +60,7 @@ def sweep(
     """
     check_names(compressor, allocation)
     check_pattern(compressor, pattern, ratios=ratios)
-    if compressor == "nm":
+    if takes_pattern(compressor):
         points = _patterns(pattern or PATTERN)
     else:
         points = [(ratio, "") for ratio in parse_ratios(RATIOS if ratios is None else ratios)]
@@ -66,26 +69,26 @@ def sweep(
         raise BadInput("expected at least one run folder, got none")
     path = Path(out)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    trials = [Trial(run, compressor, whiten=whiten, scheme=scheme, **options) for run in opened]
+    benches = [Workbench(run, compressor, whiten=whiten, scheme=scheme, **options) for run in opened]
     if path.exists():
         read_records(path)  # for its DamagedFile, before anything is made
     check_appendable(path)
     with locked(path):
-        _append_missing(path, trials, points)
+        _append_missing(path, benches, points)
     return path
 
 
-def _append_missing(path: Path, trials: list[Trial], points: list[tuple[float, str]]) -> None:
-    """Measure the points of every trial that the file of records does not have, and append them one by one."""
+def _append_missing(path: Path, benches: list[Workbench], points: list[tuple[float, str]]) -> None:
+    """Measure the points of every workbench that the file of records does not have, and append them one by one."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     existing = {record.key() for record in read_records(path)} if path.exists() else set()
-    for trial in trials:
-        missing = [point for point in points if trial.key(*point) not in existing]
+    for bench in benches:
+        missing = [point for point in points if bench.key(*point) not in existing]
         if len(missing) < len(points):
             skipped = f"{len(points) - len(missing)} records exist already, skipped"
-            console.print(f"{trial.run.name}  {trial.compressor}: {skipped}")
+            console.print(f"{bench.run.name}  {bench.compressor}: {skipped}")
         for ratio, pattern_or_none in missing:
-            _, _, record = trial.measure(ratio, pattern_or_none)
+            _, _, record = bench.measure(ratio, pattern_or_none)
             append_record(path, record)
             existing.add(record.key())
             console.print(describe(record))
@@ -103,15 +106,6 @@ def parse_ratios(ratios: str | Sequence[float]) -> list[float]:
     for ratio in parsed:
         check_ratio(ratio)
     return list(dict.fromkeys(parsed))
-
-
-def check_pattern(compressor: str, pattern: str | None, **ratio: object) -> None:
-    """Raise BadInput if a pattern is given to a compressor that takes a ratio, or a ratio to one of patterns."""
-    ((name, given),) = ratio.items()
-    if pattern is not None and compressor != "nm":
-        raise BadInput(f"--pattern {pattern} is for the compressor nm; {compressor} takes --{name}")
-    if given is not None and compressor == "nm":
-        raise BadInput(f"--{name} {given} is not for the compressor nm: it takes a --pattern such as 2:4")
 
 
 def describe(record: Record) -> str:

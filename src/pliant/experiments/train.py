@@ -17,12 +17,14 @@ import torch
 from pliant.errors import BadInput, Busy, DamagedFile
 from pliant.experiments.data.images import ImageData
 from pliant.experiments.methods import settings_from
-from pliant.experiments.run_folder import CONFIG, LOG, PLAN, SHAPE, WEIGHTS, Run, versions, write_config, write_shape
+from pliant.experiments.run_folder import CONFIG, LOG, SHAPE, Run, write_config, write_shape
 from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.determinism import deterministic_algorithms
 from pliant.experiments.training.session import Session
 from pliant.experiments.training.settings import Settings, differ
 from pliant.files import is_empty, locked, make_folders, remove_leftovers, write_text
+from pliant.measuring import versions
+from pliant.storage import PLAN, WEIGHTS
 
 ENVIRONMENT = "env.json"
 

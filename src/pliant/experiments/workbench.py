@@ -1,7 +1,7 @@
 """One trained network under one compressor: what is left at a ratio or within a budget, and what it cost.
 
-Sweeping and compressing a run both ask a :class:`Trial`. The analysis of the network (dependency graph, singular value
-decompositions) is made once and serves every ratio.
+Sweeps, comparisons and ``pliant compress`` all ask a :class:`Workbench`. The analysis of the network (dependency graph,
+singular value decompositions) is made once and serves every ratio.
 """
 
 from __future__ import annotations
@@ -16,49 +16,37 @@ import torch
 from torch import Tensor, nn
 
 from pliant import measuring
-from pliant.compression import (
-    Chain,
-    Compressor,
-    FilterPruning,
-    HeadPruning,
-    Int8,
-    LowRank,
-    Magnitude,
-    Plan,
-    SemiStructured,
-    budgets,
-    reestimate_batchnorm,
+from pliant.compression import Chain, Compressor, Magnitude, Plan, SemiStructured, budgets, reestimate_batchnorm
+from pliant.compression.base import option_names
+from pliant.compression.by_name import allocation_of, check_names, class_named, unit_of
+from pliant.compressor_names import (
+    CALIBRATION,
+    SCHEME,
+    factorises,
+    parse_pattern,
+    record_name,
+    resolve_scheme,
+    takes_pattern,
 )
-from pliant.compression.base import ALLOCATIONS, check_choice
 from pliant.errors import BadInput
 from pliant.experiments.data.images import Loader
-from pliant.experiments.methods import parse_pattern
-from pliant.experiments.run_folder import Run, versions
-from pliant.records import CALIBRATION, Key, LayerCount, Record, factorises, record_key
-from pliant.structure.layers import SCHEMES
+from pliant.experiments.run_folder import Run
+from pliant.measuring import versions
+from pliant.records import Key, LayerCount, Record, record_key
 
-COMPRESSORS = ("filters", "heads", "rank", "weights", "nm")
-LINKS = ("filters", "heads", "rank", "weights", "int8")
-"""What may stand in a chain such as filters+rank+int8."""
-UNITS = {
-    "FilterPruning": "channels",
-    "HeadPruning": "heads",
-    "LowRank": "rank",
-    "Magnitude": "weights",
-    "SemiStructured": "weights",
-}
 LATENCY_BATCH = 1
 
 Refine = Callable[[nn.Module, int], nn.Module]
 
 
-class Trial:
+class Workbench:
     """A run and a compressor, ready to be measured at any ratio.
 
     Args:
         run: a trained network.
-        compressor: one of :data:`COMPRESSORS`, or a chain of :data:`LINKS` joined by "+".
-        allocation: "uniform", "global" or "energy"; without meaning for nm.
+        compressor: one of :data:`~pliant.compressor_names.ALONE`, or a chain of
+            :data:`~pliant.compressor_names.LINKS` joined by "+".
+        allocation: "uniform", "global" or "energy"; ignored by compressors without that choice.
         calibration: number of training images for whitening and the BatchNorm re-estimation, a fixed choice, not
             augmented.
         precision: of the accuracy's forward passes, as in training; "auto" is the run's own.
@@ -87,7 +75,7 @@ class Trial:
         self.run = run
         self.compressor = compressor
         self.whiten = whiten and factorises(compressor)
-        self.allocation = "" if compressor == "nm" else allocation
+        self.allocation = allocation_of(compressor, allocation)
         self.calibration = calibration
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         wanted = run.config.get("precision", "auto") if precision == "auto" else precision
@@ -237,63 +225,25 @@ class Trial:
     def _compressor(self, ratio: float, pattern: str = "") -> Compressor[Any]:
         if pattern:
             return pattern_compressor(pattern)
-        if self.compressor == "nm":
+        if takes_pattern(self.compressor):
             return Magnitude(ratio=0.0)  # the dense network of a sweep over patterns
         links = [self._link(name) for name in self.compressor.split("+")]
         return (links[0] if len(links) == 1 else Chain(*links)).at(ratio)
 
     def _link(self, name: str) -> Compressor[Any]:
-        if name == "int8":
-            return Int8()
-        if name == "rank":
-            return LowRank(allocation=self.allocation, whiten=self.whiten, scheme=self.scheme or LowRank.scheme)
-        kinds: dict[str, Any] = {"filters": FilterPruning, "heads": HeadPruning, "weights": Magnitude}
-        compressor: Compressor[Any] = kinds[name](allocation=self.allocation)
-        return compressor
+        kind = class_named(name)
+        options: dict[str, Any] = {}
+        if "allocation" in option_names(kind):
+            options["allocation"] = self.allocation
+        if factorises(name):
+            options |= {"whiten": self.whiten, "scheme": self.scheme or SCHEME}
+        return kind(**options)
 
     def _accuracy(self, model: nn.Module, split: str) -> float:
         return measuring.evaluate(model, Loader(self.run.data, split, 512), self.device, self.precision)
 
     def _images(self, count: int) -> Tensor:
         return next(iter(Loader(self.run.data, "val", count)))[0].to(self.device).contiguous()
-
-
-def record_name(compressor: str, whiten: bool, scheme: str | None = None) -> str:
-    """Return the name that records give a compressor: with its variant. ``scheme``: None for the default."""
-    scheme = resolve_scheme(compressor, scheme)
-    words = [compressor]
-    if whiten and factorises(compressor):
-        words.append("whitened")
-    if scheme is not None and scheme != "channel":  # the only one when the first records were made
-        words.append(scheme)
-    return "-".join(words)
-
-
-def check_names(compressor: str, allocation: str) -> None:
-    """Raise BadInput for an unknown compressor or allocation, or a chain that cannot be."""
-    links = compressor.split("+")
-    if len(links) == 1:
-        check_choice("compressor", compressor, COMPRESSORS)
-    for link in links if len(links) > 1 else ():
-        check_choice("compressor in a chain", link, LINKS)
-    if "int8" in links and links.index("int8") < len(links) - 1:
-        raise BadInput(
-            f"int8 is the last compressor of a chain, for nothing compresses eight-bit weights; got {compressor!r}"
-        )
-    check_choice("allocation", allocation, ALLOCATIONS)
-
-
-def resolve_scheme(compressor: str, scheme: str | None) -> str | None:
-    """Return the scheme of a compressor, that of :class:`LowRank` for None; None if the compressor has no scheme.
-
-    Raises BadInput for an unknown scheme, or one that the compressor has no use for.
-    """
-    if scheme is None:
-        return LowRank.scheme if factorises(compressor) else None
-    check_choice("scheme", scheme, (*SCHEMES, "best"))
-    if not factorises(compressor):
-        raise BadInput(f"--scheme {scheme} is for the compressor rank; {compressor} has no such choice")
-    return scheme
 
 
 def pattern_compressor(pattern: str) -> SemiStructured:
@@ -305,13 +255,14 @@ def _layer_counts(plan: Plan) -> list[LayerCount]:
     """Return what every layer kept; in a chain, of what the last link that cut it found, in its unit."""
     counts: dict[str, LayerCount] = {}
     for step in plan.links or (plan,):
+        unit = unit_of(step)
         for layer in step.layers:
-            if len(layer.shape) < 2 or step.compressor not in UNITS:
+            if len(layer.shape) < 2 or not unit:
                 continue
             before = counts.get(layer.name)
             counts[layer.name] = LayerCount(
                 name=layer.name,
-                kind=UNITS[step.compressor],
+                kind=unit,
                 kept=layer.kept,
                 total=layer.total,
                 params=layer.params,

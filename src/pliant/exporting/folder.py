@@ -12,32 +12,19 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from pliant.calling import Example
 from pliant.compression import Plan
 from pliant.errors import BadInput, unknown
-from pliant.experiments.run_folder import (
-    CONFIG,
-    PLAN,
-    SHAPE,
-    WEIGHTS,
-    Run,
-    load,
-    read_shape,
-    save_weights,
-    versions,
-    write_plan,
-)
 from pliant.exporting.graph import OPSET, PACKAGES, Portable, require_onnx
 from pliant.files import making_folder, remove_leftovers, sha256, write_text
-from pliant.measuring import parameters
-from pliant.structure.layers import Example
+from pliant.measuring import parameters, versions
+from pliant.storage import PLAN, WEIGHTS, save_weights, write_plan
 
 FORMATS = ("safetensors", "pt2", "onnx")
 MANIFEST = "export.json"
@@ -83,61 +70,10 @@ def export(
         if plan is not None:
             write_plan(room / PLAN, plan)
 
-    return _export(model, Path(folder), example_inputs, formats, overwrite, write_weights, type(model).__name__)
+    return write_export(model, Path(folder), example_inputs, formats, overwrite, write_weights, type(model).__name__)
 
 
-def export_run(
-    folder: str | Path, formats: str = "safetensors,pt2,onnx", out: str | None = None, overwrite: bool = False
-) -> Path:
-    """Write a trained or compressed network in formats that other programs read.
-
-    Args:
-        folder: run folder, or what pliant compress wrote.
-        formats: any of safetensors, pt2 and onnx, separated by commas.
-        out: folder to make; by default FOLDER-export beside it.
-        overwrite: replace the folder, if it is an export.
-
-    Raises:
-        BadInput: an unknown format, the folder exists, a package is missing, or a format cannot hold the network.
-        DamagedFile: the folder cannot be read.
-    """
-    wanted = [name.strip() for name in formats.split(",") if name.strip()]
-    target = Path(out) if out else Path(folder).resolve().with_name(f"{Path(folder).resolve().name}-export")
-    check_request(target, wanted, overwrite)
-    source = Run.open(folder)
-    model = load(folder)
-    _, image_shape = read_shape(source.path)
-    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-
-    def write_weights(room: Path) -> None:
-        for name in (WEIGHTS, PLAN, CONFIG, SHAPE, "record.json"):
-            if (source.path / name).exists():
-                shutil.copyfile(source.path / name, room / name)
-
-    return _export(model, target, images, wanted, overwrite, write_weights, source.config["model"])
-
-
-def check_request(folder: Path, formats: Sequence[str], overwrite: bool) -> None:
-    """Raise BadInput for what can be seen to fail before any work, Busy if another process is making the folder."""
-    if isinstance(formats, str):
-        raise BadInput(f"formats must be a list such as [{formats!r}], not a string")
-    if not formats:
-        raise BadInput(f"formats must name at least one of {', '.join(FORMATS)}")
-    for name in formats:
-        if name not in FORMATS:
-            raise unknown("format", str(name), FORMATS)
-    if "onnx" in formats:
-        require_onnx()
-    remove_leftovers(folder)
-    if folder.is_dir() and (not any(folder.iterdir()) or (overwrite and (folder / MANIFEST).is_file())):
-        return
-    if folder.is_dir() and (folder / MANIFEST).is_file():
-        raise BadInput(f"{folder} exists: choose another folder, or give overwrite to replace it")
-    if folder.exists() or folder.is_symlink():
-        raise BadInput(f"{folder} exists and is no export: choose another folder, it will not be replaced")
-
-
-def _export(
+def write_export(
     model: nn.Module,
     folder: Path,
     example_inputs: Example,
@@ -146,6 +82,16 @@ def _export(
     write_weights: Callable[[Path], None],
     name: str,
 ) -> Path:
+    """Write a folder of any formats: what :func:`export` does, with any files beside the graphs.
+
+    Args:
+        model, folder, example_inputs, formats, overwrite: as in :func:`export`.
+        write_weights: writes the files of the format "safetensors" into the folder that it is given.
+        name: of the network, for export.json.
+
+    Raises:
+        BadInput: as in :func:`export`.
+    """
     check_request(folder, formats, overwrite)
     portable = Portable(model, example_inputs)
     graph = any(name != "safetensors" for name in formats)
@@ -170,6 +116,26 @@ def _export(
         }
         write_text(room / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return folder
+
+
+def check_request(folder: Path, formats: Sequence[str], overwrite: bool) -> None:
+    """Raise BadInput for what can be seen to fail before any work, Busy if another process is making the folder."""
+    if isinstance(formats, str):
+        raise BadInput(f"formats must be a list such as [{formats!r}], not a string")
+    if not formats:
+        raise BadInput(f"formats must name at least one of {', '.join(FORMATS)}")
+    for name in formats:
+        if name not in FORMATS:
+            raise unknown("format", str(name), FORMATS)
+    if "onnx" in formats:
+        require_onnx()
+    remove_leftovers(folder)
+    if folder.is_dir() and (not any(folder.iterdir()) or (overwrite and (folder / MANIFEST).is_file())):
+        return
+    if folder.is_dir() and (folder / MANIFEST).is_file():
+        raise BadInput(f"{folder} exists: choose another folder, or give overwrite to replace it")
+    if folder.exists() or folder.is_symlink():
+        raise BadInput(f"{folder} exists and is no export: choose another folder, it will not be replaced")
 
 
 def _describe(path: Path, differences: dict[str, float]) -> dict[str, Any]:

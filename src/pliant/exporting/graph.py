@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pliant.errors import BadInput
+from pliant.calling import Example, Inputs, as_inputs, call, map_tensors, quiet, run, tensors_of
+from pliant.errors import BadInput, first_line
 from pliant.files import write_bytes
-from pliant.structure.layers import Example, Inputs, as_inputs, call, line, map_tensors, quiet, run, tensors_of
 
 BATCH = "batch"
 OPSET = 20  # what the exporter itself takes by default; ONNX Runtime has run it since 1.17 (2024)
@@ -106,7 +106,9 @@ class Portable:
         except Exception as error:  # whatever a user's forward may raise
             shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(arguments))
             what = "example" if batch == self.given_batch else "example, resized to another batch,"
-            raise BadInput(f"the model cannot be called on the {what} of shape {shapes}: {line(error)}") from error
+            raise BadInput(
+                f"the model cannot be called on the {what} of shape {shapes}: {first_line(error)}"
+            ) from error
         if not outputs:
             raise BadInput("the model returns no tensor: there is nothing to export")
         return outputs
@@ -279,7 +281,7 @@ def _portable_copy(model: nn.Module) -> nn.Module:
         twin: nn.Module = copy.deepcopy(model).cpu().float()
         twin = twin.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     except Exception as error:  # deepcopy and tensor subclasses raise what they like
-        raise BadInput(f"the model cannot be copied as float32 to the CPU: {line(error)}") from error
+        raise BadInput(f"the model cannot be copied as float32 to the CPU: {first_line(error)}") from error
     return twin.eval().requires_grad_(False)
 
 
@@ -329,5 +331,5 @@ def reason(error: BaseException) -> str:
     if guard := re.search(r"^\s*- (Not all values of .*)$", text, re.MULTILINE):
         return " ".join(guard[1].split())
     if "data-dependent" in text:
-        return f"its forward decides by the values of a tensor: {line(error).partition(' (unhinted')[0]}"
-    return f"{type(error).__name__}: {line(error)}"
+        return f"its forward decides by the values of a tensor: {first_line(error).partition(' (unhinted')[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -10,7 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pliant.norms.lifts import Norm, Shape, Tensors
+from pliant.norms.base import Norm
+from pliant.norms.shapes import Shape, Tensors
 
 
 @dataclass(frozen=True)

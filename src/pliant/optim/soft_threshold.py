@@ -6,37 +6,35 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pliant.constraints.parameter_groups import ball_shapes, norm_k
+from pliant.dtensors import cut_as, whole
 from pliant.errors import BadInput
-from pliant.linalg import is_sharded
-from pliant.norms.ball import NormBall
-from pliant.norms.lifts import Blocks, Lp
+from pliant.norms import NormBall
+from pliant.optim.balls import Group, ParsedBalls, ball_shapes, balls_over
 from pliant.optim.sfw import SFW
 
 
 class SoftThreshold:
-    """Take a little off every part of the weights with a ball, whenever the optimizer has taken ``every`` steps.
+    """Shorten every part of the weights with a ball a little, after every ``every`` steps of the optimizer.
 
     Parts are the entries, filters, channels or singular directions that the vertices of a ball are made of. A step adds
-    η·u to the parts of its vertex, where u is their length; the threshold takes strength·η·u off *all* parts of the
-    weights, down to 0. So a part stays if the vertices agree on it more than ``strength`` of the time. What is
-    left is made of fewer parts, and less is lost when others are removed.
+    η·u to the parts of its vertex, where u is their length. The threshold takes strength·η·u off *all* parts of the
+    weights, down to 0. So a part stays if more than a share ``strength`` of the vertices have it. The weights end up
+    made of fewer parts, and lose less when parts are removed.
 
-    It is the proximal step of the parts' total length (L1 norm, group lasso, nuclear norm), in turns with those of
-    Frank-Wolfe. No norm grows by it: the weights stay in their balls. :meth:`pliant.SFW.gap` remains that of the loss
-    alone. Where the length of a step follows the gradient there is no common η, so it needs ``rescale=None``.
-    Parameters that no step has moved are left alone.
+    This is the proximal step of the parts' total length (L1 norm, group lasso, nuclear norm), in turns with the steps
+    of Frank-Wolfe. No norm grows by it: the weights stay in their balls. :meth:`pliant.SFW.gap` remains the gap of the
+    loss alone. It needs ``rescale=None``: only then is η the same for all tensors. Parameters that no step has moved
+    are left alone.
 
     Args:
         optimizer: an :class:`~pliant.SFW` with ``rescale=None``; balls without parts, such as L2 balls, are left alone.
         strength: from 0, which does nothing, to below 1.
-        every: steps from one threshold to the next, which takes off what they add up to. A spectral ball
-            decomposes its weights for it.
+        every: steps from one threshold to the next, which takes off their sum. Each threshold of a spectral ball
+            decomposes its weights.
 
-    Call :meth:`step` after each step of the optimizer, before that of a scheduler. To resume, load the optimizer's
-    state and this one's.
+    Call :meth:`step` after each step of the optimizer, before the scheduler's. To resume, load the optimizer's state
+    and this one's.
     """
 
     def __init__(self, optimizer: SFW, strength: float, *, every: int = 20) -> None:
@@ -47,7 +45,8 @@ class SoftThreshold:
         for group in optimizer.param_groups:
             if group["ball"] is not None and group["rescale"] is not None:
                 raise BadInput(f"a soft threshold needs an optimizer with rescale=None, got {group['rescale']!r}")
-        if all(_length_of_parts(group) is None for group in optimizer.param_groups):
+        self._balls = ParsedBalls()
+        if all(_length_of_parts(self._balls.of(group), group) is None for group in optimizer.param_groups):
             raise BadInput("no group of this optimizer has a ball with parts: entries, filters, directions")
         self.optimizer = optimizer
         self.strength = strength
@@ -60,7 +59,7 @@ class SoftThreshold:
         """Note what a step of the optimizer has added, and take it off where it is time."""
         self.last_step += 1
         for index, group in enumerate(self.optimizer.param_groups):
-            length = _length_of_parts(group)
+            length = _length_of_parts(self._balls.of(group), group)
             if length is None:
                 continue
             self._pending[index] += self.strength * min(1.0, float(group["lr"])) * length
@@ -80,41 +79,20 @@ class SoftThreshold:
             )
         self.last_step, self._pending = state["last_step"], list(state["pending"])
 
-    def _apply(self, group: dict[str, Any], amount: float) -> None:
-        norm = NormBall.from_spec(group["ball"]).norm
+    def _apply(self, group: Group, amount: float) -> None:
+        ball = self._balls.of(group)
+        assert ball is not None  # its vertices have parts
         moved = [p for p in group["params"] if self.optimizer.state.get(p)]
-        for tensors in [moved] if group["joint"] and moved else [[p] for p in moved]:
-            for p, shorter in zip(tensors, norm.soft_threshold([_whole(p) for p in tensors], amount), strict=True):
-                p.copy_(_like(shorter, p))
+        for tensors in balls_over(moved, group):
+            shorter = ball.norm.soft_threshold([whole(p) for p in tensors], amount)
+            for p, values in zip(tensors, shorter, strict=True):
+                p.copy_(cut_as(values, p))
 
 
-def _length_of_parts(group: dict[str, Any]) -> float | None:
+def _length_of_parts(ball: NormBall | None, group: Group) -> float | None:
     """Return the L2 length of a part of a vertex, the root mean square over its parts; None for balls without parts."""
-    if group["ball"] is None:
-        return None
-    ball = NormBall.from_spec(group["ball"])
-    parts = 1 if getattr(ball.norm, "inner", ball.norm) == Lp(1) else norm_k(ball.norm)
-    if parts is None:
+    if ball is None:
         return None
     shapes = ball_shapes(group)
-    if isinstance(ball.norm, Blocks):
-        parts *= sum(math.prod(shape) for shape in shapes) // ball.norm.size
-    return ball.diameter(shapes) / 2 / math.sqrt(parts)
-
-
-def _whole(p: Tensor) -> Tensor:
-    """Return the values of a parameter; every process computes with the whole of one that lies in pieces."""
-    if not is_sharded([p]):
-        return p.detach()
-    from pliant.optim import sharded as distributed
-
-    return distributed.whole(p)
-
-
-def _like(whole: Tensor, p: Tensor) -> Tensor:
-    """Return a tensor cut as p is."""
-    if not is_sharded([p]):
-        return whole
-    from pliant.optim import sharded as distributed
-
-    return distributed.cut(whole, p)
+    parts = ball.norm.parts_of_vertex(shapes)
+    return None if parts is None else ball.diameter(shapes) / 2 / math.sqrt(parts)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
+from pliant.compressor_names import COMPRESSORS
 from pliant.records import Record
 
 VIEWS = {"epochs": "same number of epochs", "time": "same training time"}
@@ -58,7 +59,7 @@ class Curve:
         if any(record.params < record.params_dense for record in compressed):
             return True
         zeroed = any(nonzero_share(record) < 1 for record in compressed)
-        return not zeroed and self.family not in ("weights", "nm")
+        return not zeroed and (self.family not in COMPRESSORS or bool(COMPRESSORS[self.family].removed))
 
     @property
     def retrained(self) -> bool:
@@ -235,14 +236,6 @@ _AXES_REMOVED = (
 )
 _AXES_ZEROED = (Axis("non-zero parameters left (%)", nonzero_share),)
 
-_PANEL_TITLES = {
-    ("filters", True): "Filters removed",
-    ("filters", False): "Filters zeroed",
-    ("rank", True): "Layers factorised to low rank",
-    ("weights", False): "Single weights zeroed",
-    ("nm", False): "N:M patterns",
-}
-
 
 class Panel(NamedTuple):
     """Curves of one compressor, which are compared with each other within a view."""
@@ -260,7 +253,9 @@ class Panel(NamedTuple):
     def title(self) -> str:
         """What the compressor does, in words."""
         family, _, variant = self.compressor.partition("-")
-        title = _PANEL_TITLES.get((family, self.removes), family if self.removes else f"{family}, zeroed")
+        row = COMPRESSORS.get(family)
+        title = "" if row is None else row.removed if self.removes else row.zeroed
+        title = title or (family if self.removes else f"{family}, zeroed")
         return ", ".join([title, *filter(None, variant.split("-"))])
 
     @property
@@ -301,8 +296,8 @@ def panels_of(section: Section) -> list[Panel]:
 
 
 def _place(compressor: str) -> tuple[int, str]:
-    """Return by what compressors are sorted: the known families first, in the order of their titles."""
-    families = [family for family, _ in _PANEL_TITLES]
+    """Return by what compressors are sorted: the known families first, in the order of their rows."""
+    families = list(COMPRESSORS)
     family = compressor.partition("-")[0]
     return families.index(family) if family in families else len(families), compressor
 

@@ -1,7 +1,36 @@
-"""What can be taken out of a network: layers, coupled channels, heads, and the proof."""
+"""What can be taken out of a network, and the proof that it can.
 
+attention         which layers make the heads of an attention module, and how many heads there are
+thin_attention    ``nn.MultiheadAttention`` with fewer heads
+layers            facts about single layers: where their channels lie, whether the weight may be changed
+channel_groups    groups of channels that leave a network together, as plain data
+channels          candidates: coupled channels, from torch-pruning's graph
+heads             candidates: the heads of attention modules
+verification      ``coupled_channels``: which candidates may leave a network, tried out in float64
+soundness         which of many things hold together, by bisection
+"""
+
+from pliant.structure.attention import Projections as Projections
+from pliant.structure.attention import is_conv1d as is_conv1d
+from pliant.structure.attention import linear_width as linear_width
+from pliant.structure.attention import projections as projections
 from pliant.structure.channel_groups import ChannelGroup as ChannelGroup
 from pliant.structure.channel_groups import Slot as Slot
 from pliant.structure.channel_groups import Structure as Structure
+from pliant.structure.heads import projection_layers as projection_layers
+from pliant.structure.layers import AxisName as AxisName
+from pliant.structure.layers import axes as axes
+from pliant.structure.layers import axis_length as axis_length
+from pliant.structure.layers import complement as complement
+from pliant.structure.layers import keep_channels as keep_channels
+from pliant.structure.layers import named_layers as named_layers
+from pliant.structure.layers import obstacle as obstacle
+from pliant.structure.layers import other_matrices as other_matrices
+from pliant.structure.layers import tied_parameters as tied_parameters
+from pliant.structure.layers import untransposed as untransposed
+from pliant.structure.layers import weighted_layers as weighted_layers
+from pliant.structure.layers import zero_channels as zero_channels
+from pliant.structure.soundness import largest_sound as largest_sound
+from pliant.structure.thin_attention import ThinAttention as ThinAttention
 from pliant.structure.verification import coupled_channels as coupled_channels
 from pliant.structure.verification import positions as positions

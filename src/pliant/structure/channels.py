@@ -16,20 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from pliant.calling import Inputs, call, map_tensors, quiet, tensors_of
+from pliant.errors import first_line
 from pliant.structure.attention import is_conv1d, linear_width, projections
 from pliant.structure.channel_groups import ChannelGroup, Slot
 from pliant.structure.layers import (
     AxisName,
-    Inputs,
     axes,
     axis_length,
-    call,
-    line,
-    map_tensors,
     obstacle,
-    quiet,
     tensors_along,
-    tensors_of,
     tied_parameters,
     weighted_layers,
 )
@@ -40,7 +36,7 @@ def channel_candidates(
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Return the groups that torch-pruning proposes and we can read, and a reason for each other layer.
 
-    ``calls``: the result of :func:`~pliant.structure.layers.count_calls` on this model. Its parameters all get a
+    ``calls``: the result of :func:`~pliant.calling.count_calls` on this model. Its parameters all get a
     gradient.
     """
     model.requires_grad_(True)  # torch-pruning traces along gradients; frozen layers would be invisible
@@ -48,7 +44,7 @@ def channel_candidates(
     try:
         graph = _dependency_graph(readable, inputs)
     except Exception as error:  # torch-pruning raises whatever its tracing trips over
-        return [], {name: f"the model cannot be traced: {line(error)}" for name, _ in weighted_layers(model)}
+        return [], {name: f"the model cannot be traced: {first_line(error)}" for name, _ in weighted_layers(model)}
     reader = _Reader(model, readable, graph, calls)
     layers = list(weighted_layers(readable))
     attentions = [name for name, module in readable.named_modules() if _is_opaque(module)]
@@ -65,7 +61,7 @@ def channel_candidates(
         try:
             members = _members(graph, module)
         except Exception as error:  # see above
-            reasons[name] = f"the layers that share its channels are not known: {line(error)}"
+            reasons[name] = f"the layers that share its channels are not known: {first_line(error)}"
             continue
         slots, reason = reader.read(members)
         producers = tuple(slot for slot in slots if slot.axis == "outputs")

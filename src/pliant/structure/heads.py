@@ -33,7 +33,7 @@ class Site:
 def attention_sites(model: nn.Module, calls: Counter[nn.Module]) -> tuple[list[Site], dict[str, str]]:
     """Return the attention modules that may lose heads, and (layer, reason) for the projections of the others.
 
-    ``calls``: the result of :func:`~pliant.structure.layers.count_calls` on this model.
+    ``calls``: the result of :func:`~pliant.calling.count_calls` on this model.
     """
     tied = tied_parameters(model)
     sites: list[Site] = []

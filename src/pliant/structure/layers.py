@@ -1,35 +1,25 @@
-"""What is known of single layers: where their channels lie, and whether their weight is theirs to change.
+"""Facts about single layers: where their channels lie, and whether their weight may be changed.
 
 Convention: a layer's ``"outputs"`` axis holds its filters or neurons, its ``"inputs"`` axis the columns that read
-the layer before; the ``"outputs"`` of an attention module are its heads. Also here: how a user's model is run on
-an example, since that is how layers are seen at work.
+the layer before; the ``"outputs"`` of an attention module are its heads.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
-from pliant.errors import BadInput
-from pliant.structure.attention import is_conv1d, projections, thin
+from pliant.structure.attention import is_conv1d, projections
+from pliant.structure.thin_attention import thin
 
 AxisName = Literal["outputs", "inputs"]
-SCHEMES = ("channel", "spatial")  # the two ways to read a convolution's weight as a matrix
-Example = Tensor | Sequence[Tensor] | Mapping[str, Any]  # for model(x), model(*xs) or model(**xs)
-Inputs = tuple[Tensor, ...] | dict[str, Any]
-Item = TypeVar("Item")
 
 # What is known of a layer holds for these classes and for subclasses that keep their forward.
 _KNOWN: tuple[type[nn.Module], ...] = (
@@ -40,9 +30,6 @@ _KNOWN: tuple[type[nn.Module], ...] = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     nn.PReLU,
 )
-
-# How transformers names the keys and values that generating networks hand from step to step, before and from 5.24.
-_CACHES = ("past_key_values", "cache")
 
 
 @dataclass(frozen=True)
@@ -190,11 +177,6 @@ def tied_parameters(model: nn.Module) -> frozenset[int]:
     return frozenset(i for ids in owners.values() if len(ids) > 1 for i in ids)
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters, shared ones once."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
     """Reduce ``module`` in place to the positions ``keep`` (int64, ascending) of one axis."""
     which = axes(module)[axis]
@@ -218,108 +200,3 @@ def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.index_fill_(dim, gone.to(parameter.device), 0.0)
-
-
-# --- running the model ------------------------------------------------------------------------------------
-
-
-def as_inputs(example_inputs: Example) -> Inputs:
-    """Return the example as a tuple of tensors or a dict of keyword arguments, or raise BadInput."""
-    if isinstance(example_inputs, Mapping):
-        named = dict(example_inputs)
-        if all(isinstance(name, str) for name in named) and tensors_of(named):
-            return named
-        raise BadInput("example_inputs as a mapping must go from argument names to values, at least one a tensor")
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise BadInput(
-            f"example_inputs must be a tensor, a tuple of tensors or a dict of arguments, not {type(inputs).__name__}"
-        )
-    return tuple(inputs)
-
-
-def tensors_of(data: Any) -> list[Tensor]:
-    """Return all tensors in nested tuples, lists, dicts and the output classes of transformers."""
-    return [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
-
-
-def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
-    """Return nested data with each tensor changed."""
-    changed: Item = pytree.tree_map_only(Tensor, change, data)
-    return changed
-
-
-def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
-    """Run ``model`` in the mode that it is in and count the calls of each module. Raises BadInput."""
-    calls: Counter[nn.Module] = Counter()
-    handles = [m.register_forward_hook(lambda m, args, out: calls.update([m])) for m in model.modules()]
-    try:
-        run(model, inputs)
-    except Exception as error:  # whatever a user's forward may raise
-        shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(inputs))
-        raise BadInput(f"the model cannot be called on the example of shape {shapes}: {line(error)}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Call ``model`` and list its tensors, without the cache of keys and values of generating networks.
-
-    The cache holds what attention has computed so far: it has the shape of the heads, and nobody reads it but the
-    same attention.
-    """
-    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    if isinstance(output, Mapping):
-        output = {name: value for name, value in output.items() if name not in _CACHES}
-    return tensors_of(output)
-
-
-def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Call ``model`` without gradients, leave the random number generators as they were, list its tensors."""
-    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        return call(model, inputs)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep warnings and printed text of a library to itself, where only its result matters."""
-    with (
-        warnings.catch_warnings(action="ignore"),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        yield
-
-
-def line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type if it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def largest_sound(
-    items: Sequence[Item], fault: Callable[[list[Item]], str | None]
-) -> tuple[list[Item], list[tuple[Item, str]]]:
-    """Split ``items`` into a list that is sound as a whole and the rest, each with its fault.
-
-    ``fault(items)`` returns None for a sound list and a reason otherwise. One call where all is well; a single
-    bad item among n costs about 2·log2(n) calls.
-    """
-    failed: list[tuple[Item, str]] = []
-
-    def extend(sound: list[Item], more: Sequence[Item]) -> list[Item]:
-        if not more:
-            return sound
-        reason = fault([*sound, *more])
-        if reason is None:
-            return [*sound, *more]
-        if len(more) == 1:
-            failed.append((more[0], reason))
-            return sound
-        half = len(more) // 2
-        return extend(extend(sound, more[:half]), more[half:])
-
-    return extend([], items), failed

@@ -26,28 +26,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from pliant.calling import Example, Inputs, as_inputs, count_calls, map_tensors, run, tensors_of
+from pliant.errors import first_line
 from pliant.structure.attention import is_conv1d
-from pliant.structure.channel_groups import ChannelGroup as ChannelGroup
-from pliant.structure.channel_groups import Slot as Slot
-from pliant.structure.channel_groups import Structure as Structure
+from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.heads import Site, attention_sites
-from pliant.structure.layers import (
-    AxisName,
-    Example,
-    Inputs,
-    as_inputs,
-    complement,
-    count_calls,
-    keep_channels,
-    largest_sound,
-    line,
-    map_tensors,
-    run,
-    tensors_of,
-    weighted_layers,
-    zero_channels,
-)
+from pliant.structure.layers import AxisName, complement, keep_channels, weighted_layers, zero_channels
+from pliant.structure.soundness import largest_sound
 
 _TOLERANCE = 1e-8  # relative; float64 networks of a hundred layers agree to about 1e-13
 
@@ -204,14 +190,14 @@ def _fault(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Inputs) -> 
     try:
         expected = run(twin, inputs)
     except Exception as error:  # whatever a user's forward may raise
-        return f"cannot be verified, the network does not run in float64: {line(error)}"
+        return f"cannot be verified, the network does not run in float64: {first_line(error)}"
     try:
         for (name, axis), gone in removed.items():
             module = twin.get_submodule(name)
             keep_channels(module, axis, complement(module, axis, gone))
         got = run(twin, inputs)
     except Exception as error:  # see above
-        return f"the network cannot run without some of its channels: {line(error)}"
+        return f"the network cannot run without some of its channels: {first_line(error)}"
     return _difference(got, expected)
 
 

@@ -25,12 +25,12 @@ from pliant.errors import BadInput, shown
 from pliant.experiments.comparison.job import Job, Line, Outcome
 from pliant.experiments.comparison.suite import Entrant, Suite
 from pliant.experiments.comparison.workers import Performer
-from pliant.experiments.run_folder import WEIGHTS
 from pliant.experiments.sweep import describe
 from pliant.files import sha256, write_text
 from pliant.jsonl import append_line, read_lines
 from pliant.records import Record, append_record, read_records
 from pliant.reporting.curves import TIME_SLACK, grouped, step_ratio
+from pliant.storage import WEIGHTS
 
 TRIALS, RECORDS = "trials.jsonl", "records.jsonl"
 

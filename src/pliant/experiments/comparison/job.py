@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pliant.compressor_names import CALIBRATION
 from pliant.errors import BadInput, shown
 from pliant.experiments.comparison.suite import Measure
 from pliant.experiments.methods import resolved
 from pliant.experiments.training.settings import Settings, differ
-from pliant.records import CALIBRATION, Record
+from pliant.records import Record
 from pliant.reporting.curves import PLACES
 
 ROUNDS = 5

@@ -21,7 +21,7 @@ from pliant.experiments.run_folder import Run
 from pliant.experiments.train import train_run
 from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.settings import Settings
-from pliant.experiments.workbench import Trial
+from pliant.experiments.workbench import Workbench
 from pliant.records import Record
 from pliant.reporting.area import area
 
@@ -66,8 +66,8 @@ def _data(name: str, data_dir: str | None, image_size: int | None) -> ImageData:
 def _search(job: Job, run: Run) -> Iterator[Outcome]:
     """Yield the validation curve of a network in each family, by the family's first measure."""
     for family, measures in job.families.items():
-        trial = _trial(run, job, measures[0])
-        points = [list(trial.validate(*point)) for point in measures[0].points]
+        bench = _workbench(run, job, measures[0])
+        points = [list(bench.validate(*point)) for point in measures[0].points]
         yield _outcome(job, family, points, area([(s, a) for s, a in points], 1 / run.data.num_classes))
 
 
@@ -81,20 +81,20 @@ def _measure(job: Job, run: Run) -> Iterator[Record]:
     if job.retraining_rounds > 1:
         extra |= {"retraining_rounds": job.retraining_rounds}
     for measure in (measure for measures in job.families.values() for measure in measures):
-        trial = _trial(run, job, measure)
+        bench = _workbench(run, job, measure)
         for point in measure.points:
             if point == (0.0, ""):
-                _, _, record = trial.measure(*point)
+                _, _, record = bench.measure(*point)
             else:
                 *before, _ = cycles(point[0], job.retraining_rounds)
-                _, _, record = trial.measure(*point, retrained, before)
+                _, _, record = bench.measure(*point, retrained, before)
             config = {**record.config, **extra}
             yield dataclasses.replace(record, run=job.name, method=job.label, cost=cost, config=config)
 
 
-def _trial(run: Run, job: Job, measure: Measure) -> Trial:
+def _workbench(run: Run, job: Job, measure: Measure) -> Workbench:
     options: dict[str, Any] = {name: getattr(measure, name) for name in ("allocation", "whiten", "scheme")}
-    return Trial(run, measure.compressor, calibration=job.calibration, **options)
+    return Workbench(run, measure.compressor, calibration=job.calibration, **options)
 
 
 def _outcome(job: Job, family: str, points: list[list[float]], area_under: float | None, error: str = "") -> Outcome:

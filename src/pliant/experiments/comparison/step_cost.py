@@ -12,7 +12,7 @@ from pliant.experiments.baselines import NuMuon
 from pliant.experiments.comparison.job import Job
 from pliant.experiments.data.images import ImageData
 from pliant.experiments.training.session import Session
-from pliant.optim.sfw import SFW
+from pliant.optim import SFW
 from pliant.records import Cost
 
 PHASES = 4

@@ -29,14 +29,14 @@ from typing import Any
 
 import yaml
 
-from pliant.compression.base import check_choice
-from pliant.errors import BadInput, DamagedFile, shown, unknown
+from pliant.compression.by_name import allocation_of, check_names
+from pliant.compressor_names import CALIBRATION, record_name, resolve_scheme, takes_pattern
+from pliant.errors import BadInput, DamagedFile, check_choice, shown, unknown
 from pliant.experiments.baselines.retraining import SCHEDULES
 from pliant.experiments.methods import METHODS, resolved, settings_from
 from pliant.experiments.sweep import parse_ratios
 from pliant.experiments.training.settings import SETTINGS, Settings
-from pliant.experiments.workbench import check_names, pattern_compressor, record_name, resolve_scheme
-from pliant.records import CALIBRATION
+from pliant.experiments.workbench import pattern_compressor
 
 SHIPPED = Path(__file__).parent / "suites"
 EQUAL = ("epochs", "time")
@@ -64,7 +64,7 @@ class Measure:
         """Return what tells the record of a point apart among those of a run."""
         return (
             self.name,
-            "" if self.compressor == "nm" else self.allocation,
+            allocation_of(self.compressor, self.allocation),
             0.0 if pattern else round(ratio, 6),
             pattern,
         )
@@ -103,7 +103,7 @@ class Retraining:
     def measures(self, family: tuple[Measure, ...], rounds: int = 1) -> tuple[Measure, ...]:
         """Return the first measure of a family at the ratios of the retraining; none if it cannot be made so."""
         compressor = family[0].compressor
-        if compressor == "nm" or (rounds > 1 and compressor != "weights"):
+        if takes_pattern(compressor) or (rounds > 1 and compressor != "weights"):
             return ()
         points = tuple((ratio, "") for ratio in self.ratios)
         return (dataclasses.replace(family[0], points=points),)
@@ -263,9 +263,10 @@ def _measure(where: str, entry: object) -> Measure:
     whiten = fields.get("whiten", True)
     if not isinstance(whiten, bool):
         raise BadInput(f"{where}.whiten is true or false, got {shown(whiten)}")
-    if (compressor == "nm") == ("ratios" in fields) or (compressor != "nm") == ("patterns" in fields):
+    patterned = takes_pattern(compressor)
+    if patterned == ("ratios" in fields) or patterned != ("patterns" in fields):
         raise BadInput(f"{where}: nm takes patterns, such as ['2:4'], every other compressor ratios")
-    if compressor == "nm":
+    if patterned:
         patterns = _list(f"{where}.patterns", fields["patterns"])
         for pattern in patterns:
             pattern_compressor(str(pattern))

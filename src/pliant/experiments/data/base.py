@@ -71,8 +71,3 @@ def extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise BadInput(f"image files need the package {module} ({error}): pip install 'pliant[data]'") from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pliant.errors import BadInput, DamagedFile
-from pliant.experiments.data.base import Raw, Split, extra, first_line
+from pliant.errors import BadInput, DamagedFile, first_line
+from pliant.experiments.data.base import Raw, Split, extra
 
 
 def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | None) -> Tensor:

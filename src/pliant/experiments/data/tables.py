@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pliant.errors import BadInput, DamagedFile
-from pliant.experiments.data.base import Raw, Request, Split, extra, first_line
+from pliant.errors import BadInput, DamagedFile, first_line
+from pliant.experiments.data.base import Raw, Request, Split, extra
 from pliant.experiments.data.decoding import decode, matched
 
 

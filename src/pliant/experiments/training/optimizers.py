@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from pliant.constraints.parameter_groups import KSchedule, Preset, constrain, l2, layout_of, resolve_k, semi_structured
+from pliant.compressor_names import parse_pattern
+from pliant.constraints import Preset, constrain, l2, layout_of, resolve_k, semi_structured
 from pliant.errors import BadInput
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
-from pliant.experiments.training.settings import Resolved, parse_pattern
-from pliant.optim.sfw import SFW
-from pliant.optim.soft_threshold import SoftThreshold
+from pliant.experiments.training.settings import Resolved
+from pliant.optim import SFW, KSchedule, SoftThreshold
 from pliant.structure.layers import tied_parameters
 from pliant.structure.verification import coupled_channels
 

@@ -24,12 +24,12 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from pliant.errors import BadInput, Diverged
+from pliant.calling import eval_mode
+from pliant.errors import BadInput, Diverged, one_line
 from pliant.experiments.baselines import merged
 from pliant.experiments.data.images import ImageData, Loader, load_data
 from pliant.experiments.methods import find_method, make_optimizer, resolved
 from pliant.experiments.models import build_model
-from pliant.experiments.run_folder import WEIGHTS, save_weights
 from pliant.experiments.training.checkpoint import CHECKPOINT, Progress, Stateful, load_checkpoint, save_checkpoint
 from pliant.experiments.training.display import Display
 from pliant.experiments.training.log import Log
@@ -37,8 +37,9 @@ from pliant.experiments.training.onednn import sound_convolutions
 from pliant.experiments.training.optimizers import make_k_schedule, make_threshold
 from pliant.experiments.training.schedules import learning_rate, turnover_lr
 from pliant.experiments.training.settings import Resolved, Settings
-from pliant.measuring import eval_mode, evaluate, resolve_precision
-from pliant.optim.sfw import SFW
+from pliant.measuring import evaluate, resolve_precision
+from pliant.optim import SFW
+from pliant.storage import WEIGHTS, save_weights
 
 # How long a process waits for another one before it takes that one to hang: all do the same work, and only the main one
 # writes files. (One that ends breaks its connections, and torchrun ends the others.)
@@ -298,8 +299,8 @@ def _try_out(model: nn.Module, data: ImageData, name: str) -> None:
         with torch.no_grad(), eval_mode(model):
             scores = model(images)
     except Exception as error:  # whatever the user's own code raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadInput(f"model {name!r} cannot be run on images of shape {tuple(images.shape)}: {reason}") from error
+        where = f"model {name!r} cannot be run on images of shape {tuple(images.shape)}"
+        raise BadInput(f"{where}: {one_line(error)}") from error
     expected = (len(images), data.num_classes)
     if not isinstance(scores, Tensor) or scores.shape != expected:
         found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pliant.constraints.parameter_groups import check_k
+from pliant.compressor_names import SCHEMES, parse_pattern
+from pliant.constraints import check_k
 from pliant.errors import BadInput, unknown
 from pliant.experiments.training.schedules import SCHEDULES
 from pliant.experiments.training.trackers import tracker_names
-from pliant.optim import sfw
-from pliant.structure.layers import SCHEMES
+from pliant.optim import RESCALES as RESCALES_OF_SFW
 
-RESCALES = tuple("none" if rescale is None else rescale for rescale in sfw.RESCALES)
+RESCALES = tuple("none" if rescale is None else rescale for rescale in RESCALES_OF_SFW)
 VERTICES = ("support", "sparse", "orthogonal")
 RECIPES = ("default", "gradient", "paper")
 
@@ -65,14 +65,6 @@ class Setting:
 def differ(name: str, one: object, other: object) -> bool:
     """Return whether two values of a setting are different: an integer k is a count and a float a share."""
     return one != other or (name in ("k", "k_start") and type(one) is not type(other))
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Return (N, M) of a pattern such as "2:4"; raises BadInput for anything else."""
-    n, colon, m = pattern.partition(":")
-    if not (colon and n.isdecimal() and m.isdecimal() and 1 <= int(n) <= int(m)):
-        raise BadInput(f"a pattern is N:M with 1 <= N <= M, such as 2:4; got {pattern!r}")
-    return int(n), int(m)
 
 
 # --- ranges -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""How a user's model is called on an example.
+
+Whatever is done to a network, its forward pass is code of somebody else: it may take a tensor, a tuple of tensors or
+keyword arguments, return any container, draw random numbers, print, and raise anything. Everything that runs a model
+goes through here, so that examples are checked once and a model is left as it was::
+
+    inputs = as_inputs(example_inputs)      the example as a tuple of tensors or a dict of arguments
+    outputs = run(model, inputs)            the tensors that the model returns for it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pliant.errors import BadInput, first_line
+
+Example = Tensor | Sequence[Tensor] | Mapping[str, Any]  # for model(x), model(*xs) or model(**xs)
+Inputs = tuple[Tensor, ...] | dict[str, Any]
+Item = TypeVar("Item")
+
+# The names that transformers gives to the keys and values that generating networks hand from step to step: those of
+# versions before 5.24 and of later ones.
+_CACHES = ("past_key_values", "cache")
+
+
+def as_inputs(example_inputs: Example) -> Inputs:
+    """Return the example as a tuple of tensors or a dict of keyword arguments, or raise BadInput."""
+    if isinstance(example_inputs, Mapping):
+        named = dict(example_inputs)
+        if all(isinstance(name, str) for name in named) and tensors_of(named):
+            return named
+        raise BadInput("example_inputs as a mapping must go from argument names to values, at least one a tensor")
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise BadInput(
+            f"example_inputs must be a tensor, a tuple of tensors or a dict of arguments, not {type(inputs).__name__}"
+        )
+    return tuple(inputs)
+
+
+def tensors_of(data: Any) -> list[Tensor]:
+    """Return all tensors in nested tuples, lists, dicts and the output classes of transformers."""
+    return [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
+    """Return nested data with each tensor changed."""
+    changed: Item = pytree.tree_map_only(Tensor, change, data)
+    return changed
+
+
+def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
+    """Run ``model`` in the mode that it is in and count the calls of each module. Raises BadInput."""
+    calls: Counter[nn.Module] = Counter()
+    handles = [m.register_forward_hook(lambda m, args, out: calls.update([m])) for m in model.modules()]
+    try:
+        run(model, inputs)
+    except Exception as error:  # whatever a user's forward may raise
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(inputs))
+        raise BadInput(f"the model cannot be called on the example of shape {shapes}: {first_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Call ``model`` and list its tensors, without the cache of keys and values of generating networks.
+
+    The cache holds what attention has computed so far: it has the shape of the heads, and nobody reads it but the
+    same attention.
+    """
+    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    if isinstance(output, Mapping):
+        output = {name: value for name, value in output.items() if name not in _CACHES}
+    return tensors_of(output)
+
+
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Call ``model`` without gradients, leave the random number generators as they were, list its tensors."""
+    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        return call(model, inputs)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings and printed text of a library to itself, where only its result matters."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a while, then each of its modules back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return what the model is called on: the first of a tuple or list (images, labels), or the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch

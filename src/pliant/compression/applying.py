@@ -1,0 +1,54 @@
+"""A compressor or a stored plan, applied to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
+from torch import nn
+
+from pliant.calling import Example
+from pliant.compression.base import Compressor
+from pliant.compression.by_name import compressor_of
+from pliant.compression.plan import Plan
+
+
+def compress(
+    model: nn.Module,
+    compressor: Compressor[Any],
+    example_inputs: Example,
+    calibration: Iterable[Any] | None = None,
+) -> nn.Module:
+    """Return a compressed copy of ``model``.
+
+    ``example_inputs``: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes; a batch
+    of two is enough. ``calibration``: batches of training data, (images, labels) or images alone, for compressors
+    that look at data. Raises Refused if nothing can be removed, BadInput if the example or the data does not fit.
+    """
+    analysis = compressor.analyse(model, example_inputs, calibration)
+    plan = compressor.plan(model, example_inputs, analysis=analysis)
+    return compressor.apply(model, plan, analysis=analysis)
+
+
+def replay(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of ``model`` compressed by the compressor that the plan names.
+
+    ``model`` may be freshly built, of the architecture that the plan was made for; no example is needed.
+    Raises BadInput if the plan's compressor is unknown, the model is another one, or the plan's factors depend on
+    calibration data.
+    """
+    if plan.links:
+        return reduce(replay, plan.links, model)
+    return compressor_of(plan).apply(model, plan)
+
+
+def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a network of the architecture that :func:`replay` gives, to load stored weights into.
+
+    Quick, and possible for every plan, since the weights that it holds are of no account.
+    Raises BadInput if the plan's compressor is unknown or the model is another one.
+    """
+    if plan.links:
+        return reduce(skeleton, plan.links, model)
+    return compressor_of(plan).skeleton(model, plan)

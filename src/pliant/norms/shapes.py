@@ -1,0 +1,74 @@
+"""How norms read tensors: as matrices with one row per output, divided by a power of two, one or several at a time.
+
+**Row = filter.** A weight is read as a matrix with one row per output: ``x.movedim(dim, 0).flatten(1)``. A 1-D tensor
+of n entries is n×1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pliant.linalg import accumulation_dtype, power_of_two_scale
+
+Tensors = Tensor | Sequence[Tensor]
+Shape = Sequence[int]
+Rebuild = Callable[[Tensor], Tensor]
+
+
+def scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
+    """Return the tensors divided by one power of two near their largest entry, and that power, a scalar tensor.
+
+    Half precision becomes float32.
+
+    Raises:
+        ValueError: there is no tensor, or one is sparse, empty or not real floating-point.
+    """
+    tensors = [x] if isinstance(x, Tensor) else list(x)
+    if not tensors:
+        raise ValueError("a norm needs at least one tensor, got none")
+    for t in tensors:
+        if not t.is_floating_point():
+            raise ValueError(f"a norm needs real floating-point tensors, got dtype {t.dtype}")
+        if t.is_sparse or t.numel() == 0:
+            raise ValueError(f"a norm needs dense, non-empty tensors, got {t.layout} of shape {tuple(t.shape)}")
+    tensors = [t.to(accumulation_dtype(t)) for t in tensors]
+    scale = power_of_two_scale([t.detach() for t in tensors])
+    return [t / scale for t in tensors], scale
+
+
+def without_vanished(a: Tensor) -> Tensor:
+    """Return row norms with 0 for the smallest: their squares underflow, and to divide by them would leave the ball."""
+    return a.masked_fill(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0)
+
+
+def shapes_of(shape: Shape | Sequence[Shape]) -> list[Shape]:
+    """Return a list of shapes, given one or several."""
+    if len(shape) == 0 or isinstance(shape[0], int):
+        return [shape]  # type: ignore[list-item]
+    return list(shape)  # type: ignore[arg-type]
+
+
+def matrix_shape(shape: Shape, dim: int) -> tuple[int, int]:
+    """Return (rows, columns) of a tensor read as a matrix; raises ValueError where it has no dimension ``dim``."""
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    if not 0 <= dim < len(shape):
+        raise ValueError(f"rows are counted by dimension {dim}, but the tensor has shape {tuple(shape)}")
+    return shape[dim], math.prod(shape) // shape[dim]
+
+
+def as_matrix(x: Tensor, dim: int) -> Tensor:
+    """Return a tensor as a matrix (rows, columns)."""
+    return x.reshape(-1, 1) if x.ndim < 2 else x.movedim(dim, 0).flatten(1)
+
+
+def from_matrix(matrix: Tensor, shape: Shape, dim: int) -> Tensor:
+    """Undo :func:`as_matrix`."""
+    if len(shape) < 2:
+        return matrix.reshape(tuple(shape))
+    moved = [shape[dim], *(n for i, n in enumerate(shape) if i != dim)]
+    return matrix.reshape(moved).movedim(0, dim)

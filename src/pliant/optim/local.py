@@ -1,0 +1,80 @@
+"""The oracles over tensors that this process has whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pliant.linalg import readable
+from pliant.norms import Channels, Norm, NormBall, Rows, Spectral
+from pliant.optim.kept_directions import leading_vertices
+from pliant.optim.oracle import Oracle, State
+from pliant.optim.vertices import Vertex, persistent, unit_vertices, well_scaled
+
+
+class Local(Oracle):
+    """L balls over J whole tensors each; the docstrings of :class:`~pliant.optim.oracle.Oracle` hold."""
+
+    def stacks(self, tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Stack what moves together."""
+        return [stack(column) for column in zip(*tensors, strict=True)]
+
+    def takes_memory(self, directions: Sequence[Tensor]) -> bool:
+        """Return True for a single ball on the CPU, where new pages of memory cost more than the arithmetic."""
+        return len(directions[0]) == 1 and readable(directions[0])
+
+    def well_scaled(self, directions: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Divide each member by a power of two where it needs that."""
+        lengths, stacks, _ = well_scaled(directions)
+        return lengths, stacks
+
+    def vertices(
+        self, norm: Norm, directions: Sequence[Tensor], memory: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Vertex]]:
+        """Ask :func:`~pliant.optim.vertices.unit_vertices`."""
+        return unit_vertices(norm, directions, memory)
+
+    def leading_vertices(
+        self,
+        norm: Spectral,
+        directions: Sequence[Tensor],
+        basis: Tensor | None,
+        iterations: int,
+        memory: Sequence[Tensor] | None = None,
+    ) -> tuple[list[Vertex], Tensor, Tensor]:
+        """Ask :func:`~pliant.optim.kept_directions.leading_vertices`."""
+        return leading_vertices(norm, directions, basis, iterations, memory)
+
+    def basis(self, norm: Spectral, states: Sequence[Sequence[State]]) -> Tensor | None:
+        """Stack the bases of all balls; a joint ball keeps its basis in the state of its first tensor."""
+        return stack([state[0]["basis"] for state in states]) if "basis" in states[0][0] else None
+
+    def keep_basis(self, norm: Spectral, basis: Tensor, states: Sequence[Sequence[State]]) -> None:
+        """Undo :meth:`basis`."""
+        for state, own in zip(states, basis, strict=True):
+            state[0]["basis"] = own
+
+    def persistent(
+        self, norm: Rows | Channels, directions: Sequence[Tensor], weights: Sequence[Tensor], persistence: float
+    ) -> list[Tensor]:
+        """Ask :func:`~pliant.optim.vertices.persistent`."""
+        return persistent(norm, directions, weights, persistence)
+
+    def length(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Scale first."""
+        return well_scaled(tensors)[0]
+
+    def shrinkage(self, ball: NormBall, tensors: Sequence[Tensor]) -> Tensor:
+        """Ask the ball."""
+        return ball.shrinkage(tensors)
+
+    def gap(self, ball: NormBall, tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+        """Ask the ball."""
+        return ball.gap(tensors, directions)
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return (L, *shape); a single tensor as a view, so that changing it in place changes the tensor."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)

@@ -1,0 +1,33 @@
+"""Which of many things hold together: found by bisection, in few trials where most of them do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def largest_sound(
+    items: Sequence[Item], fault: Callable[[list[Item]], str | None]
+) -> tuple[list[Item], list[tuple[Item, str]]]:
+    """Split ``items`` into a list that is sound as a whole and the rest, each with its fault.
+
+    ``fault(items)`` returns None for a sound list and a reason otherwise. One call where all is well; a single
+    bad item among n costs about 2·log2(n) calls.
+    """
+    failed: list[tuple[Item, str]] = []
+
+    def extend(sound: list[Item], more: Sequence[Item]) -> list[Item]:
+        if not more:
+            return sound
+        reason = fault([*sound, *more])
+        if reason is None:
+            return [*sound, *more]
+        if len(more) == 1:
+            failed.append((more[0], reason))
+            return sound
+        half = len(more) // 2
+        return extend(extend(sound, more[:half]), more[half:])
+
+    return extend([], items), failed
