@@ -52,7 +52,7 @@ GIVEN = {
     "budgets.md": ["pliant train --method sfw-rank --k 0.05 --radius 3 --epochs 4 --out runs/rank"],
     "export.md": ["pliant train --model mlp --method sfw-filters --epochs 1 --out runs/filters"],
 }
-SHOWN_ONLY = {"", "text", "yaml", "json"}
+SHOWN_ONLY = {"", "text", "yaml", "json", "toml"}
 
 
 @dataclass(frozen=True)
@@ -267,6 +267,8 @@ def test_the_source_can_be_extended_as_described(tmp_path: Path) -> None:
             assert path.exists() == bool(file[1]), path
             with path.open("a", encoding="utf-8") as target:
                 target.write(block.code.partition("\n")[2])
+        elif file := re.match(r"# (\w+\.py)\n", block.code):
+            (tmp_path / file[1]).write_text(block.code, encoding="utf-8")
         elif block.language == "python":
             programs.append(block.code)
     environment = {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1", "PATH": ""}
@@ -279,7 +281,7 @@ def test_the_source_can_be_extended_as_described(tmp_path: Path) -> None:
     assert len(programs) == 2
     for program in programs:
         run("-c", program)
-    assert [line[1] for line in lines] == ["train", "sweep"]
+    assert [line[1] for line in lines] == ["train", "sweep", "train", "sweep", "train", "compare"]
     for line in lines:
         run("-m", *line)
     # The row of the table of norms is enough to test all that a norm must do.

@@ -6,8 +6,8 @@ How a method may take part in a training:
 * take a second pass through the network in each step: ``passes=2``, the optimizer's ``step`` calls a closure;
 * change the model before the training: in ``build``; :func:`~pliant.experiments.baselines.merged` undoes it at the end.
 
-A method of another package is a :class:`Method` or a subclass of :class:`MatrixSGD`, named ``package.module:name`` or
-by an entry point of the group ``pliant.methods``.
+A method of another package is a :class:`Method` or a subclass of ``MatrixSGD``, named ``package.module:name`` or by an
+entry point of the group ``pliant.methods``.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ def matrix_method(
     trials: tuple[Mapping[str, Any], ...] = (),
     **fixed: Any,
 ) -> Method:
-    """Return the method of a subclass of :class:`MatrixSGD`: its options, but the fixed ones, are its own settings.
+    """Return the method of an optimizer: its options, but the fixed ones, are its own settings.
 
     Args:
         summary: what it is, in a few words.
-        optimizer: the subclass.
+        optimizer: a subclass of :class:`~pliant.experiments.baselines.MatrixSGD`.
         cut_by, lr, passes, docs, trials: as of :class:`Method`.
         own: settings beside the options, and other defaults of these.
         fixed: options that are no settings.

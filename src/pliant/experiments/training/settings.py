@@ -184,7 +184,10 @@ class Settings:
         BadInput: a value of the wrong kind, or out of range.
     """
 
-    data: str = _data("digits", "digits, fashion-mnist, cifar10, cifar100, image-folder, parquet or hub:OWNER/NAME.")
+    data: str = _data(
+        "digits",
+        "digits, fashion-mnist, cifar10, cifar100, image-folder, parquet, hub:OWNER/NAME or package.module:name.",
+    )
     data_dir: str | None = _data(None, "folder of the data files; digits needs none.")
     image_size: int | None = _data(None, "resize all images to this many pixels a side.")
     model: str = _network(
