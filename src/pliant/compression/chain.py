@@ -11,7 +11,7 @@ from torch import nn
 
 from pliant import measuring
 from pliant.calling import Example
-from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes, plan_names
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
 
@@ -139,9 +139,9 @@ class Chain(Compressor[Linked]):
 
     def with_options_of(self, plan: Plan) -> Chain:
         """Return this chain if its links are of the plan's kinds; their options are those of their own plans."""
-        kinds = [type(link).__name__ for link in self.links]
-        if [link.compressor for link in plan.links] != kinds:
-            raise BadInput(f"the plan is for {[link.compressor for link in plan.links]}, this is a chain of {kinds}")
+        own, planned = [plan_names(type(link)) for link in self.links], [step.compressor for step in plan.links]
+        if len(own) != len(planned) or any(name not in names for name, names in zip(planned, own, strict=True)):
+            raise BadInput(f"the plan is for {planned}, this is a chain of {[names[0] for names in own]}")
         return self  # the options are those of the links' plans
 
     def carry_out(self, model: nn.Module, plan: Plan, analysis: Linked | None) -> nn.Module:
