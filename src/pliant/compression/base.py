@@ -250,7 +250,7 @@ def plan_names(kind: type[Compressor[Any]]) -> list[str]:
 
 
 def with_options(kind: type[C], options: Mapping[str, Any]) -> C:
-    """Return ``kind(**options)``; options that it does not have, or not with these values, are a BadInput."""
+    """Return ``kind(**options)``; raises BadInput for options that it does not have, or not with these values."""
     known = option_names(kind)
     for name in options:
         if name not in known:
@@ -265,7 +265,7 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _check_finite(model: nn.Module) -> None:
     for name, p in model.named_parameters():
-        # The terms of a finite sum are finite, and a sum takes a tenth of the time; else it may have overflowed.
+        # A finite sum has finite terms, and takes a tenth of the time. One that is not finite may have overflowed.
         if not torch.isfinite(p.detach().sum()) and not torch.isfinite(p).all():
             raise BadInput(f"parameter {name!r} holds NaN or infinity: compress a model that has not diverged")
 

@@ -121,17 +121,17 @@ class FilterPruning(Compressor[Channels]):
         scores = [score(model, group, self.importance) for group in groups]
         orders = [_weakest_first(s) for s in scores]
         if self.allocation == "uniform":
-            steps = _uniform(groups)
+            removals = _uniform(groups)
         else:
-            steps = _global(costs, scores, orders) if self.allocation == "global" else _by_energy(scores, orders)
+            removals = _global(costs, scores, orders) if self.allocation == "global" else _by_energy(scores, orders)
 
         def kept(n: int) -> int:
-            return costs.after(Counter(steps[:n]))
+            return costs.after(Counter(removals[:n]))
 
         dense = costs.after({})
         compressible = sum(costs.compressible.values())
-        n = nearest(kept, len(steps), dense - self.ratio * compressible)
-        counts = Counter(steps[:n])
+        n = nearest(kept, len(removals), dense - self.ratio * compressible)
+        counts = Counter(removals[:n])
         gone = positions(groups, [order[: counts[g]] for g, order in enumerate(orders)])
         fewer = size.after({}) - size.after(counts)
         return self.assemble(

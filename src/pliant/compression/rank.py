@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pliant import measuring
 from pliant.calling import Example, as_inputs
-from pliant.compression.allocation import STEPS, Options, Step, allocate
+from pliant.compression.allocation import ORDERS, Options, Reduction, allocate
 from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.costs import ONCE, Applied, applications
 from pliant.compression.factored import Factorable, factored, matrices
@@ -94,7 +94,7 @@ class Spectra(Analysis):
         if (cost, allocation) not in self._curves:
             cuts = {name: _cuts(spectra, cost) for name, spectra in self.layers.items()}
             options = [Options(tuple(c.cost for c in offer), tuple(c.loss for c in offer)) for offer in cuts.values()]
-            self._curves[cost, allocation] = _Curves(cuts, options, STEPS[allocation](options))
+            self._curves[cost, allocation] = _Curves(cuts, options, ORDERS[allocation](options))
         return self._curves[cost, allocation]
 
 
@@ -208,7 +208,7 @@ class LowRank(Compressor[Spectra]):
         curves = analysis.curves_of(self.cost, self.allocation)
         compressible = {name: spectra[0].dense(self.cost) for name, spectra in analysis.layers.items()}
         target = (1 - self.ratio) * sum(compressible.values())
-        chosen = allocate(curves.options, curves.steps, target)
+        chosen = allocate(curves.options, curves.reductions, target)
         layers = []
         removed = saved = 0
         for (name, offer), option in zip(curves.cuts.items(), chosen, strict=True):
@@ -293,7 +293,7 @@ class _Curves:
 
     cuts: Mapping[str, list[_Cut]]
     options: Sequence[Options]
-    steps: Sequence[Step]
+    reductions: Sequence[Reduction]
 
 
 def _cuts(spectra: Sequence[Spectrum], cost: str) -> list[_Cut]:

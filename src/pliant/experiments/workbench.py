@@ -270,9 +270,9 @@ def pattern_compressor(pattern: str) -> SemiStructured:
 def _layer_counts(plan: Plan) -> list[LayerCount]:
     """Return what every layer kept; in a chain, of what the last link that cut it found, in its unit."""
     counts: dict[str, LayerCount] = {}
-    for step in plan.links or (plan,):
-        unit = unit_of(step)
-        for layer in step.layers:
+    for part in plan.links or (plan,):
+        unit = unit_of(part)
+        for layer in part.layers:
             if len(layer.shape) < 2 or not unit:
                 continue
             before = counts.get(layer.name)
