@@ -75,6 +75,17 @@ def names(kind: str, own: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*own, *installed(kind)]))
 
 
+def names_of(kind: str, thing: object) -> list[str]:
+    """Return the names under which installed packages offer an object of this process; nothing is imported."""
+    return [entry.name for entry in installed(kind).values() if _already_imported(entry.module, entry.attr) is thing]
+
+
+def already_imported(name: str) -> Any:
+    """Return the object that ``package.module:name`` names, if this process has it already, else None."""
+    module, _, attribute = name.partition(":")
+    return _already_imported(module, attribute)
+
+
 def import_named(kind: str, name: str, what: str = "object", example: str = "my_package.module:name") -> Any:
     """Return the object that ``package.module:name`` names; the current directory is searched first.
 
@@ -109,6 +120,13 @@ def current_directory_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+def _already_imported(module: str, attribute: str) -> Any:
+    found: Any = sys.modules.get(module)
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, Any]:

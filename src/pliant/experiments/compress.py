@@ -97,7 +97,7 @@ def compress_run(
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
     if max_drop is not None and precision != "auto":  # the accuracy that it asks for is measured in this precision
         label = f"{precision}-{label}"
-    name = "-".join([source.name, compressor, *_unusual(bench), label])
+    name = "-".join([source.name, compressor.replace(":", "."), *_unusual(bench), label])
     folder = Path(out) if out else source.path.resolve().with_name(name)
     remove_leftovers(folder)
     if folder.exists():

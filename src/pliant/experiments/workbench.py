@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from pliant import measuring
 from pliant.compression import Chain, Compressor, Magnitude, Plan, SemiStructured, budgets, reestimate_batchnorm
 from pliant.compression.base import option_names
-from pliant.compression.by_name import allocation_of, check_names, class_named, unit_of
+from pliant.compression.by_name import allocation_of, check_names, class_named, row_of, unit_of
 from pliant.compressor_names import (
     CALIBRATION,
+    COMPRESSORS,
     SCHEME,
+    TITLE,
     factorises,
     parse_pattern,
     record_name,
@@ -148,9 +150,14 @@ class Workbench:
     def _analysis(self, compressor: Compressor[Any]) -> Any:
         kind = type(compressor)
         if kind not in self._analyses:
-            images = self._calibration_images if self.whiten else None
+            images = self._calibration_images if self._looks_at_images else None
             self._analyses[kind] = compressor.analyse(self.dense, self._images(2), images)
         return self._analyses[kind]
+
+    @property
+    def _looks_at_images(self) -> bool:
+        """Whether the analysis is given the calibration images: for rank, and for whatever another package does."""
+        return self.whiten or any(link not in COMPRESSORS for link in self.compressor.split("+"))
 
     def _settled(self, network: nn.Module) -> nn.Module:
         return reestimate_batchnorm(network, self._calibration_images)
@@ -195,6 +202,7 @@ class Workbench:
             config=self.run.config | self._settings | settings,
             versions=versions(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            extra=self._title,
         )
         return small, plan, record
 
@@ -215,6 +223,14 @@ class Workbench:
     @property
     def _settings(self) -> dict[str, Any]:
         return {"calibration": self.calibration, "evaluation_precision": self.precision}
+
+    @property
+    def _title(self) -> dict[str, Any]:
+        """What a report cannot look up in a row."""
+        if "+" in self.compressor or self.compressor in COMPRESSORS:
+            return {}
+        title = row_of(self.compressor).removed
+        return {TITLE: title} if title else {}
 
     @cached_property
     def _calibration_images(self) -> Loader:
@@ -254,9 +270,9 @@ def pattern_compressor(pattern: str) -> SemiStructured:
 def _layer_counts(plan: Plan) -> list[LayerCount]:
     """Return what every layer kept; in a chain, of what the last link that cut it found, in its unit."""
     counts: dict[str, LayerCount] = {}
-    for step in plan.links or (plan,):
-        unit = unit_of(step)
-        for layer in step.layers:
+    for part in plan.links or (plan,):
+        unit = unit_of(part)
+        for layer in part.layers:
             if len(layer.shape) < 2 or not unit:
                 continue
             before = counts.get(layer.name)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
-from pliant.compressor_names import COMPRESSORS
+from pliant.compressor_names import COMPRESSORS, TITLE
 from pliant.records import Record
 
 VIEWS = {"epochs": "same number of epochs", "time": "same training time"}
@@ -254,9 +254,15 @@ class Panel(NamedTuple):
         """What the compressor does, in words."""
         family, _, variant = self.compressor.partition("-")
         row = COMPRESSORS.get(family)
-        title = "" if row is None else row.removed if self.removes else row.zeroed
+        title = self._recorded_title if row is None else row.removed if self.removes else row.zeroed
         title = title or (family if self.removes else f"{family}, zeroed")
         return ", ".join([title, *filter(None, variant.split("-"))])
+
+    @property
+    def _recorded_title(self) -> str:
+        """The title that the records of a compressor of another package carry; empty without one."""
+        titles = (record.extra.get(TITLE) for curve in self.curves for record in curve.records)
+        return next((title for title in titles if isinstance(title, str)), "")
 
     @property
     def chip(self) -> str:

@@ -13,8 +13,11 @@ def largest_sound(
 ) -> tuple[list[Item], list[tuple[Item, str]]]:
     """Split ``items`` into a list that is sound as a whole and the rest, each with its fault.
 
-    ``fault(items)`` returns None for a sound list and a reason otherwise. One call where all is well; a single
-    bad item among n costs about 2·log2(n) calls.
+    Where all is well there is one trial; a single bad item among n costs about 2·log2(n) trials.
+
+    Args:
+        items: in the order of preference.
+        fault: from a list of items to the reason why they do not hold together, None if they do.
     """
     failed: list[tuple[Item, str]] = []
 
