@@ -7,7 +7,6 @@ Each gets exit code 2 and one line that names the flag and says what was expecte
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pliant.cli import VERBS, Parser, main, make_parser
+from pliant.cli import VERBS, main, make_parser
 from pliant.experiments.train import train
 from pliant.records import Record, append_record
 
@@ -264,14 +263,9 @@ TABLE: dict[str, list[tuple[str, str, str]]] = {
 CASES = [pytest.param(verb, *case, id=f"{verb} {case[1]}") for verb, cases in TABLE.items() for case in cases]
 
 
-def parser_of(verb: str) -> Parser:
-    known = VERBS[verb]
-    return make_parser(verb, known, getattr(importlib.import_module(f"pliant.{known.module}"), known.function))
-
-
 def flags_of(verb: str) -> set[str]:
     """Return the names of all settings of a verb: those of its flags, and its positional argument."""
-    names = {action.dest for action in parser_of(verb)._actions}
+    names = {action.dest for action in make_parser(verb)._actions}
     return names - {"help", "print_config", "print_shtab"}
 
 
@@ -361,7 +355,7 @@ def test_wrong_type(verb: str, flag: str, workplace: Path, capsys: pytest.Captur
 
 
 def is_switch(verb: str, flag: str) -> bool:
-    (action,) = [action for action in parser_of(verb)._actions if action.dest == flag]
+    (action,) = [action for action in make_parser(verb)._actions if action.dest == flag]
     return flag == VERBS[verb].positional or action._typehint is bool if hasattr(action, "_typehint") else False
 
 

@@ -25,7 +25,6 @@ from pliant.experiments.baselines import (
     Conditioned,
     CondLR,
     CrAM,
-    KAnnealing,
     MatrixSGD,
     Muon,
     NuMuon,
@@ -39,6 +38,7 @@ from pliant.experiments.baselines import (
 )
 from pliant.experiments.baselines import matrices as mat
 from pliant.experiments.baselines.condlr import condition_, near_mean
+from pliant.experiments.baselines.numuon import k_of_step
 from pliant.experiments.baselines.trp import needed
 
 
@@ -426,18 +426,28 @@ def test_scion_stays_in_its_ball_up_to_the_error_of_the_iteration() -> None:
         assert torch.linalg.matrix_norm(p.detach(), 2) <= 1.21 * 6.0 * math.sqrt(4 / 9)
 
 
-def test_k_falls_from_start_to_end_and_resumes() -> None:
-    optimizer = NuMuon([group(parameter(8, 9), k=2), {"params": [parameter(3)]}], lr=0.1)
-    annealing = KAnnealing(optimizer, [8, None], steps=4)
-    seen = [optimizer.param_groups[0]["k"]]
-    for _ in range(5):
-        annealing.step()
-        seen.append(optimizer.param_groups[0]["k"])
-    assert seen == [8, 7, 5, 4, 2, 2]  # 6.5 and 3.5 are rounded up
-    again = NuMuon([group(parameter(8, 9), k=2), {"params": [parameter(3)]}], lr=0.1)
-    resumed = KAnnealing(again, [8, None], steps=4)
-    resumed.load_state_dict({"last_step": 2})
-    assert again.param_groups[0]["k"] == 5
+def test_k_falls_from_start_to_end_and_goes_on_after_loading() -> None:
+    annealed = {"k": 2, "k_start": 8, "k_steps": 4}
+    p, q, r = (parameter(8, 9) for _ in range(3))
+    optimizer = NuMuon([group(p, **annealed), {"params": [parameter(3)]}], lr=0.1)
+    assert [k_of_step(optimizer.param_groups[0], done) for done in range(6)] == [8, 7, 5, 4, 2, 2]  # halves go up
+    q.data.copy_(p)
+    r.data.copy_(p)
+    by_hand = NuMuon([group(q)], lr=0.1)
+    loaded = NuMuon([group(r, **annealed), {"params": [parameter(3)]}], lr=0.1)
+    for step, k in enumerate([8, 7, 5, 4, 2, 2]):
+        p.grad = torch.randn_like(p)
+        q.grad, r.grad = p.grad.clone(), p.grad.clone()
+        by_hand.param_groups[0]["k"] = k
+        optimizer.step()
+        by_hand.step()
+        assert torch.equal(p, q)
+        if step < 2:
+            r.data.copy_(p)
+            loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        else:
+            loaded.step()
+            assert torch.equal(p, r)
 
 
 # --- CrAM -------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from pliant.cli import VERBS, main
-from pliant.experiments import train as training
-from pliant.experiments.train import Session
+from pliant.experiments.methods import METHODS
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.session import Session
+from pliant.experiments.training.settings import OWN, SETTINGS
 from pliant.records import read_records
 
 QUICK = ["--model", "mlp", "--epochs", "1", "--batch_size", "256"]
@@ -80,13 +82,64 @@ def test_overview_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("pliant ")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_flag_is_explained(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
+        main([*arguments, "--help"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[verb] for verb in VERBS] + [["train", "--method", name] for name in METHODS])
+def test_every_flag_is_explained(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(help_of(command, capsys).split("options:")[1].split())
     assert re.findall(r"(--\w+ \S+) \(", text) == []  # the type in brackets would follow the flag at once
+
+
+def test_help_shows_what_all_methods_have_and_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(["train"], capsys)
+    titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert titles == ["options", "data", "network", "method", "schedule", "machine", "run folder"]
+    flags = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
+    assert flags == {*SETTINGS, "config", "print_config", "out", "resume"} - set(OWN)
+    for name, method in METHODS.items():
+        assert re.search(rf"^  {name} +{', '.join(method.cut_by) or 'all'} +{method.summary}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("place", ["flag", "equals", "config"])
+def test_help_for_a_method_shows_its_own_settings(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("method: q3r\n")
+    flags = {
+        "flag": ["--method", "q3r"],
+        "equals": ["--method=q3r"],
+        "config": ["--method", "sgd", "--config", str(tmp_path / "c.yaml")],
+    }
+    text = help_of(["train", *flags[place]], capsys)
+    own = text.partition("settings of q3r:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^  --(\w+)", own, re.MULTILINE) == ["k", "strength", "every"]
+    told = " ".join(own.split())
+    assert "--k K rank to go to: 3 is a count, 0.1 a share. (type: int | float | null, default: 0.2)" in told
+    assert "default: 5)" in told
+    assert "lr LR" in text
+
+
+def test_help_for_an_unknown_method_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'sgd'?" in fails(["train", "--method", "sgdd", "--help"], capsys)
+
+
+def test_a_printed_config_has_all_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["train", "--method", "q3r", "--model", "mlp", "--epochs", "1", "--print_config"])
+    text = capsys.readouterr().out
+    names = {*SETTINGS, "out", "resume"} - set(OWN) | set(METHODS["q3r"].own)
+    assert set(yaml.safe_load(text)) == names
+    Path("c.yaml").write_text(text)
+    assert main(["train", "--config", "c.yaml", "--out", "run"]) == 0
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["k"] == 0.2
 
 
 @pytest.mark.parametrize(
@@ -197,4 +250,4 @@ def test_interruption_tells_how_to_go_on(
     monkeypatch.setattr(Session, "run", interrupt)
     assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == 130
     assert "--resume" in capsys.readouterr().err
-    assert not (tmp_path / "run" / training.CHECKPOINT).exists()
+    assert not (tmp_path / "run" / CHECKPOINT).exists()

@@ -17,12 +17,16 @@ import pliant
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged
 from pliant.experiments import compare as comparing
 from pliant.experiments.baselines.retraining import SCHEDULES
-from pliant.experiments.compare import Comparison, compare
-from pliant.experiments.comparison import job as jobs
-from pliant.experiments.comparison.job import Job, Outcome, perform
-from pliant.experiments.comparison.suites import Measure, Suite
-from pliant.experiments.methods import with_defaults
+from pliant.experiments.compare import compare
+from pliant.experiments.comparison import retraining, workers
+from pliant.experiments.comparison.comparison import Comparison
+from pliant.experiments.comparison.job import Job, Outcome
+from pliant.experiments.comparison.performing import data_of, perform
+from pliant.experiments.comparison.suite import Measure, Suite
+from pliant.experiments.data.images import Loader
+from pliant.experiments.methods import resolved
 from pliant.experiments.run_folder import Run
+from pliant.experiments.training.settings import Settings
 from pliant.experiments.workbench import Workbench
 from pliant.files import locked
 from pliant.jsonl import read_lines
@@ -131,7 +135,7 @@ def test_the_reference_with_retraining_is_marked(finished: Path):
 
 def test_a_finished_comparison_is_not_made_again(finished: Path, monkeypatch: pytest.MonkeyPatch):
     before = (finished / "records.jsonl").read_bytes(), (finished / "trials.jsonl").read_bytes()
-    monkeypatch.setattr(comparing, "perform", lambda *_: pytest.fail("something was made again"))
+    monkeypatch.setattr(workers, "perform", lambda *_: pytest.fail("something was made again"))
     compare(str(finished.parent / "small.yaml"), out=str(finished))
     assert before == ((finished / "records.jsonl").read_bytes(), (finished / "trials.jsonl").read_bytes())
 
@@ -149,7 +153,7 @@ def test_a_suite_may_grow(finished: Path, tmp_path: Path, monkeypatch: pytest.Mo
         made.append(job.name)
         yield from ()
 
-    monkeypatch.setattr(comparing, "perform", noted)
+    monkeypatch.setattr(workers, "perform", noted)
     monkeypatch.setattr(comparing, "write_report", lambda *_, **__: None)
     compare(changed(finished, tmp_path, seeds=[0, 1, 2]), out=str(finished))
     assert made
@@ -194,16 +198,16 @@ def test_results_measured_otherwise_are_refused(finished: Path, tmp_path: Path, 
 
 
 def test_a_count_is_not_the_share_of_the_same_value(tmp_path: Path):
-    job = dataclasses.replace(a_job(), settings={**a_job().settings, "method": "sfw-rank", "k": 1})
-    config = with_defaults(job.settings)
+    job = with_settings(a_job(), method="sfw-rank", k=1)
+    config = resolved(job.settings).to_config()
     job.check(config, tmp_path)
     with pytest.raises(BadInput, match=r"with k 1\.0, the suite says 1:"):
         job.check({**config, "k": 1.0}, tmp_path)
 
 
 def test_any_precision_is_that_of_auto(tmp_path: Path):
-    job = dataclasses.replace(a_job(), settings={**a_job().settings, "precision": "auto"})
-    job.check(with_defaults(job.settings) | {"precision": "bf16"}, tmp_path)
+    job = with_settings(a_job(), precision="auto")
+    job.check(resolved(job.settings).to_config() | {"precision": "bf16"}, tmp_path)
 
 
 def test_what_was_chosen_once_and_is_not_any_more_is_not_reported(finished: Path, tmp_path: Path):
@@ -259,7 +263,7 @@ def test_without_its_network_a_sweep_is_measured_whole(finished: Path, tmp_path:
 
 def test_a_default_turnover_that_has_changed_is_refused(finished: Path):
     outcome = next(o for o in outcomes(finished) if o.label == "ours")
-    job = Job(task="", label="ours", trial=outcome.trial, settings=outcome.config, families={})
+    job = Job(task="", label="ours", trial=outcome.trial, settings=Settings.from_config(outcome.config), families={})
     job.check(outcome.config, finished)
     with pytest.raises(BadInput, match=r"with turnover 8\.0, the suite says 4\.0"):
         job.check({**outcome.config, "turnover": 8.0}, finished)
@@ -267,7 +271,7 @@ def test_a_default_turnover_that_has_changed_is_refused(finished: Path):
 
 def test_a_setting_that_did_not_exist_yet_had_no_value(finished: Path):
     outcome = next(o for o in outcomes(finished) if o.label == "ours")
-    job = Job(task="", label="ours", trial=outcome.trial, settings=outcome.config, families={})
+    job = Job(task="", label="ours", trial=outcome.trial, settings=Settings.from_config(outcome.config), families={})
     job.check({name: value for name, value in outcome.config.items() if name != "persistence"}, finished)
     older = {name: value for name, value in outcome.config.items() if name != "strength"}
     with pytest.raises(BadInput, match=r"with strength None, the suite says 0\.06"):
@@ -344,7 +348,7 @@ def test_with_equal_time_a_slower_step_means_fewer_epochs(finished: Path, tmp_pa
 
     content = {**CONTENT, "settings": {**CONTENT["settings"], "epochs": 7}, "equal": ["epochs", "time"]}
     Comparison(Suite.from_dict("small", content), tmp_path, noted).run()
-    assert [(job.label, job.equal, job.settings["epochs"], job.settings["seed"]) for job in made] == [
+    assert [(job.label, job.equal, job.settings.epochs, job.settings.seed) for job in made] == [
         ("ours", "time", 3, 0),  # 7 epochs in half the steps; with four it would be 8/7 of SGD's time
         ("ours", "time", 3, 1),
     ]
@@ -357,7 +361,7 @@ def test_with_equal_time_a_slower_step_means_fewer_epochs(finished: Path, tmp_pa
     (tmp_path / "records.jsonl").write_text(text, encoding="utf-8")
     made.clear()
     Comparison(Suite.from_dict("small", content), tmp_path, noted).run()
-    assert {job.settings["epochs"] for job in made} == {3}
+    assert {job.settings.epochs for job in made} == {3}
 
 
 # --- rehearsals -------------------------------------------------------------------------------------------------------
@@ -427,16 +431,20 @@ def a_job(**changes: Any) -> Job:
     return dataclasses.replace(job, calibration=64, **changes)
 
 
+def with_settings(job: Job, **changes: Any) -> Job:
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, **changes))
+
+
 def test_the_search_does_not_see_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
-    original = jobs.Loader
+    original = Loader
 
     def watched(data: Any, split: str, *rest: Any, **options: Any) -> Any:
         asked.append(split)
         return original(data, split, *rest, **options)
 
-    for module in ("pliant.experiments.workbench", "pliant.experiments.train", "pliant.experiments.comparison.job"):
-        monkeypatch.setattr(f"{module}.Loader", watched)
+    for module in ("workbench", "training.session", "comparison.retraining"):
+        monkeypatch.setattr(f"pliant.experiments.{module}.Loader", watched)
     list(perform(a_job(search=True), tmp_path))
     assert "val" in asked
     assert "test" not in asked
@@ -444,8 +452,7 @@ def test_the_search_does_not_see_test_images(tmp_path: Path, monkeypatch: pytest
 
 def test_a_training_that_diverges_is_an_outcome_without_area(tmp_path: Path):
     job = a_job(search=True)
-    settings = {**job.settings, "lr": 1e30, "warmup": 0.0}
-    lines = list(perform(dataclasses.replace(job, settings=settings), tmp_path))
+    lines = list(perform(with_settings(job, lr=1e30, warmup=0.0), tmp_path))
     assert [(line.family, line.area) for line in lines if isinstance(line, Outcome)] == [
         ("filters", None),
         ("rank", None),
@@ -465,7 +472,7 @@ def test_names_tell_trials_views_and_tasks_apart():
     job = a_job()
     assert job.training == "sgd,lr=0.1,seed=0"
     assert dataclasses.replace(job, task="digits").training == "digits-sgd,lr=0.1,seed=0"
-    timed = dataclasses.replace(job, equal="time", settings={**job.settings, "epochs": 7})
+    timed = dataclasses.replace(job, equal="time", settings=dataclasses.replace(job.settings, epochs=7))
     assert timed.training == "sgd,lr=0.1,epochs=7,seed=0"
     assert dataclasses.replace(job, retraining="FT").name == "sgd,lr=0.1,seed=0+FT"
     assert dataclasses.replace(job, retraining="FT", retraining_rounds=3).name == "sgd,lr=0.1,seed=0+FTx3"
@@ -514,9 +521,8 @@ def test_iterative_magnitude_pruning_retrains_at_each_of_its_sizes(tmp_path: Pat
 
 def test_a_network_of_turnover_is_retrained_with_the_lr_that_its_training_had(tmp_path: Path):
     measure = {"filters": (Measure("filters", ((0.5, ""),)),)}
-    own = {"method": "sfw-filters", "lr": None}
     job = a_job(families=measure, label="ours", retraining="FT", retraining_epochs=1)
-    (record,) = perform(dataclasses.replace(job, settings={**job.settings, **own}), tmp_path)
+    (record,) = perform(with_settings(job, method="sfw-filters", lr=None), tmp_path)
     assert isinstance(record, Record)
     assert record.run.endswith("+FT")
 
@@ -524,8 +530,7 @@ def test_a_network_of_turnover_is_retrained_with_the_lr_that_its_training_had(tm
 def test_memory_counts_what_an_optimizer_keeps_beside_its_state(tmp_path: Path):
     measure = {"filters": (Measure("filters", ((0.5, ""),)),)}
     job = a_job(families=measure, label="ours")
-    own = {"method": "sfw-filters", "lr": None}
-    (record,) = perform(dataclasses.replace(job, settings={**job.settings, **own}), tmp_path)
+    (record,) = perform(with_settings(job, method="sfw-filters", lr=None), tmp_path)
     assert isinstance(record, Record)
     assert record.cost is not None
     assert 1.05 < record.cost["memory"] / record.cost["memory_sgd"] < 1.5  # a vertex of the largest joint ball
@@ -537,8 +542,8 @@ def test_retraining_in_bf16_sees_the_weights_of_every_step():
     model = pliant.build_model("resnet8", num_classes=10, image_shape=(1, 8, 8), width=0.25)
     after = {}
     for precision in ("fp32", "bf16"):
-        settings = {**with_defaults(job.settings), "precision": precision}
-        again = jobs._retraining(job, jobs.data_of(job.settings), settings)(copy.deepcopy(model), 0)
+        settings = dataclasses.replace(resolved(job.settings), precision=precision)
+        again = retraining.retraining(job, data_of(job.settings), settings)(copy.deepcopy(model), 0)
         after[precision] = torch.cat([p.detach().flatten() for p in again.parameters()])
     moved = (after["fp32"] - torch.cat([p.detach().flatten() for p in model.parameters()])).norm()
     # 0.21 was measured; with the weights of the first step it is 1.4.

@@ -8,7 +8,6 @@ README's own blocks run in e2e/test_demo.py.
 import ast
 import contextlib
 import doctest
-import importlib
 import io
 import re
 import shlex
@@ -23,7 +22,8 @@ from pathlib import Path
 import pytest
 
 import pliant
-from pliant.cli import VERBS, Parser, main, make_parser
+from pliant.cli import VERBS, main, make_parser
+from pliant.experiments.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -86,18 +86,13 @@ def commands(text: str) -> Iterator[list[str]]:
             yield shlex.split(line.removeprefix("$ "), comments=True)
 
 
-def parser_of(verb: str) -> Parser:
-    function = getattr(importlib.import_module(f"pliant.{VERBS[verb].module}"), VERBS[verb].function)
-    return make_parser(verb, VERBS[verb], function)
-
-
 def check_command(words: list[str]) -> None:
     """Fail unless a command could be run: its flags, files, targets and extras exist."""
     while re.fullmatch(r"\w+=\S*", words[0]):
         words = words[1:]  # VARIABLE=value
     match words:
         case ["pliant", verb, *rest] if verb in VERBS:
-            parser_of(verb).parse_args(rest)
+            make_parser(verb, rest).parse_args(rest)
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
         case ["pip", "install", *_]:
@@ -292,6 +287,24 @@ def test_the_source_can_be_extended_as_described(tmp_path: Path) -> None:
     run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", "Flat")
 
 
+def own_settings() -> str:
+    """Return the table of methods in docs/baselines.md, as the methods say it."""
+
+    def default(value: object) -> str:
+        return "" if value is None else f" {str(value).lower() if isinstance(value, bool) else f'{value}'}"
+
+    rows = ["| method | cut by | `lr` | own settings and their defaults |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        own = ", ".join(f"`{flag}`{default(setting.default)}" for flag, setting in method.settings.items())
+        lr = "by `turnover`" if method.lr is None else str(method.lr)
+        rows.append(f"| `{name}` | {', '.join(method.cut_by) or 'all'} | {lr} | {own} |")
+    return "".join(f"{row}\n" for row in rows)
+
+
+def test_the_table_of_own_settings_is_that_of_the_methods() -> None:
+    assert own_settings() in (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
+
+
 # --- the pages as a site ----------------------------------------------------------------------------------------------
 
 
@@ -310,9 +323,11 @@ def test_the_pages_build_without_a_warning_and_tell_every_flag(tmp_path: Path) -
     page = (tmp_path / "cli.html").read_text(encoding="utf-8")
     for verb in VERBS:
         section = page.partition(f'<section id="pliant-{verb}">')[2].partition("</section>")[0]
-        flags = {option for action in parser_of(verb)._actions for option in action.option_strings[:1]}
+        flags = {option for action in make_parser(verb)._actions for option in action.option_strings[:1]}
         shown = set(re.findall(r'<span class="pre">(--\w+)</span>', section))
         assert shown == flags - {"-h", "--config", "--print_config"}, verb
+    for method in METHODS:
+        assert re.search(rf"--method</span> <span class=\"pre\">{method}</span>", page), method
 
 
 @pytest.mark.slow

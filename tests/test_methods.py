@@ -12,18 +12,22 @@ from torch import nn
 from pliant import BadInput, Diverged, FilterPruning, LowRank, Magnitude, compress, load
 from pliant.cli import main
 from pliant.experiments import baselines
-from pliant.experiments.methods import METHODS, OWN, make_k_schedule, make_optimizer, matrix_layers, with_defaults
+from pliant.experiments.baselines.numuon import k_of_step
+from pliant.experiments.methods import METHODS, make_optimizer, resolved
 from pliant.experiments.models import build_model
 from pliant.experiments.run_folder import Run
-from pliant.experiments.train import CHECKPOINT, Session, train
+from pliant.experiments.train import train
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.optimizers import make_k_schedule, matrix_layers
+from pliant.experiments.training.session import Session
+from pliant.experiments.training.settings import OWN, Resolved, Settings
 from pliant.norms import KSupport, Lp, NormBall, Rows
 
 OTHERS = [name for name in METHODS if name != "sgd" and not name.startswith("sfw")]
-NOTHING = {"k_start": None, **dict.fromkeys(OWN), "lr": None, "momentum": 0.9, "weight_decay": 5e-4}
 
 
-def settings(method: str, **changes: Any) -> dict[str, Any]:
-    return with_defaults({**NOTHING, "method": method, **changes})
+def settings(method: str, **changes: Any) -> Resolved:
+    return resolved(Settings(method=method, **changes))
 
 
 def quick(method: str, out: Path, **options: Any) -> Path:
@@ -90,7 +94,7 @@ def test_a_finished_training_of_factors_can_be_resumed(tmp_path: Path) -> None:
 
 def test_what_is_validated_is_what_is_saved(tmp_path: Path) -> None:
     run = quick("condlr", tmp_path / "run", k=0.3)
-    session = Session(Run.open(run).config)
+    session = Session(Settings.from_config(Run.open(run).config))
     session.restore(run / CHECKPOINT)
     merged, x = load(run), torch.randn(3, 1, 8, 8)
     torch.testing.assert_close(merged(x), session.model.eval()(x))
@@ -122,7 +126,10 @@ def test_an_exploding_learning_rate_is_a_divergence(method: str, tmp_path: Path)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_setting_that_a_method_does_not_have_is_an_error(method: str) -> None:
     values = {
+        "recipe": "paper",
         "k": 0.2,
+        "coupled": True,
+        "condition": 2.0,
         "vertices": "sparse",
         "rescale": "none",
         "pattern": "1:4",
@@ -232,12 +239,8 @@ def test_other_parameters_may_have_a_learning_rate_of_their_own(method: str) -> 
 def test_k_of_numuon_is_a_share_of_each_matrix_and_falls() -> None:
     chosen = settings("numuon", k=0.25, k_start=1.0)
     optimizer = make_optimizer(net(), chosen)
-    schedule = make_k_schedule(optimizer, chosen, steps=4)
-    assert schedule is not None
-    seen = []
-    for _ in range(3):
-        seen.append([group["k"] for group in optimizer.param_groups[:2]])
-        schedule.step()
+    assert make_k_schedule(optimizer, chosen, steps=4) is None  # the optimizer does it by itself
+    seen = [[k_of_step(group, done) for group in optimizer.param_groups[:2]] for done in range(3)]
     assert seen == [[8, 6], [5, 4], [2, 2]]
 
 

@@ -1,6 +1,7 @@
 """Vertices that rather have the rows or channels that the weights have already."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -168,9 +169,8 @@ def test_what_makes_no_sense_is_refused() -> None:
 def test_the_method_has_it_where_the_steps_are_convex() -> None:
     model = pliant.build_model("resnet8", num_classes=10, image_shape=(1, 8, 8), width=0.25)
     for given, expected in (({}, 1.0), ({"persistence": 0.5}, 0.5), ({"recipe": "paper"}, 0.0)):
-        opt = make_optimizer(
-            copy.deepcopy(model), settings("sfw-filters", **given) | {"lr": 0.1}, torch.zeros(2, 1, 8, 8)
-        )
+        chosen = dataclasses.replace(settings("sfw-filters", **given), lr=0.1)
+        opt = make_optimizer(copy.deepcopy(model), chosen, torch.zeros(2, 1, 8, 8))
         assert {g["persistence"] for g in opt.param_groups if g["ball"] is not None} == {expected}
     with pytest.raises(BadInput, match="--persistence of --method sfw-filters needs --rescale none"):
         settings("sfw-filters", recipe="paper", persistence=1.0)

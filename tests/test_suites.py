@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from pliant.errors import BadInput, DamagedFile
-from pliant.experiments.comparison.suites import SHIPPED, Suite
+from pliant.experiments.comparison.suite import SHIPPED, Suite
+from pliant.experiments.methods import find_method
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -30,9 +31,9 @@ def read(**changes: Any) -> Suite:
 def test_settings_come_from_the_suite_then_the_task_then_the_trial():
     suite = read(tasks={"a": {"epochs": 3}, "b": {}})
     settings = suite.settings("a", suite.methods[0], {"lr": 0.7}, seed=5)
-    assert (settings["epochs"], settings["data"], settings["lr"]) == (3, "digits", 0.7)
-    assert (settings["method"], settings["seed"]) == ("sgd", 5)
-    assert suite.settings("b", suite.methods[1], {}, seed=5)["epochs"] == 2
+    assert (settings.epochs, settings.data, settings.lr) == (3, "digits", 0.7)
+    assert (settings.method, settings.seed) == ("sgd", 5)
+    assert suite.settings("b", suite.methods[1], {}, seed=5).epochs == 2
 
 
 def test_a_mapping_of_lists_is_a_grid():
@@ -135,6 +136,13 @@ def test_shipped_suites_are_sound(name):
     assert suite.text == (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
     assert "sgd" in {entrant.label for entrant in suite.methods}  # the anchor
     assert len(suite.seeds) >= 3
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+def test_methods_are_measured_in_the_families_that_they_are_made_for(name):
+    for entrant in Suite.open(name).methods:
+        cut_by = find_method(entrant.method).cut_by
+        assert not cut_by or set(entrant.families) <= set(cut_by), entrant.label
 
 
 def test_five_suites_are_shipped():

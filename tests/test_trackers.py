@@ -47,7 +47,7 @@ def test_a_resumed_run_goes_on_in_tensorboard(tmp_path: Path, monkeypatch: pytes
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from pliant.experiments.train import Session
+    from pliant.experiments.training.session import Session
 
     save = Session.save
 

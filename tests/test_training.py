@@ -10,11 +10,14 @@ import yaml
 from torch import nn
 
 from pliant.errors import BadInput, DamagedFile, Diverged
-from pliant.experiments import train as training
 from pliant.experiments.compress import compress_run
 from pliant.experiments.methods import METHODS
 from pliant.experiments.run_folder import Run, load
-from pliant.experiments.train import Session, learning_rate, train
+from pliant.experiments.train import train
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.schedules import SCHEDULES, learning_rate
+from pliant.experiments.training.session import Session
+from pliant.experiments.training.settings import Settings
 from pliant.norms import NormBall
 from pliant.storage import load_weights, save_weights
 
@@ -90,7 +93,7 @@ def test_resume_of_a_complete_run_changes_nothing(tmp_path: Path) -> None:
 
 def test_resume_leaves_finished_work_alone(tmp_path: Path) -> None:
     run = quick(tmp_path / "run")
-    (run / training.CHECKPOINT).unlink()
+    (run / CHECKPOINT).unlink()
     before = (run / "model.safetensors").stat()
     train(out=str(run), resume=True)
     assert (run / "model.safetensors").stat() == before
@@ -164,8 +167,8 @@ def test_accumulation_computes_the_same_gradients(tmp_path: Path) -> None:
 
 def test_weights_stay_in_their_balls(tmp_path: Path) -> None:
     run = quick(tmp_path / "run", method="sfw-rank", radius=3)
-    session = Session(Run.open(run).config)
-    session.restore(run / training.CHECKPOINT)
+    session = Session(Settings.from_config(Run.open(run).config))
+    session.restore(run / CHECKPOINT)
     balls = [g for g in session.optimizer.param_groups if g["ball"] is not None]
     assert balls
     for group in balls:
@@ -190,7 +193,7 @@ def test_divergence_is_named_and_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(Session, "_backward", explode)
     with pytest.raises(Diverged, match=r"loss became nan in epoch 2.*checkpoint of epoch 1"):
         quick(tmp_path / "run")
-    saved = torch.load(tmp_path / "run" / training.CHECKPOINT, weights_only=True)
+    saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert saved["epoch"] == 1
     assert all(p.isfinite().all() for p in saved["model"].values())
 
@@ -203,7 +206,7 @@ def test_an_exploding_learning_rate_is_caught(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
 def test_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     run = quick(tmp_path / "run")
-    checkpoint = run / training.CHECKPOINT
+    checkpoint = run / CHECKPOINT
     content = {"truncated": checkpoint.read_bytes()[:1000], "foreign": b"not a checkpoint", "empty": b""}[damage]
     checkpoint.write_bytes(content)
     with pytest.raises(DamagedFile, match=re.escape(str(checkpoint))):
@@ -212,7 +215,7 @@ def test_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
 
 def test_checkpoints_that_would_run_code_are_refused(tmp_path: Path) -> None:
     run = quick(tmp_path / "run")
-    torch.save({"model": nn.Linear(2, 2)}, run / training.CHECKPOINT)
+    torch.save({"model": nn.Linear(2, 2)}, run / CHECKPOINT)
     with pytest.raises(DamagedFile):
         train(out=str(run), resume=True)
 
@@ -250,9 +253,9 @@ def test_bad_settings_leave_nothing_behind(options: dict[str, Any], message: str
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("schedule", training.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rate_warms_up_and_follows_the_schedule(schedule: str) -> None:
-    factor = learning_rate({"warmup": 0.1, "schedule": schedule}, 100)
+    factor = learning_rate(schedule, 0.1, 100)
     assert 0 < factor(0) < factor(5) < factor(10) == 1
     assert all(factor(t) <= 1 for t in range(101))
     assert factor(100) == pytest.approx({"cosine": 0, "linear": 0, "step": 0.01, "constant": 1}[schedule])

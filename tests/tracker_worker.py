@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant import train
-from pliant.experiments.train import Session
+from pliant.experiments.training.session import Session
 
 Tracked = dict[str, Any]
 

@@ -1,12 +1,13 @@
 """The command line: pliant train | sweep | report | compare | compress | export | demo.
 
-Every verb is a Python function; its flags are the function's parameters, and the same settings can come from a YAML
-file with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
+Every verb is a Python function; its flags are the function's keywords, and the same settings can come from a YAML file
+with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
 torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -28,7 +29,18 @@ from pliant.errors import BadInput, PliantError
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: the function behind it, its positional argument, if any, and whether to print the path it returns."""
+    """One verb.
+
+    Args:
+        module: where its function is.
+        function: what does it.
+        help: what it does.
+        positional: name of its positional argument, if there is one.
+        several: whether that takes several values.
+        prints_path: whether to print the path that the function returns.
+        flags: module with a function ``add_flags`` that adds its flags to a parser; without one, they are the
+            parameters of the function.
+    """
 
     module: str
     function: str
@@ -36,11 +48,16 @@ class Verb:
     positional: str | None = None
     several: bool = False
     prints_path: bool = False
+    flags: str = ""
 
 
 VERBS = {
     "train": Verb(
-        "experiments.train", "train", "train one network, with SGD, SFW or one of their rivals", prints_path=True
+        "experiments.train",
+        "train",
+        "train one network, with SGD, SFW or one of their rivals",
+        prints_path=True,
+        flags="experiments.training.flags",
     ),
     "sweep": Verb(
         "experiments.sweep", "sweep", "compress trained networks at many ratios and measure", "runs", True, True
@@ -86,13 +103,13 @@ def _run(arguments: list[str]) -> int:
     if name not in VERBS:
         return _fail(f"unknown verb {name!r}: {_nearest(name, VERBS)}known are {', '.join(VERBS)}")
     verb = VERBS[name]
-    function: Callable[..., Any] = getattr(importlib.import_module(f"pliant.{verb.module}"), verb.function)
-    parser = make_parser(name, verb, function)
-    switches = {n for n, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
     _check_files(rest, verb)
-    # Without the defaults: a function may want to know what was given.
-    given = vars(parser.parse_args(_with_values(rest, switches), defaults=False))
-    path = function(**{name: value for name, value in given.items() if name != "config"})
+    parser = make_parser(name, rest)
+    switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    # Without the defaults, but in a file of settings to fill in: a function may want to know what was given.
+    defaults = any(argument.startswith("--print_config") for argument in rest)
+    given = vars(parser.parse_args(_with_values(rest, switches), defaults=defaults))
+    path = _function(verb)(**{name: value for name, value in given.items() if name != "config"})
     if verb.prints_path and os.environ.get("RANK", "0") == "0":  # torchrun starts many processes
         print(path)
     return 0
@@ -117,10 +134,24 @@ def _check_files(arguments: list[str], verb: Verb) -> None:
             raise BadInput(f"--config {name}: {verb.positional} expects text, got {given!r}")
 
 
-def make_parser(name: str, verb: Verb, function: Callable[..., Any]) -> Parser:
-    """Return the parser of a verb, with a flag for each parameter of its function."""
+def _function(verb: Verb) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(f"pliant.{verb.module}"), verb.function)
+    return function
+
+
+def make_parser(name: str, arguments: Sequence[str] = ()) -> Parser:
+    """Return the parser of a verb.
+
+    Args:
+        name: of the verb.
+        arguments: what it will read; some flags depend on others.
+    """
+    verb = VERBS[name]
+    function = _function(verb)
     summary = inspect.getdoc(function) or verb.help
-    parser = Parser(prog=f"pliant {name}", description=summary.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(
+        prog=f"pliant {name}", description=summary.split("\n\n")[0], allow_abbrev=False, formatter_class=Help
+    )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it.")
     if verb.positional:
         text = re.search(rf"^\s+{verb.positional}: (.+)$", summary, re.MULTILINE)
@@ -130,8 +161,41 @@ def make_parser(name: str, verb: Verb, function: Callable[..., Any]) -> Parser:
             nargs="+" if verb.several else None,
             help=text[1] if text else None,
         )
-    parser.add_function_arguments(function, skip={verb.positional} if verb.positional else set())
+    if verb.flags:
+        importlib.import_module(f"pliant.{verb.flags}").add_flags(parser, _peek(arguments))
+    else:
+        parser.add_function_arguments(function, skip={verb.positional} if verb.positional else set())
     return parser
+
+
+def _peek(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the values that arguments and files of settings seem to give, before a parser reads them."""
+    found: dict[str, Any] = {}
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if not equals:
+            value = next(iter(arguments[index + 1 :]), "--")
+            if value.startswith("--"):
+                continue
+        if flag == "--config" and Path(value).is_file():
+            found |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        elif flag.startswith("--"):
+            found[flag[2:]] = value
+    return found
+
+
+class Help(jsonargparse.DefaultHelpFormatter):
+    """Help that keeps lines as they are in texts of several lines, and shows what a flag's method decides."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" not in text:
+            return super()._fill_text(text, width, indent)
+        return "\n".join(f"{indent}{line}" for line in text.splitlines())
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action)
+        decided = getattr(action, "decided", None)
+        return text if decided is None else text.replace("default: %(default)s", f"default: {decided}")
 
 
 class Parser(jsonargparse.ArgumentParser):

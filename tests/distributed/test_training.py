@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pliant.experiments.run_folder import Run
-from pliant.experiments.train import CHECKPOINT, train
+from pliant.experiments.train import train
+from pliant.experiments.training.checkpoint import CHECKPOINT
 
 from .launching import ROOT, torchrun
 from .training_worker import OPTIONS

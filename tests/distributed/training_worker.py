@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pliant.experiments.train import Session, train
+from pliant.experiments.train import train
+from pliant.experiments.training.session import Session
 
 OPTIONS: dict[str, Any] = {
     "model": "mlp",  # without BatchNorm: each process would normalise its part of a batch by itself

@@ -66,7 +66,8 @@ def made(folder: Path) -> None:
     pliant_(["train", *SETTINGS, "--method", "lorita", "--epochs", "1", "--out", runs / "lorita"])
     shutil.rmtree(runs / "filters" / "checkpoint")
     shutil.rmtree(runs / "lorita" / "checkpoint")
-    unfinished(runs / "unfinished")
+    unfinished(runs / "unfinished", "sfw-rank")
+    unfinished(runs / "unfinished-numuon", "numuon", epochs=4)
     records = folder / "records.jsonl"
     for compressor in ("filters", "rank", "weights", "nm", "filters+rank+int8"):
         ratios = [] if compressor == "nm" else ["--ratios", "0,0.5,0.9"]
@@ -98,16 +99,17 @@ def made(folder: Path) -> None:
     images = torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8)
     for path in [runs / "filters", runs / "lorita", *(folder / "small" / name for name in SIZES)]:
         outputs[str(path.relative_to(folder))] = pliant.load(path)(images).tolist()
-    finished = folder / "finished"
-    shutil.copytree(runs / "unfinished", finished)
-    pliant_(["train", "--out", finished, "--resume"])
-    outputs["finished"] = pliant.load(finished)(images).tolist()
-    shutil.rmtree(finished)
+    for suffix in ("", "-numuon"):
+        finished = folder / f"finished{suffix}"
+        shutil.copytree(runs / f"unfinished{suffix}", finished)
+        pliant_(["train", "--out", finished, "--resume"])
+        outputs[finished.name] = pliant.load(finished)(images).tolist()
+        shutil.rmtree(finished)
     (folder / "outputs.json").write_text(json.dumps(outputs, indent=1) + "\n")
 
 
-def unfinished(path: Path) -> None:
-    """Train for the first of two epochs."""
+def unfinished(path: Path, method: str, epochs: int = 2) -> None:
+    """Train for the first epoch only."""
     save = Session.save
 
     def stopping(self: Session, target: Path) -> None:
@@ -122,8 +124,8 @@ def unfinished(path: Path) -> None:
             width=0.25,
             batch_size=256,
             precision="fp32",
-            method="sfw-rank",
-            epochs=2,
+            method=method,
+            epochs=epochs,
             out=str(path),
         )
     except Stopped:

@@ -58,13 +58,16 @@ def test_an_export_of_a_network_of_ones_own_is_rebuilt() -> None:
     torch.testing.assert_close(small(tokens), torch.tensor(OUTPUTS["heads"]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_training_goes_on(data: Path) -> None:
-    folder = data / "runs" / "unfinished"
+@pytest.mark.parametrize(("suffix", "epochs"), [("", 2), ("-numuon", 4)])
+def test_a_training_goes_on(suffix: str, epochs: int, data: Path) -> None:
+    folder = data / "runs" / f"unfinished{suffix}"
     run("train", "--out", folder, "--resume")
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, epochs + 1))
     # Steps of another processor round otherwise, and vertices may then have other directions.
-    torch.testing.assert_close(pliant.load(folder)(IMAGES), torch.tensor(OUTPUTS["finished"]), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(
+        pliant.load(folder)(IMAGES), torch.tensor(OUTPUTS[f"finished{suffix}"]), rtol=0.05, atol=0.1
+    )
 
 
 def test_records_are_read_and_written_back_unchanged() -> None:

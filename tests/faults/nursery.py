@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib
-import inspect
 import json
 import os
 import resource
@@ -155,11 +154,11 @@ def _import_all() -> None:
     for module in ("cli", "experiments.sweep", "experiments.compress", "experiments.export", "reporting.page"):
         importlib.import_module(f"pliant.{module}")
     from pliant.compression import FilterPruning, compress
-    from pliant.experiments.train import Session, train
+    from pliant.experiments.training.session import Session
+    from pliant.experiments.training.settings import Settings
 
     torch.set_num_threads(1)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    session = Session(defaults | {"model": "mlp"})
+    session = Session(Settings(model="mlp"))
     compress(session.model, FilterPruning(), torch.zeros(1, 1, 8, 8))
 
 

@@ -1,7 +1,6 @@
 """Numbers that go wrong: training stops with the cause and a checkpoint to go on from, or goes on as it should."""
 
 import contextlib
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ from pliant.constraints import weights as entries
 from pliant.errors import BadInput, Diverged
 from pliant.experiments.data.images import ImageData, Split
 from pliant.experiments.run_folder import Run
-from pliant.experiments.train import CHECKPOINT, Session, train, train_run
+from pliant.experiments.train import train, train_run
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.session import Session
+from pliant.experiments.training.settings import Settings
 
 
 def quick(out: Path, **options: Any) -> Path:
@@ -79,10 +81,8 @@ def data(train_split: Split, *, std: float = 0.3) -> ImageData:
     return ImageData("own", train_split, images(40, 4), images(40, 4, 1), names, (0.5,), (std,), flip=False, pad=0)
 
 
-def settings(**options: Any) -> dict[str, Any]:
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    own = {"model": "lenet5", "width": 0.3, "epochs": 2, "batch_size": 32} | options
-    return {name: value for name, value in (defaults | own).items() if name not in ("out", "resume")}
+def settings(**options: Any) -> Settings:
+    return Settings(**{"model": "lenet5", "width": 0.3, "epochs": 2, "batch_size": 32} | options)
 
 
 @pytest.mark.parametrize("method", ["sgd", "sfw-filters"])

@@ -7,7 +7,6 @@ Nothing else comes out of a reader than a ``PliantError`` of one line. The examp
 from __future__ import annotations
 
 import gzip
-import inspect
 import json
 import os
 import struct
@@ -25,8 +24,12 @@ from hypothesis import strategies as st
 from pliant.errors import PliantError
 from pliant.experiments.compress import compress_run
 from pliant.experiments.data.images import load_data
-from pliant.experiments.run_folder import Run, load
-from pliant.experiments.train import CHECKPOINT, LOG, Log, Session, check_resumable, train
+from pliant.experiments.run_folder import LOG, Run, load
+from pliant.experiments.train import resumable, train
+from pliant.experiments.training.checkpoint import CHECKPOINT
+from pliant.experiments.training.log import Log
+from pliant.experiments.training.session import Session
+from pliant.experiments.training.settings import Settings
 from pliant.files import write_bytes
 from pliant.records import Record, read_records
 
@@ -109,8 +112,6 @@ def test_records(tmp_path: Path) -> None:
 
 def test_config(run: Path) -> None:
     file = run / "config.yaml"
-    arguments = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    arguments["out"] = str(run)
     for content in restored(file):
         values = yaml.safe_load(content)
         as_yaml = altered(values).map(lambda value: Content(yaml.safe_dump(value).encode("utf-8", "surrogatepass")))
@@ -120,7 +121,7 @@ def test_config(run: Path) -> None:
         def attempt(data: bytes) -> None:
             file.write_bytes(data)
             read(lambda: load(run), run)
-            read(lambda: check_resumable({}, arguments), file, run)
+            read(lambda: resumable(run, {}), file, run)
 
         attempt()
 
@@ -147,7 +148,7 @@ def test_log_of_a_training(run: Path) -> None:
         @given(st.one_of(damaged(content * 3), st.sampled_from(DEEP)), st.integers(0, 3))
         def attempt(data: bytes, keep: int) -> None:
             file.write_bytes(data)
-            with Log(run, keep=keep, settings=Run.open(run).config) as log:
+            with Log(run, keep=keep, settings=Settings.from_config(Run.open(run).config)) as log:
                 log.write({"epoch": keep + 1})
             assert json.loads(file.read_text(errors="replace").rstrip("\n").rpartition("\n")[2]) == {"epoch": keep + 1}
 
@@ -178,7 +179,7 @@ def test_weights(run: Path) -> None:
 
 def test_checkpoint(run: Path) -> None:
     file = run / CHECKPOINT
-    session = Session(Run.open(run).config)
+    session = Session(Settings.from_config(Run.open(run).config))
     session.restore(file)
     expected = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
     for content in restored(file):

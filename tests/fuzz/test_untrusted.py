@@ -14,7 +14,8 @@ import yaml
 import pliant
 from pliant.errors import PliantError
 from pliant.experiments.run_folder import Run, load
-from pliant.experiments.train import CHECKPOINT, train
+from pliant.experiments.train import train
+from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.storage import read_plan
 
 SOURCES = sorted(Path(pliant.__file__).parent.rglob("*.py"))

@@ -13,7 +13,7 @@ from pliant.experiments.baselines.glt import GLT
 from pliant.experiments.baselines.lorita import Composition
 from pliant.experiments.baselines.muon import Muon
 from pliant.experiments.baselines.nuc import NUC
-from pliant.experiments.baselines.numuon import KAnnealing, NuMuon
+from pliant.experiments.baselines.numuon import NuMuon
 from pliant.experiments.baselines.pat import pat_optimizer
 from pliant.experiments.baselines.products import Product, factorise, merged
 from pliant.experiments.baselines.q3r import Q3R
@@ -34,7 +34,6 @@ __all__ = [
     "CondLR",
     "Conditioned",
     "CrAM",
-    "KAnnealing",
     "MatrixSGD",
     "Muon",
     "NuMuon",

@@ -21,55 +21,42 @@ from pliant.experiments.baselines.muon import Directed, adam_size
 
 
 class NuMuon(Directed):
-    """Low-rank steps for matrices, SGD for the rest; ``k`` counts directions, ``strength`` is the decoupled decay."""
+    """Low-rank steps for matrices, SGD for the rest.
+
+    Options: ``k`` counts directions, ``strength`` is the decoupled decay λ. In a group with a ``"k_start"`` k falls
+    from there to ``"k"`` over the first ``"k_steps"`` steps of each of its weights.
+    """
 
     options: ClassVar[dict[str, Any]] = {"k": 1, "strength": 0.1}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; that of matrices has a constant k unless it says otherwise."""
+        if param_group.get("row_dim") is not None:
+            param_group = {"k_start": None, "k_steps": 1, **param_group}
+        super().add_param_group(param_group)
 
     def before(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Return the direction in the place of the gradient."""
         u, s, vh = svd(self.average(g, state, group))
-        k: int = group["k"]
+        done: int = state.get("step", 0)
+        state["step"] = done + 1
+        k = k_of_step(group, done)
         decay: float = group["strength"]
         leading = (u[..., :k] * positive(s)[..., None, :k]) @ vh[..., :k, :]
         return adam_size(w) * leading + decay * w
 
+    def skip(self, steps: int) -> None:
+        """Let k be what it is that many steps later."""
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] += steps
 
-class KAnnealing:
-    """Move the ``"k"`` of each group linearly from a start to the value that it has now.
 
-    Constructing sets the start values. To resume, load the optimizer's state and this one's, in any order.
-
-    Args:
-        optimizer: with a ``"k"`` in some groups.
-        starts: k at the first step for each group, None for one without k.
-        steps: number of steps from start to end, at least 1.
-    """
-
-    def __init__(self, optimizer: NuMuon, starts: list[int | None], *, steps: int) -> None:
-        self.optimizer = optimizer
-        self.steps = steps
-        self.last_step = 0
-        groups = zip(starts, optimizer.param_groups, strict=True)
-        self._spans = [None if start is None else (start, int(group["k"])) for start, group in groups]
-        self._apply()
-
-    def step(self) -> None:
-        """Go one step further; after ``steps`` steps k stays at its end."""
-        self.last_step += 1
-        self._apply()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain data."""
-        return {"last_step": self.last_step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.last_step = state["last_step"]
-        self._apply()
-
-    def _apply(self) -> None:
-        progress = min(1.0, self.last_step / self.steps)
-        for span, group in zip(self._spans, self.optimizer.param_groups, strict=True):
-            if span is not None:
-                start, end = span
-                group["k"] = math.floor(start + progress * (end - start) + 0.5)
+def k_of_step(group: dict[str, Any], done: int) -> int:
+    """Return the k of a group after ``done`` steps; from ``"k_steps"`` on it is ``"k"``."""
+    end: int = group["k"]
+    if group["k_start"] is None:
+        return end
+    start: int = group["k_start"]
+    progress: float = min(1.0, done / group["k_steps"])
+    return math.floor(start + progress * (end - start) + 0.5)

@@ -1,40 +1,26 @@
-"""One training of a comparison and its measurements, as plain data: here, or on another machine.
+"""What a comparison does and what comes of it, as plain data: it travels to other machines and into files.
 
-:func:`perform` trains what a :class:`Job` describes, unless that is done, and yields a line for each measurement: an
-:class:`Outcome` in the search for settings, which sees validation images only, or a :class:`~pliant.records.Record`.
+A :class:`Job` is a training and what is to be measured of it; an :class:`Outcome` is what a trial came to in the search
+for settings, which sees validation images only. The other measurements are records, :class:`~pliant.records.Record`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils import benchmark
-
-from pliant.errors import BadInput, Diverged, shown
-from pliant.experiments.baselines.retraining import cycles, rates, retrain
-from pliant.experiments.comparison.suites import Measure
-from pliant.experiments.data.images import ImageData, Loader, load_data
-from pliant.experiments.methods import OWN, with_defaults
-from pliant.experiments.run_folder import Run
-from pliant.experiments.train import CHECKPOINT, Session, differ, learning_rate, train_run
-from pliant.experiments.training.onednn import sound_convolutions
-from pliant.experiments.workbench import Refine, Workbench
-from pliant.optim import SFW
-from pliant.records import CALIBRATION, Cost, Record
-from pliant.reporting.area import area
+from pliant.compressor_names import CALIBRATION
+from pliant.errors import BadInput, shown
+from pliant.experiments.comparison.suite import Measure
+from pliant.experiments.methods import resolved
+from pliant.experiments.training.settings import Settings, differ
+from pliant.records import Record
 from pliant.reporting.curves import PLACES
 
-PHASES, ROUNDS = 4, 5
-"""In how many parts of the training steps are timed, for k may change, and how many in each."""
+ROUNDS = 5
+"""How many steps are timed in each part of a training."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Job:
         task: name of the task.
         label: name of the method in the comparison.
         trial: the settings that tell the method's trials apart.
-        settings: all settings of the training.
+        settings: those of the training.
         families: what to measure, by family.
         calibration: images for whitening and the BatchNorm re-estimation.
         search: whether the first measure of each family is taken on the validation images, nothing else.
@@ -59,7 +45,7 @@ class Job:
     task: str
     label: str
     trial: dict[str, Any]
-    settings: dict[str, Any]
+    settings: Settings
     families: dict[str, tuple[Measure, ...]]
     calibration: int = CALIBRATION
     search: bool = False
@@ -75,8 +61,8 @@ class Job:
         parts = [part for part in (self.task, self.label) if part]
         shown = [f"{name}={value}" for name, value in self.trial.items()]
         if self.equal == "time":
-            shown.append(f"epochs={self.settings['epochs']}")
-        return ",".join(["-".join(parts), *shown, f"seed={self.settings['seed']}"]).replace("/", "_").replace(":", "_")
+            shown.append(f"epochs={self.settings.epochs}")
+        return ",".join(["-".join(parts), *shown, f"seed={self.settings.seed}"]).replace("/", "_").replace(":", "_")
 
     @property
     def name(self) -> str:
@@ -88,14 +74,17 @@ class Job:
 
     def check(self, config: dict[str, Any], where: Path) -> None:
         """Raise BadInput if a result of this name was made with other settings."""
-        settings = with_defaults(self.settings)
-        # A turnover and the length of the training decide lr; a run, other than the search, has that instead.
-        decided = settings["lr"] is None and config.get("turnover") is None
-        free = {*PLACES, *(("lr", "turnover") if decided else ()), *(("precision",) if _is_auto(settings) else ())}
-        settings = {name: value for name, value in settings.items() if name not in free}
+        settings = resolved(self.settings)
+        free = set(PLACES)
+        if settings.lr is None and config.get("turnover") is None:
+            # Turnover and the length of the training decide lr: a run has that instead, the search has turnover.
+            free |= {"lr", "turnover"}
+        if settings.precision == "auto":
+            free |= {"precision"}  # a run has what its machine is good at
+        expected = {name: value for name, value in settings.to_config().items() if name not in free}
         # How it was measured, where the results tell that.
-        settings |= {name: value for name, value in self._measured().items() if name in config}
-        for name, value in settings.items():
+        expected |= {name: value for name, value in self._measured().items() if name in config}
+        for name, value in expected.items():
             found = config.get(name)  # None, too, for a setting that did not exist yet
             if differ(name, found, value):
                 raise BadInput(
@@ -179,169 +168,4 @@ class Outcome:
         return cls(**{name: values[name] for name in kinds})
 
 
-def _is_auto(settings: dict[str, Any]) -> bool:
-    return bool(settings["precision"] == "auto")  # then a run has what its machine is good at
-
-
 Line = Record | Outcome
-
-
-def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[Line]:
-    """Train in ``folder``/runs, unless that is done, and yield the measurements one by one.
-
-    A training that diverges yields an :class:`Outcome` that says so, for each family; Diverged is raised where there is
-    none. ``data`` replaces the data set that the settings name.
-    """
-    data = data or data_of(job.settings)
-    path = folder / "runs" / job.training
-    if (path / "config.yaml").exists():
-        job.check(Run.open(path).config, path)
-    try:
-        train_run(job.settings, path, data)
-    except Diverged as error:
-        if not job.families:
-            raise
-        yield from (_outcome(job, family, [], None, str(error)) for family in job.families)
-        return
-    shutil.rmtree((path / CHECKPOINT).parent, ignore_errors=True)  # complete: nothing goes on from it
-    run = Run.open(path, data)
-    if job.search:
-        for family, measures in job.families.items():
-            bench = _workbench(run, job, measures[0])
-            points = [list(bench.validate(*point)) for point in measures[0].points]
-            yield _outcome(job, family, points, area([(s, a) for s, a in points], 1 / data.num_classes))
-        return
-    cost = step_cost(job, data, run.seconds)
-    again = _retraining(job, data, run.config) if job.retraining else None
-    extra: dict[str, Any] = {}
-    if job.retraining:
-        extra |= {"retraining": job.retraining, "retraining_epochs": job.retraining_epochs}
-    if job.retraining_rounds > 1:
-        extra |= {"retraining_rounds": job.retraining_rounds}
-    for measures in job.families.values():
-        for measure in measures:
-            bench = _workbench(run, job, measure)
-            for point in measure.points:
-                if point == (0.0, ""):
-                    _, _, record = bench.measure(*point)
-                else:
-                    *before, _ = cycles(point[0], job.retraining_rounds)
-                    _, _, record = bench.measure(*point, again, before)
-                config = {**record.config, **extra}
-                yield dataclasses.replace(record, run=job.name, method=job.label, cost=cost, config=config)
-
-
-def data_of(settings: dict[str, Any]) -> ImageData:
-    """Return the data set that the settings of a training name; the last one is kept in memory."""
-    return _data(*(settings[name] for name in ("data", "data_dir", "image_size")))
-
-
-@functools.lru_cache(maxsize=1)
-def _data(name: str, data_dir: str | None, image_size: int | None) -> ImageData:
-    return load_data(name, data_dir, image_size=image_size)
-
-
-def _workbench(run: Run, job: Job, measure: Measure) -> Workbench:
-    options: dict[str, Any] = {name: getattr(measure, name) for name in ("allocation", "whiten", "scheme")}
-    return Workbench(run, measure.compressor, calibration=job.calibration, **options)
-
-
-def _outcome(job: Job, family: str, points: list[list[float]], found: float | None, error: str = "") -> Outcome:
-    return Outcome(
-        task=job.task,
-        label=job.label,
-        family=family,
-        run=job.training,
-        trial=job.trial,
-        config=with_defaults(job.settings),
-        points=points,
-        area=found,
-        error=error,
-        compressor=job.families[family][0].name,
-        measure=job.chosen_by(family),
-    )
-
-
-# --- what a training costs --------------------------------------------------------------------------------------------
-
-
-def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
-    """Time steps of a method and of SGD in turns, and count what they keep in memory.
-
-    Args:
-        job: the training of the method.
-        data: its data.
-        seconds: what the training took.
-    """
-    plain = {**job.settings, **dict.fromkeys(OWN), "method": "sgd", "lr": None}
-    sessions = [Session(job.settings, data), Session(plain, data)]
-    steppers = [_stepper(session) for session in sessions]
-    times: list[list[float]] = [[], []]
-    for phase in range(PHASES):
-        if sessions[0].k_schedule is not None and phase:
-            for _ in range(sessions[0].steps // PHASES):
-                sessions[0].k_schedule.step()
-        for round_ in range(job.rounds + 1):
-            for step, taken in zip(steppers, times, strict=True):
-                started = benchmark.timer()  # waits for a GPU
-                step()
-                if round_:  # the first one allocates, and k may have changed
-                    taken.append(benchmark.timer() - started)
-    (step_s, step_s_sgd), (memory, memory_sgd) = map(median, times), map(_memory, sessions)
-    return {
-        "equal": job.equal,
-        "seconds": seconds,
-        "step_s": step_s,
-        "step_s_sgd": step_s_sgd,
-        "memory": memory,
-        "memory_sgd": memory_sgd,
-    }
-
-
-def _stepper(session: Session) -> Callable[[], object]:
-    """Return a function that takes a training step on the next images."""
-    network, optimizer = session.accelerator.prepare(session.model, session.optimizer)
-    network.train()
-    images, labels = next(iter(session.loader))
-    return lambda: session.step(network, optimizer, images, labels)
-
-
-def _memory(session: Session) -> int:
-    """Return the bytes of the weights, their gradients and what the optimizer keeps."""
-    state = [value for entry in session.optimizer.state.values() for value in entry.values()]
-    if isinstance(session.optimizer, SFW):
-        state += session.optimizer.scratch
-    kept = [*session.model.parameters(), *session.model.buffers(), *state]
-    gradients = [p.grad for p in session.model.parameters() if p.grad is not None]
-    return sum(t.nbytes for t in [*kept, *gradients] if isinstance(t, torch.Tensor))
-
-
-# --- the reference that trains again ----------------------------------------------------------------------------------
-
-
-def _retraining(job: Job, data: ImageData, settings: dict[str, Any]) -> Refine:
-    """Return what trains a compressed network again, with the batches and the settings of its training."""
-
-    def again(model: nn.Module, rounds_before: int) -> nn.Module:
-        loader = Loader(
-            data, "train", settings["batch_size"], shuffle=True, augment=settings["augment"], seed=settings["seed"]
-        )
-        factor = learning_rate(settings, len(loader) * settings["epochs"])
-        original = [settings["lr"] * factor(step) for step in range(len(loader) * settings["epochs"])]
-        lrs = rates(job.retraining, original, len(loader) * job.retraining_epochs)
-
-        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            first = settings["epochs"] + rounds_before * job.retraining_epochs
-            for epoch in range(first, first + job.retraining_epochs):
-                loader.set_epoch(epoch)  # images shuffled as never before
-                for images, labels in loader:
-                    yield images.to(device), labels.to(device)
-
-        device = next(model.parameters()).device
-        # Autocast would keep the weights that it cast first until the end, and each step would see those of the first.
-        half = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16", cache_enabled=False)
-        with half, sound_convolutions(model):
-            retrain(model, batches(), lrs, momentum=settings["momentum"], weight_decay=settings["weight_decay"])
-        return model
-
-    return again

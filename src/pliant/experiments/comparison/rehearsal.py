@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 from pliant.errors import Diverged
-from pliant.experiments.comparison.job import Job, Line, Outcome, perform
-from pliant.experiments.comparison.suites import Entrant, Measure, Suite
+from pliant.experiments.comparison.job import Job, Line, Outcome
+from pliant.experiments.comparison.performing import perform
+from pliant.experiments.comparison.suite import Entrant, Measure, Suite
 from pliant.experiments.data.images import ImageData, Split
 
 # Classes and image shape of the data sets that have a name; others are taken to have these of CIFAR-10.
@@ -31,8 +32,9 @@ def rehearse(suite: Suite) -> None:
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     with tempfile.TemporaryDirectory(prefix="pliant-") as folder:
-        for task, settings in suite.tasks.items():
-            data = noise(settings["data"], settings["image_size"])
+        for task in suite.tasks:
+            settings = suite.task_settings(task)
+            data = noise(settings.data, settings.image_size)
             seen: set[str] = set()
             for entrant in suite.methods:
                 job = _job(suite, task, entrant)
@@ -67,7 +69,7 @@ def _job(suite: Suite, task: str, entrant: Entrant) -> Job:
         task=task,
         label=entrant.label,
         trial=entrant.trials[0],
-        settings={**settings, "epochs": 1, "batch_size": BATCH},
+        settings=dataclasses.replace(settings, epochs=1, batch_size=BATCH),
         families={family: tuple(map(_few, suite.families[family])) for family in entrant.families},
         calibration=BATCH,
         rounds=1,

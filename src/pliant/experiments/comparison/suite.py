@@ -1,4 +1,4 @@
-"""Suites: what a comparison trains, searches and measures, read from YAML; the shipped ones lie beside this file.
+"""Suites: what a comparison trains, searches and measures, read from YAML; the shipped ones lie in suites/.
 
 A suite names *tasks* (a data set and a network), *families* of compressors, and *methods*, each with the families it
 takes part in and its *trials*: the settings to choose from on the validation images, as many for every method.
@@ -21,7 +21,6 @@ takes part in and its *trials*: the settings to choose from on the validation im
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,14 +33,13 @@ from pliant.compression.by_name import allocation_of, check_names
 from pliant.compressor_names import CALIBRATION, record_name, resolve_scheme, takes_pattern
 from pliant.errors import BadInput, DamagedFile, check_choice, shown, unknown
 from pliant.experiments.baselines.retraining import SCHEDULES
-from pliant.experiments.methods import METHODS, with_defaults
+from pliant.experiments.methods import METHODS, resolved, settings_from
 from pliant.experiments.sweep import parse_ratios
-from pliant.experiments.train import check_kinds, check_settings, train
+from pliant.experiments.training.settings import SETTINGS, Settings
 from pliant.experiments.workbench import pattern_compressor
 
-SHIPPED = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "suites"
 EQUAL = ("epochs", "time")
-_DEFAULTS = {n: p.default for n, p in inspect.signature(train).parameters.items() if n not in ("out", "resume")}
 # What a comparison decides itself, so no setting may.
 _RESERVED = ("seed", "method")
 
@@ -126,7 +124,7 @@ class Suite:
     text: str
     """As it was read."""
     tasks: dict[str, dict[str, Any]]
-    """All settings of training by the name of the task, but method and seed."""
+    """What the suite and the task set, by the name of the task; a training has a method and a seed, too."""
     seeds: tuple[int, ...]
     families: dict[str, tuple[Measure, ...]]
     methods: tuple[Entrant, ...]
@@ -166,7 +164,7 @@ class Suite:
         suite = _mapping("a suite", content, _SUITE)
         common = _settings("settings", suite.get("settings", {}))
         tasks = {
-            _name("task", task): {**_DEFAULTS, **common, **_settings(f"tasks.{task}", own)}
+            _name("task", task): {**common, **_settings(f"tasks.{task}", own)}
             for task, own in _mapping("tasks", suite.get("tasks", {"": {}})).items()
         }
         families = {
@@ -206,19 +204,20 @@ class Suite:
             raise BadInput("two pairs of a task and a method have the same name, TASK-METHOD: rename a task")
         for task, entrant in pairs:
             for trial in entrant.trials:
-                settings = self.settings(task, entrant, trial, self.seeds[0])
                 try:
-                    check_kinds(settings)
-                    check_settings(settings)
-                    with_defaults(settings)
+                    settings = resolved(self.settings(task, entrant, trial, self.seeds[0]))
                 except BadInput as error:
                     raise BadInput(f"methods.{entrant.label}: {error}") from None
                 if self.retraining is not None and self.retraining.method == entrant.label:
-                    self.retraining.check(settings["epochs"])
+                    self.retraining.check(settings.epochs)
 
-    def settings(self, task: str, entrant: Entrant, trial: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """Return all settings of one training."""
-        return {**self.tasks[task], **trial, "method": entrant.method, "seed": seed}
+    def settings(self, task: str, entrant: Entrant, trial: Mapping[str, Any], seed: int) -> Settings:
+        """Return the settings of one training."""
+        return settings_from({**self.tasks[task], **trial, "method": entrant.method, "seed": seed})
+
+    def task_settings(self, task: str) -> Settings:
+        """Return the settings of a task, which say its data and its network."""
+        return settings_from(self.tasks[task])
 
 
 _SUITE = {
@@ -303,8 +302,8 @@ def _settings(where: str, value: object) -> dict[str, Any]:
     for name in settings:
         if name in _RESERVED:
             raise BadInput(f"{where} may not set {name}: the comparison does")
-        if name not in _DEFAULTS:
-            raise unknown(f"setting in {where}", str(name), _DEFAULTS)
+        if name not in SETTINGS:
+            raise unknown(f"setting in {where}", str(name), SETTINGS)
     return settings
 
 

@@ -1,0 +1,77 @@
+"""What a training costs: the time of a step beside one of SGD, and what is kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch.utils import benchmark
+
+from pliant.experiments.baselines import NuMuon
+from pliant.experiments.comparison.job import Job
+from pliant.experiments.data.images import ImageData
+from pliant.experiments.training.session import Session
+from pliant.optim import SFW
+from pliant.records import Cost
+
+PHASES = 4
+"""In how many parts of a training steps are timed: k may change on the way."""
+
+
+def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
+    """Time steps of a method and of SGD in turns, and count what they keep in memory.
+
+    Args:
+        job: the training of the method.
+        data: its data.
+        seconds: what the training took.
+    """
+    sessions = [Session(job.settings, data), Session(job.settings.by("sgd"), data)]
+    steppers = [_stepper(session) for session in sessions]
+    times: list[list[float]] = [[], []]
+    for phase in range(PHASES):
+        if phase:
+            _skip(sessions[0], sessions[0].steps // PHASES)
+        for round_ in range(job.rounds + 1):
+            for step, taken in zip(steppers, times, strict=True):
+                started = benchmark.timer()  # waits for a GPU
+                step()
+                if round_:  # the first one allocates, and k may have changed
+                    taken.append(benchmark.timer() - started)
+    (step_s, step_s_sgd), (memory, memory_sgd) = map(median, times), map(_memory, sessions)
+    return {
+        "equal": job.equal,
+        "seconds": seconds,
+        "step_s": step_s,
+        "step_s_sgd": step_s_sgd,
+        "memory": memory,
+        "memory_sgd": memory_sgd,
+    }
+
+
+def _skip(session: Session, steps: int) -> None:
+    """Let k be what it is that many steps later."""
+    if isinstance(session.optimizer, NuMuon):
+        session.optimizer.skip(steps)
+    elif session.k_schedule is not None:
+        for _ in range(steps):
+            session.k_schedule.step()
+
+
+def _stepper(session: Session) -> Callable[[], object]:
+    """Return a function that takes a training step on the next images."""
+    network, optimizer = session.accelerator.prepare(session.model, session.optimizer)
+    network.train()
+    images, labels = next(iter(session.loader))
+    return lambda: session.step(network, optimizer, images, labels)
+
+
+def _memory(session: Session) -> int:
+    """Return the bytes of the weights, their gradients and what the optimizer keeps."""
+    state = [value for entry in session.optimizer.state.values() for value in entry.values()]
+    if isinstance(session.optimizer, SFW):
+        state += session.optimizer.scratch
+    kept = [*session.model.parameters(), *session.model.buffers(), *state]
+    gradients = [p.grad for p in session.model.parameters() if p.grad is not None]
+    return sum(t.nbytes for t in [*kept, *gradients] if isinstance(t, torch.Tensor))

@@ -1,0 +1,226 @@
+"""Optimizers over a model's parameters: what the methods of :mod:`pliant.experiments.methods` train with.
+
+A method is about the *matrices*: the weights of all convolutions and linear layers but the classifier. The SFW methods
+put one structured ball on each of them, the baselines do theirs to them; biases, normalisations and the classifier
+take the steps of SGD under every method, with the same weight decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from pliant.compressor_names import parse_pattern
+from pliant.constraints import Preset, constrain, l2, layout_of, resolve_k, semi_structured
+from pliant.errors import BadInput
+from pliant.experiments import baselines
+from pliant.experiments.baselines import MatrixSGD
+from pliant.experiments.training.settings import Resolved
+from pliant.optim import SFW, KSchedule, SoftThreshold
+from pliant.structure.layers import tied_parameters
+from pliant.structure.verification import coupled_channels
+
+Build = Callable[[nn.Module, Resolved, Tensor | None], Optimizer]
+"""From the model, the settings and some images to the optimizer."""
+
+
+# --- beside the optimizer ---------------------------------------------------------------------------------------------
+
+
+def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSchedule | None:
+    """Let k fall from ``k_start`` to its final value in a training of that many steps.
+
+    Returns the schedule to step beside the optimizer; None where k is constant, or the optimizer has it in its groups.
+    """
+    start = settings.k_start
+    if start is None:
+        return None
+    steps = max(1, math.floor(settings.anneal * steps))
+    if isinstance(optimizer, SFW):
+        return KSchedule(optimizer, start, steps=steps)
+    assert isinstance(optimizer, baselines.NuMuon), f"{settings.method} has no k to anneal"
+    for group in optimizer.param_groups:
+        if group["row_dim"] is not None:
+            group |= {"k_start": _count(start, group), "k_steps": steps}
+    return None
+
+
+def make_threshold(optimizer: Optimizer, settings: Resolved) -> SoftThreshold | None:
+    """Return what takes the parts off the weights that SFW's vertices do not agree on, None without one."""
+    if not isinstance(optimizer, SFW) or not settings.strength:
+        return None
+    every = {} if settings.every is None else {"every": settings.every}
+    return SoftThreshold(optimizer, settings.strength, **every)
+
+
+# --- the matrices -----------------------------------------------------------------------------------------------------
+
+
+def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers, by name, whose weights a method is about: all convolutions and linear ones but the last."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    }
+    linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
+    if linear:
+        layers.pop(linear[-1])
+    return {name: module for name, module in layers.items() if f"{name}.weight" in trainable}
+
+
+def _matrix_groups(model: nn.Module, settings: Resolved) -> list[dict[str, Any]]:
+    """Return a parameter group for each matrix, with its layout and its k as a count, and one for the rest."""
+    groups: list[dict[str, Any]] = []
+    for name, module in matrix_layers(model).items():
+        layout = layout_of(module)
+        group = {"params": [(f"{name}.weight", module.weight)], "row_dim": layout.dim, "blocks": layout.groups}
+        if settings.k is not None:
+            group["k"] = _count(settings.k, group)
+        groups.append(group)
+    if not groups:
+        raise _nothing_to_do(settings)
+    return [*groups, *_rest(model, settings, {id(group["params"][0][1]) for group in groups})]
+
+
+def _rest(model: nn.Module, settings: Resolved, taken: set[int]) -> list[dict[str, Any]]:
+    rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken]
+    lr = {} if settings.other_lr is None else {"lr": settings.other_lr}
+    return [{"params": rest, **lr}] if rest else []
+
+
+def _count(k: float, group: dict[str, Any]) -> int:
+    """Return k as a number of singular directions of the only matrix of a group."""
+    first = group["params"][0]
+    name, p = first if isinstance(first, tuple) else (group["param_names"][0], first)
+    rows, columns = p.shape[group["row_dim"]] // group["blocks"], p.numel() // p.shape[group["row_dim"]]
+    try:
+        return resolve_k(k, min(rows, columns))
+    except BadInput as error:
+        raise BadInput(f"{name} of shape {tuple(p.shape)}: {error}") from None
+
+
+def _nothing_to_do(settings: Resolved) -> BadInput:
+    method = settings.method
+    return BadInput(f"{method} finds no weight to act on in this model; train it with --method sgd")
+
+
+def _common(settings: Resolved) -> dict[str, Any]:
+    return {name: settings[name] for name in ("lr", "momentum", "weight_decay")}
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def sgd(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
+    """Build SGD over all parameters."""
+    return torch.optim.SGD(model.parameters(), **_common(settings))
+
+
+def sfw(preset: Callable[[Resolved], Preset]) -> Build:
+    """Return what builds SFW with the balls of a preset on the matrices."""
+
+    def build(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optimizer:
+        rest = l2(settings.radius) if settings.recipe == "paper" else None
+        rules = [(_constrained(model, settings), preset(settings))]
+        coupled = coupled_channels(model, images).groups if settings.coupled and images is not None else ()
+        groups = constrain(model, rules, default=rest, coupled=coupled)
+        for group in groups:
+            if group["ball"] is None and settings.other_lr is not None:
+                group["lr"] = settings.other_lr
+            if group["ball"] is not None:
+                group["persistence"] = settings.persistence or 0.0
+        rescale = None if settings.rescale == "none" else settings.rescale
+        return SFW(groups, rescale=rescale, check_finite=True, **_common(settings))
+
+    return build
+
+
+def _constrained(model: nn.Module, settings: Resolved) -> Callable[[str, Tensor], bool]:
+    """Return the predicate that tells the weights with a ball."""
+    # The dimension of the input channels of every matrix.
+    inputs = {f"{name}.weight": 1 - layout_of(module).dim for name, module in matrix_layers(model).items()}
+    m = 1 if settings.pattern is None else parse_pattern(settings.pattern)[1]
+
+    def constrained(name: str, parameter: Tensor) -> bool:
+        # Hardware reads N:M along whole blocks of input channels; the first layer's 1 or 3 do not fill one.
+        return name in inputs and parameter.shape[inputs[name]] % m == 0
+
+    if not any(constrained(name, p) for name, p in model.named_parameters()):
+        raise _nothing_to_do(settings)
+    return constrained
+
+
+def nm_preset(settings: Resolved) -> Preset:
+    """Return the preset of N:M patterns; k is N unless it is given."""
+    n, m = parse_pattern(settings.pattern)
+    k = n if settings.k is None else resolve_k(settings.k, m)
+    return semi_structured(k, m, settings.radius, vertices=settings.vertices)
+
+
+def matrix_sgd(method: type[MatrixSGD], **fixed: Any) -> Build:
+    """Return what builds a subclass of MatrixSGD; its options are settings, but for the fixed ones."""
+
+    def build(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
+        # k is a count for each matrix, so it is in its group.
+        options = {name: settings[name] for name in method.options if name not in {"k", *fixed}}
+        return method(_matrix_groups(model, settings), **_common(settings), **options, **fixed)
+
+    return build
+
+
+def pat(part: str) -> Build:
+    """Return what builds torchao's proximal optimizer, for "filters" or for "rank"."""
+
+    def build(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
+        groups = _matrix_groups(model, settings)
+        return baselines.pat_optimizer(groups, part, strength=settings.strength, **_common(settings))
+
+    return build
+
+
+def _untied(model: nn.Module, settings: Resolved) -> list[tuple[str, nn.Module]]:
+    """Return the layers whose weight is theirs alone: a factor must not change two of them."""
+    tied = tied_parameters(model)
+    layers = [
+        (name, module)
+        for name, module in matrix_layers(model).items()
+        if id(module.weight) not in tied and not parametrize.is_parametrized(module)
+    ]
+    if not layers:
+        raise _nothing_to_do(settings)
+    return layers
+
+
+def lorita(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optimizer:
+    """Put products of matrices in the place of weights, and build SGD over their factors."""
+    for _, module in _untied(model, settings):
+        layout = layout_of(module)
+        assert isinstance(module.weight, Tensor)
+        product = baselines.Composition(module.weight.shape, layout.dim, layout.groups, count=settings.factors)
+        baselines.factorise(module, product)
+    return sgd(model, settings, images)
+
+
+def condlr(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
+    """Put well-conditioned products in the place of weights, and build the optimizer that keeps them so."""
+    groups: list[dict[str, Any]] = []
+    condition = settings.condition
+    for name, module in _untied(model, settings):
+        layout = layout_of(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        whole = {"params": [(f"{name}.weight", weight)], "row_dim": layout.dim, "blocks": layout.groups}
+        k = _count(settings.k, whole)
+        product = baselines.Conditioned(weight.shape, layout.dim, layout.groups, k=k, condition=condition)
+        factors = [(f"{name}.{factor}", p) for factor, p in baselines.factorise(module, product)]
+        groups.append({"params": factors, "condition": condition})
+    taken = {id(p) for group in groups for _, p in group["params"]}
+    return baselines.CondLR([*groups, *_rest(model, settings, taken)], **_common(settings))

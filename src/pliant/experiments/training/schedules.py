@@ -1,0 +1,42 @@
+"""Learning rates over a training: a linear warm-up, then a schedule; and the one that a turnover asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+LARGEST_STEP = 0.1  # lr of a training so short that it cannot replace its weights as often as wanted
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    "linear": lambda t: 1 - t,
+    "step": lambda t: 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
+    "constant": lambda t: 1.0,
+}
+
+
+def learning_rate(schedule: str, warmup: float, steps: int) -> Callable[[int], float]:
+    """Return the factor of lr at each step: a linear warm-up, then the schedule over what remains.
+
+    Args:
+        schedule: a name in :data:`SCHEDULES`.
+        warmup: share of the steps during which lr rises.
+        steps: of the whole training.
+    """
+    warm = int(warmup * steps + 0.5)
+    shape = SCHEDULES[schedule]
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return shape((step - warm) / max(1, steps - warm))
+
+    return factor
+
+
+def turnover_lr(turnover: float, factor: Callable[[int], float], steps: int) -> float:
+    """Return the largest lr of a training whose convex weights sum to ``turnover``; :data:`LARGEST_STEP` at most.
+
+    It has three significant digits, as one would choose it.
+    """
+    lr = turnover / sum(factor(step) for step in range(steps))
+    return min(LARGEST_STEP, float(f"{lr:.3g}"))
