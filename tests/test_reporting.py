@@ -17,7 +17,8 @@ from rich.console import Console
 
 from pliant.errors import BadInput, DamagedFile
 from pliant.records import LayerCount, Record
-from pliant.reporting.page import comparison_markdown, render, report, summary_table
+from pliant.reporting.page import render, report
+from pliant.reporting.tables import comparison_markdown, summary_table
 
 from .measurements import HOSTILE, cost, line, sample, sweep, write
 

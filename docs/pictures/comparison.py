@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from pliant.records import read_records
 from pliant.reporting.area import SLACK, accuracy_at
 from pliant.reporting.curves import ANCHOR, Panel, panels_of, points_of, sections_of
+from pliant.reporting.formats import percent, spread
 from pliant.reporting.ranking import KEPT, Standing, standings
-from pliant.reporting.tables import percent, spread
 
 ROOT = Path(__file__).parents[2]
 COMPARISONS = ROOT / "comparisons"

@@ -32,7 +32,8 @@ from pliant.experiments.sweep import describe
 from pliant.files import locked, make_folders, sha256, write_text
 from pliant.jsonl import append_line, read_lines
 from pliant.records import Record, append_record, read_records
-from pliant.reporting.curves import TIME_SLACK, grouped, step_ratio
+from pliant.reporting.curves import TIME_SLACK, step_ratio
+from pliant.reporting.grouping import grouped
 from pliant.reporting.page import write_report
 
 TRIALS, RECORDS = "trials.jsonl", "records.jsonl"

@@ -11,14 +11,14 @@ were not. Neither torch nor numpy is loaded.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from pliant.records import Record
+from pliant.reporting.grouping import flat, grouped, run_of
 
 VIEWS = {"epochs": "same number of epochs", "time": "same training time"}
 """What the trainings of a view were granted as much of, by the ``equal`` of their cost."""
@@ -317,42 +317,3 @@ def points_of(records: Iterable[Record], axis: Axis, accuracy: str) -> list[tupl
     """
     found = [(max(0.0, 1 - axis.share(record)), getattr(record, accuracy)) for record in records]
     return found if any(share == 0 for share, _ in found) else [(0.0, next(iter(records)).top1_dense), *found]
-
-
-Item = TypeVar("Item")
-Key = TypeVar("Key")
-
-
-def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Return the items by key, in the order in which they came."""
-    found: dict[Key, list[Item]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return the entries of a nested dictionary as pairs (dotted name, value)."""
-    found = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found += flat(value, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
-    return found
-
-
-def run_of(record: Record) -> tuple[str, str]:
-    """Return what identifies a record's run: its name and its weights."""
-    return record.run, record.weights
-
-
-def steps_of(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return the records by what was asked of the compressor, "50%" or "2:4", from the dense end on."""
-    by_ratio = sorted(records, key=lambda record: record.ratio)
-    return grouped(by_ratio, step_of)
-
-
-def step_of(record: Record) -> str:
-    """Return what was asked of the compressor: "50%" or "2:4"."""
-    return record.pattern or f"{100 * record.ratio:.6g}%"

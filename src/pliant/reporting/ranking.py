@@ -1,6 +1,6 @@
 """Standings: how the curves of a panel compare, the best first. Plain data, made of records alone.
 
-A standing has the area under the curve (``pliant.areas``) with its confidence interval over the seeds, the difference
+A standing has the area under the curve (``area``) with its confidence interval over the seeds, the difference
 to the best *baseline*, a method that is neither ours nor retrained, and what is to be seen beside an area: the dense
 accuracy, the accuracy at four sizes, the area with the other BatchNorm statistics and what the training cost.
 Networks with retraining stand last and are never the best.
@@ -14,8 +14,10 @@ from statistics import fmean
 from typing import NamedTuple
 
 from pliant.records import Record
-from pliant.reporting.area import Estimate, accuracy_at, area, difference, estimate, is_reached
-from pliant.reporting.curves import Axis, Curve, Panel, grouped, points_of, steps_of
+from pliant.reporting.area import accuracy_at, area, is_reached
+from pliant.reporting.curves import Axis, Curve, Panel, points_of
+from pliant.reporting.grouping import grouped, steps_of
+from pliant.reporting.intervals import Estimate, difference, estimate
 
 KEPT = (0.5, 0.3, 0.2, 0.1)
 """The shares of the parameters at which accuracies are shown."""

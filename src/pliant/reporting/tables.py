@@ -1,7 +1,7 @@
 """Tables: records as text, for the terminal and as Markdown.
 
 :func:`summary_table` has the accuracies as they were measured. :func:`comparison_table` and :func:`comparison_markdown`
-have the standings of a comparison, ``pliant.standings``: the same rows, once for the terminal, once for documents.
+have the standings of a comparison (``ranking``): the same rows, once for the terminal, once for documents.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pliant.records import Record
-from pliant.reporting.area import Estimate
-from pliant.reporting.curves import TIME_SLACK, VIEWS, grouped, panels_of, sections_of, steps_of
+from pliant.reporting.curves import TIME_SLACK, VIEWS, panels_of, sections_of
+from pliant.reporting.formats import percent, spread
+from pliant.reporting.grouping import grouped, steps_of
 from pliant.reporting.ranking import KEPT, Standing, standings
 
 NOTE = (
@@ -33,11 +34,6 @@ TIME_NOTE = (
     f"With the same training time, methods whose step takes more than {TIME_SLACK:g} times as long as SGD's were "
     "trained for fewer epochs; the others are the same as with the same number of epochs."
 )
-
-
-def percent(fraction: float) -> str:
-    """Return a fraction in %, with one decimal."""
-    return f"{100 * fraction:.1f}"
 
 
 def summary_table(records: Iterable[Record]) -> Table:
@@ -156,12 +152,6 @@ def _cells(standing: Standing) -> list[str]:
         spread(others[0]) if others else "-",
         *(["-"] * 3 if cost is None else [f"{cost.step:.2f}", f"{cost.memory:.2f}", f"{cost.seconds:.0f}"]),
     ]
-
-
-def spread(value: Estimate, sign: str = "") -> str:
-    """Return an estimate in % with its confidence interval, if it has one."""
-    half = "" if value.half is None else f" ± {100 * value.half:.1f}"
-    return f"{100 * value.mean:{sign}.1f}{half}"
 
 
 def _title(model: str, data: str, view: str, views: Iterable[str]) -> str:
