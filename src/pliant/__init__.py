@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from pliant.errors import PliantError as PliantError
     from pliant.errors import Refused as Refused
     from pliant.experiments.compare import compare as compare
-    from pliant.experiments.data.images import Loader as Loader
-    from pliant.experiments.data.images import load_data as load_data
+    from pliant.experiments.data import Loader as Loader
+    from pliant.experiments.data import load_data as load_data
     from pliant.experiments.demo import demo as demo
     from pliant.experiments.models import build_model as build_model
     from pliant.experiments.run_folder import load as load
@@ -84,7 +84,7 @@ _HOMES = {
         "replay",
     ],
     "constraints.parameter_groups": ["KSchedule", "constrain", "filters", "l2", "rank", "semi_structured", "weights"],
-    "experiments.data.images": ["Loader", "load_data"],
+    "experiments.data": ["Loader", "load_data"],
     "experiments.demo": ["demo"],
     "errors": ["BadInput", "Busy", "DamagedFile", "Diverged", "PliantError", "Refused"],
     "exporting.folder": ["export"],

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from pliant.errors import PliantError
 from pliant.experiments.compress import compress_run
-from pliant.experiments.data.images import load_data
+from pliant.experiments.data import load_data
 from pliant.experiments.run_folder import Run, load
 from pliant.experiments.train import CHECKPOINT, LOG, Log, Session, check_resumable, train
 from pliant.files import write_bytes

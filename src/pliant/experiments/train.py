@@ -36,7 +36,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from pliant.constraints.parameter_groups import check_k
 from pliant.errors import BadInput, Busy, DamagedFile, Diverged, unknown
 from pliant.experiments.baselines import merged
-from pliant.experiments.data.images import ImageData, Loader, load_data
+from pliant.experiments.data.images import ImageData, load_data
+from pliant.experiments.data.loader import Loader
 from pliant.experiments.methods import (
     METHODS,
     RECIPES,

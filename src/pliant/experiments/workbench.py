@@ -31,7 +31,7 @@ from pliant.compression import (
 )
 from pliant.compression.base import ALLOCATIONS, check_choice
 from pliant.errors import BadInput
-from pliant.experiments.data.images import Loader
+from pliant.experiments.data.loader import Loader
 from pliant.experiments.methods import parse_pattern
 from pliant.experiments.run_folder import Run, versions
 from pliant.records import CALIBRATION, Key, LayerCount, Record, factorises, record_key

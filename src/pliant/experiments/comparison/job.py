@@ -22,7 +22,8 @@ from torch.utils import benchmark
 from pliant.errors import BadInput, Diverged, shown
 from pliant.experiments.baselines.retraining import cycles, rates, retrain
 from pliant.experiments.comparison.suites import Measure
-from pliant.experiments.data.images import ImageData, Loader, load_data
+from pliant.experiments.data.images import ImageData, load_data
+from pliant.experiments.data.loader import Loader
 from pliant.experiments.methods import OWN, with_defaults
 from pliant.experiments.run_folder import Run
 from pliant.experiments.train import CHECKPOINT, Session, differ, learning_rate, train_run

@@ -16,7 +16,8 @@ from rich.console import Console
 from pliant.errors import Diverged
 from pliant.experiments.comparison.job import Job, Line, Outcome, perform
 from pliant.experiments.comparison.suites import Entrant, Measure, Suite
-from pliant.experiments.data.images import ImageData, Split
+from pliant.experiments.data.base import Split
+from pliant.experiments.data.images import ImageData
 
 # Classes and image shape of the data sets that have a name; others are taken to have these of CIFAR-10.
 SHAPES = {"digits": (10, 1, 8), "fashion-mnist": (10, 1, 28), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32)}

@@ -6,25 +6,33 @@ import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from pliant.errors import BadInput
 
-if TYPE_CHECKING:
-    from pliant.experiments.data.streaming import ImageFiles
+
+class Stored(Protocol):
+    """Images that do not fit in memory and stay where they are: `ImageFiles`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, H, W), as of a tensor."""
+
+    def part(self, mask: Tensor) -> Self:
+        """Return the images of a boolean mask (N,)."""
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the images (B, C, H, W) of each tensor of row numbers (B,)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels of one split: uint8 images (N, C, H, W) in 0..255, int64 labels (N,).
+    """Images and labels of one split: uint8 images (N, C, H, W) in 0..255, int64 labels (N,)."""
 
-    Images that do not fit in memory stay in their files: `ImageFiles`, which has the same ``shape``.
-    """
-
-    images: Tensor | ImageFiles
+    images: Tensor | Stored
     labels: Tensor
 
     def __len__(self) -> int:

@@ -12,9 +12,8 @@ from torch import Tensor
 from pliant.errors import BadInput, DamagedFile
 from pliant.experiments.data.base import Raw, Request, Split
 from pliant.experiments.data.decoding import decode, decoder, encoded, matched
-from pliant.experiments.data.streaming import ImageFiles
+from pliant.experiments.data.streaming import IN_MEMORY, ImageFiles
 
-IN_MEMORY = 2 * 2**30  # bytes of decoded images; more of them stay in their files
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pliant.experiments.data.base import Raw, Request, Split
-from pliant.experiments.data.folders import IN_MEMORY, read_image_folder
+from pliant.experiments.data.base import Raw, Request
+from pliant.experiments.data.folders import read_image_folder
 from pliant.experiments.data.named import read_cifar10, read_cifar100, read_digits, read_fashion_mnist
 from pliant.experiments.data.tables import read_hub, read_parquet
-
-__all__ = ["IN_MEMORY", "READERS", "Raw", "Request", "Split"]
 
 READERS: dict[str, Callable[[Request], Raw]] = {
     "digits": read_digits,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pliant.experiments.data.decoding import decoder, encoded
 
+IN_MEMORY = 2 * 2**30  # bytes of decoded images; more of them stay in their files
 AHEAD = 2  # batches that are decoded while one is in use
 
 
