@@ -1,12 +1,13 @@
 """Image data sets and the loader that feeds them to a network.
 
 - ``images``: `load_data`, from a name to an `ImageData`; ``loader``: the batches of one split
-- ``readers``: which data sets there are; ``named``: where digits, Fashion-MNIST and CIFAR are found
+- ``data_sets``: a row for each data set; ``named``: where digits, Fashion-MNIST and CIFAR are found
 - ``idx``, ``tables``, ``folders``: the formats of files, parquet and the hub among the tables
 - ``decoding``: encoded images as tensors; ``streaming``: the same batch by batch, for those that stay in their files
-- ``base``: what a reader is asked for and gives back
+- ``base``: what a data set is, what its reader is asked for and gives back
 """
 
+from pliant.experiments.data.base import DataSet as DataSet
 from pliant.experiments.data.base import Raw as Raw
 from pliant.experiments.data.base import Request as Request
 from pliant.experiments.data.base import Split as Split

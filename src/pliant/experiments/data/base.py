@@ -1,10 +1,11 @@
-"""What a reader is asked for, what it gives back, and what the readers share."""
+"""What a data set is: the request to its reader, what the reader gives back; and what the readers share."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -58,19 +59,45 @@ class Split:
 
 
 class Request(NamedTuple):
-    """What a reader is asked for: the data set's full name, its folder, the image size (None: as it is)."""
+    """What a reader is asked for."""
 
     name: str
+    """The data set's full name."""
     folder: Path | None
+    """Where its files lie; None if the user gave no folder."""
     image_size: int | None
+    """Side of the square images; None leaves them as they are. A reader may ignore it: they are resized afterwards."""
+    num_classes: int | None = None
+    """How many classes a data set of this name has; None if its files decide."""
 
 
 class Raw(NamedTuple):
-    """What a reader returns: all training images, the test images (None: there is no such split), class names."""
+    """What a reader returns."""
 
     train: Split
+    """All training images; those of the validation are held out afterwards."""
     test: Split | None
+    """The test images; None if there is no such split, and a fifth of the training images take their place."""
     classes: tuple[str, ...]
+    """The names of the classes, in the order of the labels."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that has a name: how it is read and what holds for its images."""
+
+    name: str
+    """What ``--data`` calls it."""
+    read: Callable[[Request], Raw]
+    """Its reader."""
+    num_classes: int | None = None
+    """Number of classes; None if its files decide."""
+    shape: tuple[int, int, int] | None = None
+    """Shape (C, H, W) of an image; None if its files decide."""
+    flip: bool = True
+    """Whether a mirrored image still belongs to its class."""
+    pad: Fraction = Fraction(1, 8)
+    """By which share of its shorter side a random crop may shift an image."""
 
 
 def extra(module: str) -> Any:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pliant.errors import BadInput, DamagedFile, unknown
-from pliant.experiments.data.base import Raw, Request, Split
-from pliant.experiments.data.readers import READERS
+from pliant.errors import BadInput, DamagedFile
+from pliant.experiments.data.base import DataSet, Raw, Request, Split
+from pliant.experiments.data.data_sets import data_set
 from pliant.experiments.data.streaming import IN_MEMORY
 
 SPLIT_SEED = 0  # of the held-out images; changing it changes every result
@@ -94,17 +94,15 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
     """
     if image_size is not None and image_size < 1:
         raise BadInput(f"image_size must be at least 1 pixel, not {image_size}")
-    kind = "hub:OWNER/NAME" if name.startswith("hub:") else name
-    if kind not in READERS:
-        raise unknown("data set", name, READERS)
+    row = data_set(name)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is not None and not folder.is_dir():
         raise DamagedFile(f"data_dir {folder} is not a folder: pass the folder that holds {name}")
-    raw = READERS[kind](Request(name, folder, image_size))
-    return _assemble(name, raw, image_size)
+    raw = row.read(Request(name, folder, image_size, row.num_classes))
+    return _assemble(name, row, raw, image_size)
 
 
-def _assemble(name: str, raw: Raw, image_size: int | None) -> ImageData:
+def _assemble(name: str, row: DataSet, raw: Raw, image_size: int | None) -> ImageData:
     """Check what a reader found, hold out validation (and test) images and measure mean and std."""
     train, test, classes = raw
     if len(classes) < 2:
@@ -127,9 +125,8 @@ def _assemble(name: str, raw: Raw, image_size: int | None) -> ImageData:
     if prod(val.images.shape) <= IN_MEMORY:
         val = val.in_memory()  # these are looked at after each epoch
     mean, std = _statistics(train)
-    side = min(train.images.shape[2:])
-    pad = side // 14 if name == "fashion-mnist" else side // 8
-    return ImageData(name, train, val, test, classes, mean, std, flip=name != "digits", pad=pad)
+    pad = int(min(train.images.shape[2:]) * row.pad)
+    return ImageData(name, train, val, test, classes, mean, std, flip=row.flip, pad=pad)
 
 
 def _resized(split: Split, size: int | None) -> Split:
