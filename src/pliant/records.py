@@ -21,6 +21,8 @@ from pliant.jsonl import append_line, read_lines
 
 Key = tuple[str | float, ...]
 
+RECORDS = "records.jsonl"
+"""The file of records in the folder of a comparison."""
 
 CALIBRATION = 2048
 """How many training images a compression looks at, unless it was told otherwise."""
@@ -233,18 +235,35 @@ _REQUIRED = tuple(
 
 
 def append_record(path: str | Path, record: Record) -> None:
-    """Append ``record`` to the JSON Lines file at ``path`` and wait until it is on disk."""
+    """Append ``record`` to the JSON Lines file at ``path`` and wait until it is on disk.
+
+    A file whose name ends in ``.gz`` is packed with gzip, and stays so.
+    """
     append_line(path, record.to_dict())
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Return the records of the JSON Lines file at ``path`` in their order; an empty file holds none.
+    """Return the records of the JSON Lines file at ``path``, plain or packed with gzip, in their order.
+
+    An empty file holds none.
 
     Raises:
-        DamagedFile: there is no such file, or a line is not a record; the message names file and line. (A cut
-            last line is ignored.)
+        DamagedFile: there is no such file, it cannot be unpacked, or a line is not a record; the message names file
+            and line. (A cut last line is ignored.)
     """
     return read_lines(path, Record.from_dict, "records")
+
+
+def records_file(folder: Path) -> Path:
+    """Return the file of records in a folder, there or not: ``records.jsonl.gz`` where it was packed.
+
+    Raises:
+        BadInput: both are there; which of them counts would be a guess.
+    """
+    plain, packed = folder / RECORDS, folder / f"{RECORDS}.gz"
+    if plain.exists() and packed.exists():
+        raise BadInput(f"{folder} holds {plain.name} and {packed.name}: keep one of them, with the records of both")
+    return packed if packed.exists() else plain
 
 
 def _check_text(name: str, value: object, *, may_be_empty: bool) -> None:
