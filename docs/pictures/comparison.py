@@ -1,6 +1,6 @@
 """Draw the comparisons and write their table into the README: ``python docs/pictures/comparison.py [IMAGE [PAGE]]``.
 
-Both are made of the ``records.jsonl`` of the comparisons alone, in seconds, and come out the same every time. For each
+Both are made of the records of the comparisons alone, in seconds, and come out the same every time. For each
 way of cutting there are our method, the best of the others and SGD; ``report.md`` beside the records has all methods.
 """
 
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pliant.records import read_records
+from pliant.records import read_records, records_file
 from pliant.reporting.area import SLACK, accuracy_at
 from pliant.reporting.curves import ANCHOR, Panel, panels_of, points_of, sections_of
 from pliant.reporting.formats import percent, spread
@@ -55,7 +55,7 @@ Found = dict[Shown, tuple[Panel, list[Standing]]]
 
 def compared(shown: Shown) -> tuple[Panel, list[Standing]]:
     """Return its panel and the standings of our method, the best of the others and SGD, the best first."""
-    (section,) = sections_of(read_records(COMPARISONS / shown.suite / "records.jsonl"))
+    (section,) = sections_of(read_records(records_file(COMPARISONS / shown.suite)))
     panel = next(panel for panel in panels_of(section) if panel.compressor == shown.compressor)
     everybody = standings(panel, "epochs", section.chance)
     return panel, [s for s in everybody if s.curve.ours or s.is_baseline or s.curve.training == ANCHOR]
