@@ -1,20 +1,22 @@
-"""Networks by name: those of the experiments, ``MODELS``, and ``package.module:callable`` for one of one's own."""
+"""Networks by name: those of the experiments, ``MODELS``, and those of other packages.
+
+A package offers ``small = "my_package.nets:small"`` under ``[project.entry-points."pliant.models"]``; without being
+installed it is called ``my_package.nets:small``. The object is a callable that returns a network.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from pliant.errors import BadInput, unknown
+from pliant.errors import BadInput, shown
 from pliant.experiments.networks import ImageShape, lenet5, mlp, resnet, resnet50, vgg16, vit_tiny, wide_resnet
+from pliant.extensions import current_directory_importable, described, find, import_named, one_line
 
 MIN_SIDE = 8  # pixels: scikit-learn's digits, the smallest images that the networks here are meant for
 
@@ -36,9 +38,9 @@ def build_model(name: str, *, num_classes: int, image_shape: ImageShape, width: 
     """Build the network ``name`` with freshly drawn weights, on the default device.
 
     Args:
-        name: a key of ``MODELS``, or ``"package.module:callable"`` for a network of one's own. The callable
-            is looked for in the current directory first, and gets those of ``num_classes``, ``image_shape``
-            and ``width`` that its signature accepts.
+        name: a key of ``MODELS``, what an installed package calls its network, or ``"package.module:callable"``. The
+            callable of another package is looked for in the current directory first, and gets those of
+            ``num_classes``, ``image_shape`` and ``width`` that its signature accepts.
         num_classes: number of outputs (logits), at least 2.
         image_shape: (channels, height, width) of one image; height and width in pixels.
         width: factor on all channel counts, rounded, at least 1 channel; in ``vit_tiny`` on the heads.
@@ -47,8 +49,8 @@ def build_model(name: str, *, num_classes: int, image_shape: ImageShape, width: 
         A module in training mode that maps images (B, C, H, W) to logits (B, num_classes).
 
     Raises:
-        BadInput: an argument is out of range, the image is too small, the name is unknown, or the network
-            of one's own cannot be imported or built (its exception is chained).
+        BadInput: an argument is out of range, the image is too small, the name is unknown, or the network of another
+            package cannot be imported or built (its exception is chained).
     """
     if num_classes < 2:
         raise BadInput(f"num_classes must be at least 2, got {num_classes}")
@@ -56,10 +58,12 @@ def build_model(name: str, *, num_classes: int, image_shape: ImageShape, width: 
         raise BadInput(f"image_shape must be (channels, height, width), each at least 1, got {image_shape}")
     if not (width > 0 and math.isfinite(width)):
         raise BadInput(f"width must be a positive factor, got {width}")
-    if ":" in name:
-        return _build_own(name, num_classes=num_classes, image_shape=image_shape, width=width)
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
+    if name in MODELS:
+        return _build(name, num_classes=num_classes, image_shape=image_shape, width=width)
+    return _build_outside(name, num_classes=num_classes, image_shape=image_shape, width=width)
+
+
+def _build(name: str, *, num_classes: int, image_shape: ImageShape, width: float) -> nn.Module:
     if min(image_shape[1:]) < MIN_SIDE:
         raise BadInput(
             f"model {name!r} needs images of at least {MIN_SIDE}×{MIN_SIDE} pixels, "
@@ -72,43 +76,40 @@ def build_model(name: str, *, num_classes: int, image_shape: ImageShape, width: 
         raise BadInput(f"model {name!r} cannot be built {size}: {str(error).splitlines()[0]}") from error
 
 
-def _build_own(name: str, *, num_classes: int, image_shape: ImageShape, width: float) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
-    if not (module_name and all(part.isidentifier() for part in [*module_name.split("."), attribute])):
-        raise BadInput(f"model {name!r}: expected package.module:callable, such as my_nets:small_net")
-    with _current_directory_importable():
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:
-            raise BadInput(f"model {name!r}: import failed with {_one_line(error)}") from error
-        constructor = getattr(module, attribute, None)
-        if not callable(constructor):
-            raise BadInput(f"model {name!r}: module {module_name} has no callable named {attribute!r}")
-        offered = {"num_classes": num_classes, "image_shape": image_shape, "width": width}
-        try:
-            accepted = _accepted(constructor, offered)
-        except ValueError as error:
-            raise BadInput(f"model {name!r}: {attribute} has no signature, wrap it in a def") from error
-        if width != 1 and "width" not in accepted:
-            raise BadInput(f"model {name!r} takes no argument 'width', got width {width}: leave it at 1")
-        try:
+# -- networks of other packages ------------------------------------------------------------------------------
+
+
+def _build_outside(name: str, *, width: float, **others: Any) -> nn.Module:
+    constructor, origin, attribute = _constructor(name), described("model", name), name.rpartition(":")[2]
+    offered = {**others, "width": width}
+    try:
+        accepted = _accepted(constructor, offered)
+    except ValueError as error:
+        raise BadInput(f"{origin}: {attribute} has no signature, wrap it in a def") from error
+    if width != 1 and "width" not in accepted:
+        raise BadInput(f"{origin} takes no argument 'width', got width {width}: leave it at 1")
+    try:
+        with current_directory_importable():
             model = constructor(**accepted)
-        except Exception as error:
-            raise BadInput(f"model {name!r}: {attribute} raised {_one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
+        raise BadInput(f"{origin}: {attribute} raised {one_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise BadInput(f"model {name!r}: expected a torch.nn.Module from it, got a {type(model).__name__}")
+        raise BadInput(f"{origin}: expected a torch.nn.Module from it, got a {type(model).__name__}")
     return model
 
 
-@contextlib.contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    """Search the current directory first, as ``python -m`` does; the installed command alone does not."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
+def _constructor(name: str) -> Callable[..., object]:
+    if ":" not in name:
+        return find("model", name, MODELS, _fault)
+    constructor = import_named("model", name, "callable", "my_nets:small_net")
+    if not callable(constructor):
+        module, _, attribute = name.partition(":")
+        raise BadInput(f"model {name!r}: module {module} has no callable named {attribute!r}")
+    return constructor  # type: ignore[no-any-return]
+
+
+def _fault(thing: object) -> str | None:
+    return None if callable(thing) else f"expected a callable that returns a torch.nn.Module, got {shown(thing)}"
 
 
 def _accepted(constructor: Callable[..., object], offered: dict[str, object]) -> dict[str, object]:
@@ -117,7 +118,3 @@ def _accepted(constructor: Callable[..., object], offered: dict[str, object]) ->
         return offered
     by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {key: value for key, value in offered.items() if key in by_keyword}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

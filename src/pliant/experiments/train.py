@@ -146,7 +146,7 @@ def train(
     """Train one network and return its run folder.
 
     Args:
-        data: digits, fashion-mnist, cifar10, cifar100, image-folder, parquet or hub:OWNER/NAME.
+        data: digits, fashion-mnist, cifar10, cifar100, image-folder, parquet, hub:OWNER/NAME or package.module:name.
         data_dir: folder of the data files; digits needs none.
         image_size: resize all images to this many pixels a side.
         model: mlp, lenet5, resnet8, resnet20, resnet56, resnet18, resnet50, vgg16, wrn28_10, vit_tiny or

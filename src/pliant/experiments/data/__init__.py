@@ -2,6 +2,7 @@
 
 - ``images``: `load_data`, from a name to an `ImageData`; ``loader``: the batches of one split
 - ``data_sets``: a row for each data set; ``named``: where digits, Fashion-MNIST and CIFAR are found
+- ``outside``: the data sets of other packages
 - ``idx``, ``tables``, ``folders``: the formats of files, parquet and the hub among the tables
 - ``decoding``: encoded images as tensors; ``streaming``: the same batch by batch, for those that stay in their files
 - ``base``: what a data set is, what its reader is asked for and gives back

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from pliant.errors import BadInput
+from pliant.errors import BadInput, shown
 
 
 class Stored(Protocol):
@@ -66,7 +65,7 @@ class Request(NamedTuple):
     folder: Path | None
     """Where its files lie; None if the user gave no folder."""
     image_size: int | None
-    """Side of the square images; None leaves them as they are. A reader may ignore it: they are resized afterwards."""
+    """Side of the square images; None leaves them as they are. What a reader does not resize is resized afterwards."""
     num_classes: int | None = None
     """How many classes a data set of this name has; None if its files decide."""
 
@@ -96,8 +95,28 @@ class DataSet:
     """Shape (C, H, W) of an image; None if its files decide."""
     flip: bool = True
     """Whether a mirrored image still belongs to its class."""
-    pad: Fraction = Fraction(1, 8)
-    """By which share of its shorter side a random crop may shift an image."""
+    pad: float = 1 / 8
+    """By which share of its shorter side a random crop may shift an image, less than 1."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.read):
+            raise BadInput(f"read must be a callable that takes a Request and returns a Raw, got {shown(self.read)}")
+        if self.num_classes is not None and not _is_count(self.num_classes, 2):
+            raise BadInput(f"num_classes must be an integer of at least 2, got {shown(self.num_classes)}")
+        if self.shape is not None and not _is_shape(self.shape):
+            raise BadInput(f"shape must be (channels, height, width), each at least 1, got {shown(self.shape)}")
+        if not isinstance(self.flip, bool):
+            raise BadInput(f"flip must be True or False, got {shown(self.flip)}")
+        if not isinstance(self.pad, float | int) or not 0 <= self.pad < 1:
+            raise BadInput(f"pad must be a share of the shorter side, from 0 to below 1, got {shown(self.pad)}")
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and value >= least  # not isinstance: True is no count
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(_is_count(length, 1) for length in value)
 
 
 def extra(module: str) -> Any:

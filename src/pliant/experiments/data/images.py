@@ -82,6 +82,10 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
                                                                    else validation as test, else 20 % of train
     =================  ==========================================  ==========================================
 
+    A data set of another package is called what the package calls it (entry points ``pliant.data``), or
+    ``package.module:name``. It is a `DataSet`, or a reader alone: a callable that takes a `Request` and returns a
+    `Raw`. It gets ``data_dir`` and ``image_size``.
+
     ``image_size`` (pixels) resizes every image to a square, bilinearly, without keeping its aspect ratio; it is
     required where the images differ in size. Images become RGB unless all of them are grey.
 
@@ -89,8 +93,9 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
     if these fit; a `Loader` decodes them, on all cores, as it comes to them. They need an ``image_size``, are RGB even
     if all are grey, and a damaged or unsuitable one is found only then.
 
-    Raises `BadInput` for an unknown name, an unsuitable option, labels or columns that do not fit, or too few images
-    or classes; `DamagedFile` for a folder or file that is missing or cannot be read. Each names the culprit.
+    Raises `BadInput` for an unknown name, an unsuitable option, labels or columns that do not fit, too few images
+    or classes, or a data set of another package that fails or returns anything else; `DamagedFile` for a folder or
+    file that is missing or cannot be read. Each names the culprit.
     """
     if image_size is not None and image_size < 1:
         raise BadInput(f"image_size must be at least 1 pixel, not {image_size}")
