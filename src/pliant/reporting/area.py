@@ -3,7 +3,7 @@
     area = 1/0.9 · ∫ accuracy ds from 0 to 0.9, by the trapezoid rule on s = 0, 0.1, …, 0.9
 
 where s is the share of *all* parameters (or MACs, or non-zeros) that is gone. Between two measured sizes the accuracy
-is interpolated; beyond the smallest measured size a method reaches nothing, and nothing counts as guessing.
+is interpolated; a size beyond the smallest measured one is not reached, and counts as guessing.
 
 Plain numbers; the standard library only.
 """
@@ -15,9 +15,9 @@ from itertools import pairwise
 
 from pliant.errors import BadInput
 
-GRID = tuple(step / 10 for step in range(10))
+GRID = tuple(tenths / 10 for tenths in range(10))
 SLACK = 5e-3
-"""A size missed by this share counts as reached: whole channels and ranks cannot be cut to any share."""
+"""A size missed by this share counts as reached: whole channels and ranks seldom meet a share exactly."""
 
 
 def area(points: Iterable[tuple[float, float]], chance: float) -> float:
@@ -28,7 +28,7 @@ def area(points: Iterable[tuple[float, float]], chance: float) -> float:
         chance: accuracy of guessing.
 
     Raises:
-        BadInput: there is no dense network among the points.
+        BadInput: the dense network is not among the points.
     """
     known = curve_of(points)
     if not known or known[0][0] != 0:
@@ -38,7 +38,7 @@ def area(points: Iterable[tuple[float, float]], chance: float) -> float:
 
 
 def curve_of(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points in the order of their shares; of two networks of one size the better one counts."""
+    """Return the points sorted by their shares; of two networks of one size the better one counts."""
     best: dict[float, float] = {}
     for share, accuracy in points:
         best[share] = max(accuracy, best.get(share, accuracy))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pliant.records import Record
 from pliant.reporting.curves import nonzero_share
 from pliant.reporting.formats import human, percent
-from pliant.reporting.grouping import step_of
+from pliant.reporting.grouping import size_of
 
 
 class Cell(NamedTuple):
@@ -43,7 +43,7 @@ def _latency(record: Record) -> Cell:
 
 def _removed(record: Record) -> Cell:
     real = record.ratio_removed
-    return Cell(step_of(record), "" if real is None else f"{percent(real)}%", record.ratio)
+    return Cell(size_of(record), "" if real is None else f"{percent(real)}%", record.ratio)
 
 
 COLUMNS: tuple[tuple[str, Callable[[Record], Cell]], ...] = (

@@ -13,16 +13,16 @@ from typing import Any
 from pliant.records import CALIBRATION, LayerCount, Record, factorises
 from pliant.reporting.curves import Axis, Curve, Panel, Section, panels_of
 from pliant.reporting.formats import human, percent
-from pliant.reporting.grouping import step_of, steps_of
+from pliant.reporting.grouping import size_of, sizes_of
 from pliant.reporting.intervals import Estimate
 from pliant.reporting.ranking import ACCURACIES, Standing, standings
 
 
 def section_data(section: Section, runs: str) -> dict[str, Any]:
-    """Return what the page draws in a section; the script's first lines describe the same structure."""
+    """Return what the page draws in a section."""
     best = max(max(record.top1, record.top1_raw, record.top1_dense) for record in section.records)
     return {
-        # All figures of a section share the accuracy axis, which ends at the next 10 % above the best.
+        # All figures of a section share the accuracy axis, which ends at the next 10 % above the best accuracy.
         "top": min(100, 10 * math.ceil(10 * best)),
         "panels": [
             {
@@ -32,7 +32,7 @@ def section_data(section: Section, runs: str) -> dict[str, Any]:
                 "patterned": panel.patterned,
                 "axes": [axis.title for axis in panel.axes],
                 "variants": panel.variants,
-                "steps": list(steps_of(record for curve in panel.curves for record in curve.records)),
+                "sizes": list(sizes_of(record for curve in panel.curves for record in curve.records)),
                 "views": {name: _view_data(panel, name, section.chance, runs) for name in panel.views},
             }
             for panel in panels_of(section)
@@ -47,7 +47,10 @@ def _view_data(panel: Panel, view: str, chance: float | None, runs: str) -> dict
     return {
         "curves": [_curve_data(curve, panel, runs) for curve in curves],
         "standings": {
-            accuracy: [_standing_data(s, curves.index(s.curve)) for s in standings(panel, view, chance, accuracy)]
+            accuracy: [
+                _standing_data(standing, curves.index(standing.curve))
+                for standing in standings(panel, view, chance, accuracy)
+            ]
             for accuracy in ACCURACIES
         },
     }
@@ -76,16 +79,16 @@ def _curve_data(curve: Curve, panel: Panel, runs: str) -> dict[str, Any]:
         "variant": curve.variant,
         "runs": len(curve.runs),
         "dense": curve.dense,
-        "steps": [
+        "sizes": [
             {
-                "label": step,
+                "label": size,
                 "pattern": records[0].pattern,
                 "shares": [fmean(map(axis.share, records)) for axis in panel.axes],
                 "top1": _spread([record.top1 for record in records]),
                 "top1_raw": _spread([record.top1_raw for record in records]),
-                "tip": _tip(curve, step, records),
+                "tip": _tip(curve, size, records),
             }
-            for step, records in steps_of(curve.records).items()
+            for size, records in sizes_of(curve.records).items()
         ],
         "networks": [
             {
@@ -103,7 +106,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
-    """Return the sizes of a run: the share removed, both accuracies, validation, and what was asked for."""
+    """Return the sizes of a run: the share removed, the accuracies, and what the compressor was asked for."""
     points = [
         {
             "removed": max(0.0, 1 - axis.share(record)),
@@ -122,7 +125,7 @@ def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
 
 
 def _command(record: Record, runs: str) -> list[str] | None:
-    """Return the words of the command that compresses a run as a record tells, but the size; None if none does."""
+    """Return the command that compresses a run as a record says, in words and without the size; None if none does."""
     compressor, *variants = record.compressor.split("-")
     schemes = [variant for variant in variants if variant != "whitened"]
     if "retraining" in record.config or len(schemes) > factorises(compressor):  # only rank has a scheme, and one
@@ -139,7 +142,7 @@ def _command(record: Record, runs: str) -> list[str] | None:
     return words
 
 
-def _tip(curve: Curve, step: str, records: list[Record]) -> str:
+def _tip(curve: Curve, size: str, records: list[Record]) -> str:
     """Return the text beside a point, in the subset of HTML that plotly.js knows."""
     tops = [record.top1 for record in records]
     several = len(records) > 1
@@ -148,16 +151,16 @@ def _tip(curve: Curve, step: str, records: list[Record]) -> str:
     def mean(name: str) -> float:
         return fmean(getattr(record, name) for record in records)
 
-    def size(name: str, unit: str = "") -> str:
+    def amount(name: str, unit: str = "") -> str:
         return f"{human(round(mean(name)), unit)} ({percent(mean(name) / mean(f'{name}_dense'))} %)"
 
     lines = [
         f"<b>{html.escape(curve.training)}</b>{'' if several else f' · {html.escape(records[0].run)}'}",
-        f"{html.escape(curve.variant)} · {html.escape(step)}",
+        f"{html.escape(curve.variant)} · {html.escape(size)}",
         f"accuracy {percent(mean('top1'))} %{spread}",
         f"raw {percent(mean('top1_raw'))} % · dense {percent(mean('top1_dense'))} %",
-        f"parameters {size('params')}, non-zero {human(round(mean('nonzero')))}",
-        f"MACs {size('macs')} · file {size('bytes', 'B')}",
+        f"parameters {amount('params')}, non-zero {human(round(mean('nonzero')))}",
+        f"MACs {amount('macs')} · file {amount('bytes', 'B')}",
         f"latency {1e3 * mean('latency_s'):.2f} ms, batch {records[0].latency_batch}"
         f" ({mean('latency_dense_s') / mean('latency_s'):.2f}× as fast)",
     ]
@@ -165,24 +168,24 @@ def _tip(curve: Curve, step: str, records: list[Record]) -> str:
 
 
 def _layer_views(curve: Curve) -> list[dict[str, Any]]:
-    """Return a table per run of the curve: what every layer kept at every step."""
+    """Return a table for each run of the curve: what every layer kept at every size."""
     views = []
     for records in curve.runs.values():
-        steps = sorted((record for record in records if record.layers), key=lambda record: record.ratio)
-        names = dict.fromkeys((layer["name"], layer["kind"]) for record in steps for layer in record.layers)
+        sizes = sorted((record for record in records if record.layers), key=lambda record: record.ratio)
+        names = dict.fromkeys((layer["name"], layer["kind"]) for record in sizes for layer in record.layers)
         if names:
             views.append(
                 {
                     "title": f"{records[0].run} · {curve.variant}",
-                    "steps": [step_of(record) for record in steps],
+                    "sizes": [size_of(record) for record in sizes],
                     "layers": [
                         {
                             "name": name,
                             "kind": kind,
-                            # A layer may be missing at a step, where the plan left it alone.
+                            # A layer is missing at a size where the plan left it alone.
                             "cells": [
                                 next((_counts(layer) for layer in record.layers if layer["name"] == name), None)
-                                for record in steps
+                                for record in sizes
                             ],
                         }
                         for name, kind in names

@@ -14,21 +14,21 @@ Key = TypeVar("Key")
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """Return the items by key, in the order in which they came."""
-    found: dict[Key, list[Item]] = {}
+    groups: dict[Key, list[Item]] = {}
     for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return the entries of a nested dictionary as pairs (dotted name, value)."""
-    found = []
+    entries = []
     for name, value in config.items():
         if isinstance(value, dict):
-            found += flat(value, f"{prefix}{name}.")
+            entries += flat(value, f"{prefix}{name}.")
         else:
-            found.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
-    return found
+            entries.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
+    return entries
 
 
 def run_of(record: Record) -> tuple[str, str]:
@@ -36,12 +36,12 @@ def run_of(record: Record) -> tuple[str, str]:
     return record.run, record.weights
 
 
-def steps_of(records: Iterable[Record]) -> dict[str, list[Record]]:
+def sizes_of(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Return the records by what was asked of the compressor, "50%" or "2:4", from the dense end on."""
     by_ratio = sorted(records, key=lambda record: record.ratio)
-    return grouped(by_ratio, step_of)
+    return grouped(by_ratio, size_of)
 
 
-def step_of(record: Record) -> str:
+def size_of(record: Record) -> str:
     """Return what was asked of the compressor: "50%" or "2:4"."""
     return record.pattern or f"{100 * record.ratio:.6g}%"

@@ -31,9 +31,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate:
-    """Return the mean of ``first`` − ``second``, values by seed: of the pairs with equal seeds, where there are any.
+    """Return the mean of ``first`` − ``second`` over the pairs of equal seeds; both have values by seed.
 
-    Without a common seed there is no pair and no interval; ``n`` is the number of pairs.
+    ``n`` is the number of pairs. Without a common seed the means are compared, and there is no interval.
     """
     common = sorted(first.keys() & second.keys())
     if common:
@@ -59,7 +59,7 @@ def _inside(t: float, freedom: int) -> float:
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
     term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for step in range(1 + odd, freedom, 2):
+    for index in range(1 + odd, freedom, 2):
         total += term
-        term *= cosine**2 * step / (step + 1)
+        term *= cosine**2 * index / (index + 1)
     return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -39,17 +39,17 @@ def report(
 ) -> Path:
     """Write a page about the records, print a table and the page's path, and return the path.
 
-    The table compares the methods if the records tell what the trainings cost, else it lists the accuracies.
+    The table compares the methods if the records say what the trainings cost, else it lists the accuracies.
 
     Args:
         records: one or several files of records. Of several records of one measurement the last counts.
         out: the page, a self-contained HTML file of about 5 MB. An existing one is replaced, whole or not at all.
-        markdown: file for the comparison as Markdown tables, replaced alike; none is written without it.
+        markdown: file for the comparison as Markdown tables, replaced likewise; without it none is written.
         runs: folder of the run folders, for the commands on the page; by default runs beside the first records.
 
     Raises:
         BadInput: the files hold no records, or ``out`` or ``markdown`` is a folder.
-        DamagedFile: a file is missing or a line of it is not a record.
+        DamagedFile: a file is missing, or something in it is not a record.
         OSError: the page cannot be written.
     """
     out = Path(out)
@@ -83,7 +83,7 @@ def write_report(
         out: the page.
         markdown: file for the comparison as Markdown tables.
         runs: folder of the run folders, for the commands on the page.
-        remarks: sentences about what the records do not tell.
+        remarks: sentences about what the records do not say.
     """
     pages = {out: render(records, runs, remarks)}
     if markdown is not None:
@@ -91,7 +91,7 @@ def write_report(
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    # A pipe or a file has no width to keep to, so that lines stay whole there.
+    # A pipe or a file has no width, so the rows of a table stay whole there.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
     costly = any(record.cost is not None for record in records)
     console.print(comparison_table(records) if costly else summary_table(records))
@@ -128,13 +128,13 @@ def render(records: Sequence[Record], runs: str = "runs", remarks: Sequence[str]
                 "guessing": section.chance is not None,
                 "repeated": any(panel.repeated for panel in panels_of(section)),
                 "panels": panels_of(section),
-                # What the choice of a size may be restricted to: a panel, by its place.
+                # The panels that the choice of a size may be restricted to, by their place.
                 "families": [(index, panel.chip) for index, panel in enumerate(panels_of(section))],
                 "batches": sorted({record.latency_batch for record in section.records}),
                 "layered": any(record.layers for record in section.records),
                 "rows": [[cell(record) for _, cell in COLUMNS] for record in section.records],
                 "refused": Counter((r.compressor, *pair) for r in section.records for pair in r.refused),
-                "runs": [(found[0], flat(found[0].config)) for found in grouped(section.records, run_of).values()],
+                "runs": [(run[0], flat(run[0].config)) for run in grouped(section.records, run_of).values()],
             }
             for section in sections
         ],
@@ -142,7 +142,7 @@ def render(records: Sequence[Record], runs: str = "runs", remarks: Sequence[str]
         versions=versions,
         created=sorted(record.created[:10] for record in records if record.created),
         data={
-            # A training keeps its colour, its place in this list, through the whole page.
+            # A training keeps its place in this list, and so its colour, on the whole page.
             "trainings": [
                 {"name": name, "ours": curve.ours, "retrained": curve.retrained} for name, curve in trainings.items()
             ],
