@@ -88,7 +88,7 @@ def read_lines(path: str | Path, parse: Callable[[dict[str, Any]], Item], kind: 
 
     Args:
         path: the file.
-        parse: from the values of a line to an item; raises BadInput for values that are none.
+        parse: from the values of a line to an item; raises BadInput for values that do not make one.
         kind: what the items are, for messages: ``"records"``.
 
     Raises:
@@ -107,7 +107,7 @@ def read_lines(path: str | Path, parse: Callable[[dict[str, Any]], Item], kind: 
             continue
         try:
             items.append(parse(_parse(line)))
-        except (ValueError, RecursionError) as error:  # JSON, UTF-8 and BadInput; the other for thousands of brackets
+        except (ValueError, RecursionError) as error:  # of JSON, UTF-8 and BadInput; of thousands of brackets
             raise DamagedFile(f"{path}:{number}: {error}; mend or delete this line") from None
     return items
 
@@ -160,7 +160,7 @@ def _unpack_member(path: Path, content: bytes, start: int, lines: bytearray) -> 
 
 
 def _last_line(path: Path, content: bytes) -> bytes:
-    """Return what follows the last newline: nothing, a record without newline, or the beginning of one."""
+    """Return what follows the last newline: nothing, a line without its newline, or the beginning of one."""
     tail = content[content.rfind(b"\n") + 1 :]
     if tail.strip() and not tail.startswith(b"{"):
         raise DamagedFile(f"{path}: expected lines of JSON, got {tail[:20]!r} at the end; is this the right file?")
@@ -168,7 +168,7 @@ def _last_line(path: Path, content: bytes) -> bytes:
 
 
 def _is_cut(tail: bytes) -> bool:
-    """Tell whether an unterminated line is incomplete: no mere beginning of a JSON object is valid JSON."""
+    """Tell whether a line without its newline is incomplete: the mere beginning of a JSON object is not valid JSON."""
     try:
         json.loads(tail)
     except (ValueError, RecursionError):

@@ -1,8 +1,7 @@
 """Records: what a compressed network achieved, one line of JSON each.
 
-A sweep appends a :class:`Record` per (run, compressor, ratio) to a JSON Lines file; reports and comparisons
-read such files and nothing else. This module needs the standard library only, so that records can be read on
-any machine.
+A sweep appends a :class:`Record` for each run, compressor and ratio to a JSON Lines file; reports and comparisons
+read such files and nothing else. This module needs the standard library only, so records can be read on any machine.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ RECORDS = "records.jsonl"
 """The file of records in the folder of a comparison."""
 
 CALIBRATION = 2048
-"""How many training images a compression looks at, unless it was told otherwise."""
+"""How many training images a compression looks at by default."""
 
 
 class LayerCount(TypedDict):
@@ -43,8 +42,8 @@ class Cost(TypedDict):
     """What the training cost, beside SGD on the same machine.
 
     The run took ``seconds``, a step ``step_s`` seconds (``step_s_sgd``: one of SGD, timed in turns). ``memory`` bytes
-    hold the weights, their gradients and what the optimizer keeps (``memory_sgd``: SGD's). ``equal`` tells what the run
-    was granted as much of as SGD: ``"epochs"`` or ``"time"``.
+    hold the weights, their gradients and what the optimizer keeps (``memory_sgd``: SGD's). ``equal`` says what the run
+    has had as much of as SGD: ``"epochs"`` or ``"time"``.
     """
 
     equal: str
@@ -112,7 +111,7 @@ class Record:
     pattern: str = ""
     """Pattern such as ``"2:4"``; empty for compressors that take a ratio."""
     ratio_removed: float | None = None
-    """Share of the compressible parameters that was really removed; None if it was not recorded."""
+    """Share of the compressible parameters that was removed in fact; None if it was not recorded."""
     val_top1_raw: float | None = None
     """Validation accuracy as compressed; None if it was not recorded."""
     nonzero_dense: int | None = None
@@ -147,7 +146,7 @@ class Record:
                 self._set(name, _fraction(name, getattr(self, name)))
         for name in ("seed", "params", "nonzero", "macs", "bytes"):
             _check_count(name, getattr(self, name), least=0)
-        # The dense sizes are what all shares are measured against, so none of them may be zero.
+        # All shares are relative to the dense sizes, so none of these may be zero.
         for name in ("params_dense", "macs_dense", "bytes_dense", "latency_batch"):
             _check_count(name, getattr(self, name), least=1)
         if self.nonzero_dense is not None:
@@ -179,7 +178,7 @@ class Record:
             raise BadInput(f"extra must not hold fields of a Record, got {', '.join(clash)}")
 
     def key(self) -> Key:
-        """Return what identifies a measurement: a sweep skips a record whose key is already in its file."""
+        """Return what identifies the measurement: a sweep skips a record whose key is in its file already."""
         return record_key(
             run=self.run,
             weights=self.weights,
@@ -197,7 +196,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """Return the record that :meth:`to_dict` made ``values`` of; unknown fields go to ``extra``.
+        """Return the record whose :meth:`to_dict` gave ``values``; unknown fields go to ``extra``.
 
         Raises:
             BadInput: required fields are missing, or a value is not valid.
@@ -212,7 +211,7 @@ class Record:
 
 
 def factorises(compressor: str) -> bool:
-    """Return whether a compressor or a link of it is rank."""
+    """Return whether a compressor, or a link of a chain, is rank."""
     return "rank" in compressor.split("+")
 
 

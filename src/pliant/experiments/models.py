@@ -76,7 +76,7 @@ def _build(name: str, *, num_classes: int, image_shape: ImageShape, width: float
         raise BadInput(f"model {name!r} cannot be built {size}: {str(error).splitlines()[0]}") from error
 
 
-# -- networks of other packages ------------------------------------------------------------------------------
+# --- networks of other packages ---------------------------------------------------------------------------------------
 
 
 def _build_outside(name: str, *, width: float, **others: Any) -> nn.Module:

@@ -36,7 +36,7 @@ def _conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
 
 
-# -- plain networks ------------------------------------------------------------------------------------------
+# --- plain networks ---------------------------------------------------------------------------------------------------
 
 
 def mlp(*, num_classes: int, image_shape: ImageShape, width: float) -> nn.Module:
@@ -99,7 +99,7 @@ def vgg16(*, num_classes: int, image_shape: ImageShape, width: float) -> nn.Modu
     )
 
 
-# -- residual networks ---------------------------------------------------------------------------------------
+# --- residual networks ------------------------------------------------------------------------------------------------
 
 
 def resnet(
@@ -259,7 +259,7 @@ class PreActBlock(nn.Module):
         return out
 
 
-# -- vision transformer --------------------------------------------------------------------------------------
+# --- vision transformer -----------------------------------------------------------------------------------------------
 
 
 def vit_tiny(*, num_classes: int, image_shape: ImageShape, width: float) -> nn.Module:

@@ -76,7 +76,7 @@ class Raw(NamedTuple):
     train: Split
     """All training images; those of the validation are held out afterwards."""
     test: Split | None
-    """The test images; None if there is no such split, and a fifth of the training images take their place."""
+    """The test images; None if there is no such split: then a fifth of the training images take their place."""
     classes: tuple[str, ...]
     """The names of the classes, in the order of the labels."""
 
@@ -120,7 +120,7 @@ def _is_shape(value: object) -> bool:
 
 
 def extra(module: str) -> Any:
-    """Import a module of the extra ``pliant[data]``."""
+    """Import a module of the extra ``pliant[data]``; raises BadInput if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -128,5 +128,5 @@ def extra(module: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

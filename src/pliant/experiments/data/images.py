@@ -28,7 +28,7 @@ from pliant.experiments.data.data_sets import data_set
 from pliant.experiments.data.streaming import IN_MEMORY
 
 SPLIT_SEED = 0  # of the held-out images; changing it changes every result
-SAMPLE = 20_000  # images at most that mean and std are measured on, where each has to be decoded
+SAMPLE = 20_000  # mean and std are measured on at most this many images where each has to be decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class ImageData:
 
 
 def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int | None = None) -> ImageData:
-    """Read the data set ``name``.
+    """Read a data set by its name.
 
     =================  ==========================================  ==========================================
     name               images                                      from
@@ -82,20 +82,25 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
                                                                    else validation as test, else 20 % of train
     =================  ==========================================  ==========================================
 
-    A data set of another package is called what the package calls it (entry points ``pliant.data``), or
-    ``package.module:name``. It is a `DataSet`, or a reader alone: a callable that takes a `Request` and returns a
-    `Raw`. It gets ``data_dir`` and ``image_size``.
+    Images become RGB unless all of them are grey. Images of an ``image-folder`` that would take more than 2 GiB stay in
+    their files, except those of the validation if these fit; a `Loader` decodes them, on all cores, when it comes to
+    them. They need an ``image_size``, are RGB even if all are grey, and a damaged or unsuitable one is found only then.
 
-    ``image_size`` (pixels) resizes every image to a square, bilinearly, without keeping its aspect ratio; it is
-    required where the images differ in size. Images become RGB unless all of them are grey.
+    Args:
+        name: one of the table, or that of another package: what an installed package calls its data set (entry points
+            ``pliant.data``), or ``package.module:name``. The object is a `DataSet`, or a reader alone: a callable that
+            takes a `Request` and returns a `Raw`.
+        data_dir: folder of the files.
+        image_size: side in pixels; every image becomes a square of it, bilinearly, whatever its aspect ratio. Required
+            where the images differ in size.
 
-    Images of an ``image-folder`` that would take more than 2 GiB stay in their files, but for those of the validation
-    if these fit; a `Loader` decodes them, on all cores, as it comes to them. They need an ``image_size``, are RGB even
-    if all are grey, and a damaged or unsuitable one is found only then.
+    Returns:
+        The three splits, with what is needed to normalise and augment them.
 
-    Raises `BadInput` for an unknown name, an unsuitable option, labels or columns that do not fit, too few images
-    or classes, or a data set of another package that fails or returns anything else; `DamagedFile` for a folder or
-    file that is missing or cannot be read. Each names the culprit.
+    Raises:
+        BadInput: the name is unknown, an option is unsuitable, labels or columns do not fit, there are too few images
+            or classes, or a data set of another package fails or returns anything else.
+        DamagedFile: a folder or file is missing or cannot be read. Every message names the culprit.
     """
     if image_size is not None and image_size < 1:
         raise BadInput(f"image_size must be at least 1 pixel, not {image_size}")

@@ -24,12 +24,21 @@ class Loader:
     Order and augmentation depend on (seed, epoch) alone, on every machine and for every batch size, and neither reads
     nor moves torch's global random state. Call `set_epoch` before each epoch: without it all epochs are the same.
 
-    ``augment`` shifts every image by up to ``data.pad`` pixels (the crop of a zero-padded image) and, where
-    ``data.flip`` allows it, mirrors half of them. ``limit`` keeps at most that many images, a random choice that
-    depends on ``seed`` alone. The last batch may be smaller, except that under ``shuffle``, that is in training, a
-    last batch of a single image joins the one before it: BatchNorm cannot normalise one 1x1 image.
+    The last batch may be smaller, except that under ``shuffle``, that is in training, a last batch of a single image
+    joins the one before it: BatchNorm cannot normalise one 1x1 image.
 
-    Raises `BadInput` for an unknown split, a batch size or limit below 1, a negative seed or epoch.
+    Args:
+        data: the data set.
+        split: "train", "val" or "test".
+        batch_size: images in a batch.
+        shuffle: whether each epoch has an order of its own; else that of the split.
+        augment: whether to shift every image by up to ``data.pad`` pixels (a crop of the image mirrored over its edges)
+            and, where ``data.flip`` allows it, to mirror half of them.
+        seed: of order and augmentation.
+        limit: keep at most this many images, a random choice that depends on ``seed`` alone.
+
+    Raises:
+        BadInput: the split is unknown, the batch size or the limit is below 1, or the seed is negative.
     """
 
     def __init__(
@@ -76,10 +85,15 @@ class Loader:
         return len(self._bounds) - 1
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Choose the order and augmentation of the next iterations; epochs count from 0.
+        """Choose the order and augmentation of the next iterations.
 
-        ``first`` batches of the epoch are left out, by a training that goes on in the middle of it. The length of the
-        loader stays that of a whole epoch.
+        Args:
+            epoch: counts from 0.
+            first: batches of the epoch to leave out, for a training that goes on in the middle of it. The length of the
+                loader stays that of a whole epoch.
+
+        Raises:
+            BadInput: the epoch is negative, or has fewer batches than ``first``.
         """
         if epoch < 0:
             raise BadInput(f"epoch must not be negative, got {epoch}")
@@ -111,7 +125,7 @@ class Loader:
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield batches while a thread makes the one after."""
+    """Yield batches, while a thread makes the next one."""
     with ThreadPoolExecutor(1, "pliant-batches") as pool:
         following = pool.submit(next, batches, None)
         while (batch := following.result()) is not None:
@@ -120,7 +134,7 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _crop(images: Tensor, pad: int, top: Tensor, left: Tensor) -> Tensor:
-    """Mirror (B, C, H, W) ``pad`` pixels over its edges; cut out of each image the H x W window at ``top``, ``left``.
+    """Mirror images (B, C, H, W) over their edges by ``pad`` pixels, then cut out of each the window at (top, left).
 
     Black edges would be simpler, but BatchNorm would then see other statistics in training than on plain images.
     """
@@ -131,11 +145,11 @@ def _crop(images: Tensor, pad: int, top: Tensor, left: Tensor) -> Tensor:
 
 
 def _mirrored(size: int, pad: int) -> Tensor:
-    """Return the positions 0 … size − 1 with ``pad`` < size more at either end, mirrored at the edge pixels."""
+    """Return the positions 0 … size − 1 and, at either end, ``pad`` < size more, mirrored at the edge pixels."""
     return (size - 1) - (torch.arange(-pad, size + pad).abs() - (size - 1)).abs()
 
 
 def _generator(seed: int, *stream: int) -> torch.Generator:
-    """Return a generator of its own for (seed, stream); SeedSequence keeps neighbouring seeds and epochs apart."""
+    """Return a new generator for (seed, stream); SeedSequence keeps neighbouring seeds and epochs apart."""
     state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))

@@ -44,7 +44,7 @@ class _Piece(NamedTuple):
     origin: str
     images: Any  # pyarrow.ChunkedArray
     labels: NDArray[Any]
-    names: tuple[str, ...] | None  # of the classes, where the table knows them
+    names: tuple[str, ...] | None  # of the classes, if the table has them
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what to call each image in an error and the image as {bytes, path}."""
@@ -78,14 +78,14 @@ def from_hub(repository: str, request: Request, instead: str) -> Raw:
     """Read ``repository`` from the hub; ``instead`` is the advice in errors."""
     datasets = extra("datasets")
     try:
-        found = datasets.load_dataset(repository)
+        splits = datasets.load_dataset(repository)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = first_line(error)
         raise BadInput(f"{repository!r} cannot be loaded from the Hugging Face hub ({reason}): {instead}") from error
-    if "train" not in found:
-        raise BadInput(f"{repository!r} has no split 'train', only {', '.join(found)}: {instead}")
-    parts = ["train", *[part for part in ("test", "validation") if part in found][:1]]
-    tables = [(f"{repository}, {part}", found[part].with_format("arrow")[:]) for part in parts]
+    if "train" not in splits:
+        raise BadInput(f"{repository!r} has no split 'train', only {', '.join(splits)}: {instead}")
+    parts = ["train", *[part for part in ("test", "validation") if part in splits][:1]]
+    tables = [(f"{repository}, {part}", splits[part].with_format("arrow")[:]) for part in parts]
     return _from_pieces(request, [[_piece(*table, follow_paths=True)] for table in tables])
 
 
@@ -135,7 +135,7 @@ def _pick(origin: str, what: str, candidates: list[str], preferred: Sequence[str
 
 
 def _from_pieces(request: Request, parts: list[list[_Piece]]) -> Raw:
-    """Decode the pieces of train and, if there, test."""
+    """Decode the pieces of the training and, if there are any, the test images."""
     pieces = [piece for part in parts for piece in part]
     if len({(piece.labels.dtype.kind == "O", piece.names) for piece in pieces}) > 1:
         raise BadInput(f"{request.name}: the classes of {' and '.join(piece.origin for piece in pieces)} differ")
