@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pliant
-from pliant.experiments.data.images import ImageData
+from pliant.experiments.data import ImageData
 
 
 def tensors(data: ImageData, split: str) -> TensorDataset:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pliant
-from pliant.experiments.data.images import ImageData
+from pliant.experiments.data import ImageData
 
 BUDGETS = {"server": 0.8, "laptop": 0.6, "tablet": 0.4, "phone": 0.3, "watch": 0.2}  # share of the MACs
 

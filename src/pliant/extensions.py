@@ -62,11 +62,11 @@ def find(
     if name in own:
         return own[name]
     if ":" in name:
-        described, thing = f"{kind} {name!r}", import_named(kind, name)
+        origin, thing = f"{kind} {name!r}", import_named(kind, name)
     else:
-        described, thing = _from_package(kind, name, own)
+        origin, thing = _from_package(kind, name, own)
     if reason := fault(thing):
-        raise BadInput(f"{described}: {reason}")
+        raise BadInput(f"{origin}: {reason}")
     return thing if adapt is None else adapt(name, thing)
 
 
@@ -111,6 +111,12 @@ def import_named(kind: str, name: str, what: str = "object", example: str = "my_
         return getattr(module, attribute)
 
 
+def described(kind: str, name: str) -> str:
+    """Return what messages call a thing of another package: with the package, where an installed one offers it."""
+    entry = installed(kind).get(name)
+    return f"{kind} {name!r}" if entry is None else _described(kind, entry)
+
+
 @contextlib.contextmanager
 def current_directory_importable() -> Iterator[None]:
     """Search the current directory first, as ``python -m`` does; the installed command alone does not."""
@@ -138,11 +144,14 @@ def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, An
         packages = " and ".join(sorted(_package(entry) for entry in offers))
         raise BadInput(f"{kind} {name!r} is offered by {packages}: uninstall one, or name it as package.module:name")
     entry = offers[0]
-    described = f"{kind} {name!r} of the package {_package(entry)} ({entry.value})"
     try:
-        return described, entry.load()
+        return _described(kind, entry), entry.load()
     except (Exception, SystemExit) as error:  # whatever the code of others raises
-        raise BadInput(f"{described} cannot be imported: {one_line(error)}") from error
+        raise BadInput(f"{_described(kind, entry)} cannot be imported: {one_line(error)}") from error
+
+
+def _described(kind: str, entry: EntryPoint) -> str:
+    return f"{kind} {entry.name!r} of the package {_package(entry)} ({entry.value})"
 
 
 def _package(entry: EntryPoint) -> str:

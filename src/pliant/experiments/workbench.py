@@ -31,7 +31,7 @@ from pliant.compressor_names import (
     takes_pattern,
 )
 from pliant.errors import BadInput
-from pliant.experiments.data.images import Loader
+from pliant.experiments.data.loader import Loader
 from pliant.experiments.run_folder import Run
 from pliant.measuring import versions
 from pliant.records import Key, LayerCount, Record, record_key
