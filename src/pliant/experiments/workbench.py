@@ -80,8 +80,8 @@ class Workbench:
         self.allocation = allocation_of(compressor, allocation)
         self.calibration = calibration
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        wanted = run.config.get("precision", "auto") if precision == "auto" else precision
-        self.precision = measuring.resolve_precision(wanted, self.device)
+        precision = run.config.get("precision", "auto") if precision == "auto" else precision
+        self.precision = measuring.resolve_precision(precision, self.device)
         self._analyses: dict[type, Any] = {}
 
     @property
@@ -147,8 +147,8 @@ class Workbench:
         def accuracy(network: nn.Module) -> float:
             return self._accuracy(network if network is self.dense else self._settled(network), "val")
 
-        one = self._images(LATENCY_BATCH)
-        plan = budgets.fit(self.dense, compressor, one, budget, self._analysis(compressor), accuracy)
+        image = self._images(LATENCY_BATCH)
+        plan = budgets.fit(self.dense, compressor, image, budget, self._analysis(compressor), accuracy)
         small = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
         return self._measured(small, plan, plan.ratio, "", budget=str(budget))
 
@@ -171,8 +171,8 @@ class Workbench:
         self, raw: nn.Module, plan: Plan, ratio: float, pattern: str, **settings: str
     ) -> tuple[nn.Module, Plan, Record]:
         small = self._settled(raw)
-        one = self._images(LATENCY_BATCH)
-        latency, latency_dense = measuring.latencies([small, self.dense], one)
+        image = self._images(LATENCY_BATCH)
+        latency, latency_dense = measuring.latencies([small, self.dense], image)
         record = Record(
             run=self.run.name,
             method=self.run.config["method"],
@@ -193,7 +193,7 @@ class Workbench:
             params_dense=measuring.parameters(self.dense),
             nonzero=measuring.nonzero(small),
             nonzero_dense=self._dense_costs["nonzero"],
-            macs=measuring.macs(small, one),
+            macs=measuring.macs(small, image),
             macs_dense=self._dense_costs["macs"],
             bytes=measuring.file_bytes(small),
             bytes_dense=self._dense_costs["bytes"],

@@ -211,9 +211,11 @@ class Portable:
                     got = candidate(self.arguments(batch))
             except Exception as error:
                 raise BadInput(f"{name}: the written model fails on a batch of {batch}: {reason(error)}") from error
-            shapes, wanted = [tuple(x.shape) for x in got], [tuple(x.shape) for x in expected]
-            if shapes != wanted:
-                raise BadInput(f"{name}: a batch of {batch} gives outputs of shape {shapes}, the model gives {wanted}")
+            shapes, expected_shapes = [tuple(x.shape) for x in got], [tuple(x.shape) for x in expected]
+            if shapes != expected_shapes:
+                raise BadInput(
+                    f"{name}: a batch of {batch} gives outputs of shape {shapes}, the model gives {expected_shapes}"
+                )
             for x, y in zip(got, expected, strict=True):
                 difference, magnitude = max_difference(x, y)
                 if not difference <= TOLERANCE * max(magnitude, 1e-3):
