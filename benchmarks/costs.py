@@ -7,7 +7,7 @@ FSDP2 itself moves (parameters and gradients), where P processes hold m/P rows e
 Sources: SFW: this package. Muon: Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks, five
 iterations of X ← aX + (bA + cA²)X with A = XXᵀ on the wide side. Shampoo: Gupta, Koren, Singer 2018, arXiv 1802.09568,
 algorithm 1, L ← L + GGᵀ, R ← R + GᵀG, L^(−1/4)·G·R^(−1/4); a symmetric eigendecomposition takes about 9·n³ operations
-(Golub, Van Loan, Matrix Computations, section 8.3) and is made every so many steps. QR of r×b with its orthogonal
+(Golub, Van Loan, Matrix Computations, section 8.3) and is made every EIGEN_EVERY steps. QR of r×b with its orthogonal
 factor: 4·r·b² − 4/3·b³ (section 5.2).
 
 Nothing here is computed: tensors are on the meta device, and the processes are those of torch's fake group.
@@ -133,7 +133,7 @@ def columns_in_a_product(shape: Shape) -> int:
 
 
 def ring(count: float, processes: int) -> float:
-    """Return what a process receives when so many numbers are summed over processes through a ring."""
+    """Return what a process receives when ``count`` numbers are summed over processes through a ring."""
     return 2 * count * (processes - 1) / processes
 
 
@@ -222,7 +222,7 @@ def products_of_shampoo(g: Tensor) -> Tensor:
 
 
 def counted_traffic(name: str, shape: Shape, processes: int) -> float:
-    """Return the numbers that one of so many processes receives in a step; :func:`fake_processes` are needed."""
+    """Return how many numbers one of ``processes`` receives in a step; :func:`fake_processes` are needed."""
     mesh = init_device_mesh("cpu", (processes,))
 
     def piece() -> DTensor:
@@ -242,7 +242,7 @@ def counted_traffic(name: str, shape: Shape, processes: int) -> float:
 
 @contextmanager
 def fake_processes(count: int) -> Iterator[None]:
-    """Be the first of so many processes that do not exist and send nothing."""
+    """Be the first of ``count`` processes; the others do not exist and send nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)

@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py --out benchmarks/results
 
-Networks have random weights: their accuracy is nothing, their costs are those of trained ones. Each is compressed to
+Networks have random weights: their costs are those of trained ones, their accuracy means nothing. Each is compressed to
 half of its MACs. Machines are shared and noisy: dense and compressed networks in all backends take turns, round after
 round, and a speed-up is the median over rounds of (dense / compressed in the same round), with its quartiles. Writes a
 dated note.
@@ -95,7 +95,7 @@ def latencies(rows: list[Latency], macs: dict[str, int]) -> str:
         if row.skipped or reference.skipped:
             lines.append([*line, f"skipped: {row.skipped or reference.skipped}", "", ""])
             continue
-        speedup = row.speedup(of=reference)
+        speedup = row.speedup(over=reference)
         ideal = macs["dense"] / macs[row.model]
         speedups = [spread(speedup), f"{speedup[1] / ideal:.2f}"] if row is not reference else ["", ""]
         lines.append([*line, spread([1e3 * t for t in row.quartiles()]), *speedups])

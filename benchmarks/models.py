@@ -3,10 +3,10 @@
     python benchmarks/models.py                  writes docs/models.md; minutes, on an idle machine
     python benchmarks/models.py --quick          prints two of the tables, without latencies; seconds
 
-Networks have random weights, so that nothing has to be downloaded: their accuracy is nothing, their costs are those of
-trained ones. Every compact network is compared with its twin, a network of the old shape that ought to compute the
-same; both are run in float64, where any difference beyond rounding is a mistake. What a compressor left alone is listed
-with the reason.
+Networks have random weights, so that nothing has to be downloaded: their costs are those of trained ones, their
+accuracy means nothing. Every compact network is compared with its twin, a network of the old shape that ought to
+compute the same; both are run in float64, where any difference beyond rounding is a mistake. What a compressor left
+alone is listed with the reason.
 """
 
 from __future__ import annotations

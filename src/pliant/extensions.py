@@ -129,10 +129,10 @@ def current_directory_importable() -> Iterator[None]:
 
 
 def _already_imported(module: str, attribute: str) -> Any:
-    found: Any = sys.modules.get(module)
+    thing: Any = sys.modules.get(module)
     for part in attribute.split("."):
-        found = getattr(found, part, None)
-    return found
+        thing = getattr(thing, part, None)
+    return thing
 
 
 def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, Any]:

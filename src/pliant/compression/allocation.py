@@ -53,13 +53,13 @@ def allocate(options: Sequence[Options], reductions: Sequence[Reduction], target
     total = sum(layer.costs[0] for layer in options)
     for reduction in reductions:
         costs = options[reduction.layer].costs
-        rest = total - costs[chosen[reduction.layer]]
-        if rest + costs[reduction.option] > target:
-            total = rest + costs[reduction.option]
+        others = total - costs[chosen[reduction.layer]]
+        if others + costs[reduction.option] > target:
+            total = others + costs[reduction.option]
             chosen[reduction.layer] = reduction.option
             continue
         within = range(chosen[reduction.layer], reduction.option + 1)
-        chosen[reduction.layer] = min(within, key=lambda i: (abs(rest + costs[i] - target), i))
+        chosen[reduction.layer] = min(within, key=lambda i: (abs(others + costs[i] - target), i))
         break
     return chosen
 

@@ -66,10 +66,10 @@ class Budget:
 
 def one_budget(**limits: float | None) -> Budget:
     """Return the one budget whose limit is not None. Raises BadInput if there is none, or more than one."""
-    given = {kind: limit for kind, limit in limits.items() if limit is not None}
-    if len(given) != 1:
-        raise BadInput(f"expected one budget of {', '.join(limits)}, got {', '.join(given) or 'none'}")
-    ((kind, limit),) = given.items()
+    set_limits = {kind: limit for kind, limit in limits.items() if limit is not None}
+    if len(set_limits) != 1:
+        raise BadInput(f"expected one budget of {', '.join(limits)}, got {', '.join(set_limits) or 'none'}")
+    ((kind, limit),) = set_limits.items()
     return Budget(kind, limit)
 
 

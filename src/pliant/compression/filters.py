@@ -339,8 +339,8 @@ def _kept(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, AxisName, Tenso
     result = []
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
-        wanted: dict[AxisName, tuple[int, ...] | None] = {"outputs": layer.outputs, "inputs": layer.inputs}
-        for axis, keep in wanted.items():
+        kept_by_axis: dict[AxisName, tuple[int, ...] | None] = {"outputs": layer.outputs, "inputs": layer.inputs}
+        for axis, keep in kept_by_axis.items():
             if keep is None:
                 continue
             if axis not in axes(module) or keep[-1] >= axis_length(module, axis):

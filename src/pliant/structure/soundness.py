@@ -21,16 +21,16 @@ def largest_sound(
     """
     failed: list[tuple[Item, str]] = []
 
-    def extend(sound: list[Item], more: Sequence[Item]) -> list[Item]:
-        if not more:
+    def extend(sound: list[Item], candidates: Sequence[Item]) -> list[Item]:
+        if not candidates:
             return sound
-        reason = fault([*sound, *more])
+        reason = fault([*sound, *candidates])
         if reason is None:
-            return [*sound, *more]
-        if len(more) == 1:
-            failed.append((more[0], reason))
+            return [*sound, *candidates]
+        if len(candidates) == 1:
+            failed.append((candidates[0], reason))
             return sound
-        half = len(more) // 2
-        return extend(extend(sound, more[:half]), more[half:])
+        half = len(candidates) // 2
+        return extend(extend(sound, candidates[:half]), candidates[half:])
 
     return extend([], items), failed

@@ -93,23 +93,23 @@ def _sound_heads(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> tup
     """Return the first alternative of each site that is sound, and the reason by layer where no alternative is."""
     sound: list[ChannelGroup] = []
     reasons: dict[str, str] = {}
-    rest = list(sites)
+    open_sites = list(sites)
     attempt = 0
 
     def fault(groups: Sequence[ChannelGroup]) -> str | None:
         return _fault(model, [*sound, *groups], inputs)
 
-    while rest:
-        offers = {site.alternatives[attempt]: site for site in rest}
-        more, failed = largest_sound(list(offers), fault)
-        sound += more
-        rest = []
+    while open_sites:
+        offers = {site.alternatives[attempt]: site for site in open_sites}
+        accepted, failed = largest_sound(list(offers), fault)
+        sound += accepted
+        open_sites = []
         for group, why in failed:
             site = offers[group]
             for layer in site.layers:  # the reason of the first alternative, the most likely one
                 reasons.setdefault(layer, f"its heads cannot leave: {why}")
             if attempt + 1 < len(site.alternatives):
-                rest.append(site)
+                open_sites.append(site)
         attempt += 1
     return sound, reasons
 
