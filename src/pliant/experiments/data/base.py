@@ -76,7 +76,7 @@ class Raw(NamedTuple):
     train: Split
     """All training images; those of the validation are held out afterwards."""
     test: Split | None
-    """The test images; None if there is no such split: then a fifth of the training images take their place."""
+    """The test images. If it is None, a fifth of the training images take their place."""
     classes: tuple[str, ...]
     """The names of the classes, in the order of the labels."""
 
