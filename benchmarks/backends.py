@@ -1,6 +1,6 @@
-"""How long a forward pass takes in torch, compiled, and in ONNX Runtime: several networks in turns, on the CPU.
+"""Time a forward pass in torch, compiled, and in ONNX Runtime: several networks in turns, on the CPU.
 
-For networks of your own, in this folder or with a copy of this file, which needs nothing but pliant::
+Use it for your own networks, in this folder or with a copy of this file. It needs only pliant::
 
     from backends import backend_latencies
 
@@ -34,11 +34,10 @@ BACKENDS = ("eager", "compile", "onnx")
 
 @dataclass(frozen=True)
 class Latency:
-    """How long one forward pass of a model takes in one backend: ``seconds`` holds one median per round.
+    """The time of one forward pass of a model in one backend: ``seconds`` holds one median per round.
 
-    All rows of one call of :func:`backend_latencies` with the same ``threads`` were measured in turns, so entry i of
-    one may be compared with entry i of another. ``skipped`` is the reason where nothing was measured, and empty
-    otherwise.
+    All rows of one call of :func:`backend_latencies` with the same ``threads`` took turns, so entry i of one row may
+    be compared with entry i of another. If nothing was measured, ``skipped`` is the reason; otherwise it is empty.
     """
 
     model: str
@@ -68,16 +67,16 @@ def backend_latencies(
 ) -> list[Latency]:
     """Return how long a forward pass takes: each model in each backend with each number of threads, on the CPU.
 
-    Models and backends take turns, round after round, so that the ratios hold while a shared machine drifts. A
-    backend that this machine does not have, or that cannot take a model, gives rows with the reason; so does an ONNX
-    graph whose outputs are not those of the model. With "compile", what torch.compile has made in this process is
-    forgotten, and made again when it is next used.
+    Models and backends take turns, round after round, so that the ratios hold while a shared machine drifts. If this
+    machine lacks a backend, or the backend cannot take a model, the rows give the reason. They also do if the outputs
+    of an ONNX graph differ from the model's. "compile" makes torch forget all that it has compiled in this process;
+    torch compiles it again at the next use.
 
     Args:
-        models: by name; they are copied.
+        models: networks by name; they are copied.
         example_inputs: one batch: a tensor, a tuple of tensors or a dict of keyword arguments.
         backends: "eager" (plain torch), "compile" (torch.compile) and "onnx" (ONNX Runtime).
-        threads: numbers of threads of one operation.
+        threads: numbers of threads that one operation uses.
         seconds: least time per measurement.
         rounds: measurements per model, at least 2.
     """
@@ -92,14 +91,14 @@ def backend_latencies(
         files = {name: Path(folder, f"{index}.onnx") for index, name in enumerate(models)}
         for count in threads:
             if "compile" in backends:
-                torch.compiler.reset()  # Dynamo keeps few versions of one forward; then it runs eagerly, in silence
+                torch.compiler.reset()  # Dynamo keeps few versions of one forward, then silently runs eagerly
             calls: dict[tuple[str, str], Callable[[], object]] = {}
             skipped: dict[tuple[str, str], str] = {}
             with _threads(count):
                 for name, backend in itertools.product(models, backends):
                     try:
                         calls[name, backend] = _ready(portables[name], backend, files[name], count)
-                    except Exception as error:  # compilers and runtimes raise what they like
+                    except Exception as error:  # compilers and runtimes raise exceptions of any type
                         skipped[name, backend] = reason(error)
                 times = take_turns(list(calls.values()), seconds=seconds, rounds=rounds, threads=count)
             measured = dict(zip(calls, times, strict=True))
@@ -120,7 +119,7 @@ def _ready(portable: Portable, backend: str, file: Path, threads: int) -> Callab
         session, feed = onnx_session(file, threads), portable.feed(arguments)
         session.run(None, feed)
         return functools.partial(session.run, None, feed)
-    # The compiler warns of what torch itself should not use any more.
+    # The compiler warns of deprecated calls within torch itself.
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         if backend == "compile":
             model = torch.compile(model, dynamic=False)
