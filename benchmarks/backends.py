@@ -1,6 +1,6 @@
-"""How long a forward pass takes in torch, compiled, and in ONNX Runtime: several networks in turns, on the CPU.
+"""Time a forward pass in torch, compiled, and in ONNX Runtime: several networks in turns, on the CPU.
 
-For networks of your own, in this folder or with a copy of this file, which needs nothing but pliant::
+Use it for your own networks, in this folder or with a copy of this file. It needs only pliant::
 
     from backends import backend_latencies
 
@@ -81,10 +81,10 @@ def backend_latencies(
     is forgotten, and made again when it is next used.
 
     Args:
-        models: by name; they are copied.
+        models: networks by name; they are copied.
         example_inputs: one batch: a tensor, a tuple of tensors or a dict of keyword arguments.
         backends: "eager" (plain torch), "compile" (torch.compile) and "onnx" (ONNX Runtime).
-        threads: numbers of threads of one operation.
+        threads: numbers of threads that one operation uses.
         seconds: least time per measurement.
         rounds: measurements per model, at least 2.
     """
@@ -99,7 +99,7 @@ def backend_latencies(
         files = {name: Path(folder, f"{index}.onnx") for index, name in enumerate(models)}
         for count in threads:
             if "compile" in backends:
-                torch.compiler.reset()  # Dynamo keeps few versions of one forward; then it runs eagerly, in silence
+                torch.compiler.reset()  # Dynamo keeps few versions of one forward, then silently runs eagerly
             calls: dict[tuple[str, str], Callable[[], object]] = {}
             skipped: dict[tuple[str, str], str] = {}
             with _threads(count):
