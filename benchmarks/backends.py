@@ -1,6 +1,6 @@
-"""How long a forward pass takes in torch, compiled, and in ONNX Runtime: several networks in turns, on the CPU.
+"""Time a forward pass in torch, compiled, and in ONNX Runtime: several networks in turns, on the CPU.
 
-For networks of your own, in this folder or with a copy of this file, which needs nothing but pliant::
+Use it for your own networks, in this folder or with a copy of this file. It needs only pliant::
 
     from backends import backend_latencies
 
@@ -34,11 +34,18 @@ BACKENDS = ("eager", "compile", "onnx")
 
 @dataclass(frozen=True)
 class Latency:
-    """How long one forward pass of a model takes in one backend: ``seconds`` holds one median per round.
+    """How long a forward pass of one model takes in one backend.
 
-    All rows of one call of :func:`backend_latencies` with the same ``threads`` were measured in turns, so entry i of
-    one may be compared with entry i of another. ``skipped`` is the reason where nothing was measured, and empty
-    otherwise.
+    All rows of one call of :func:`backend_latencies` with the same number of threads were measured in turns, so entry i
+    of one may be compared with entry i of another.
+
+    Args:
+        model: its name.
+        backend: one of :data:`BACKENDS`.
+        threads: of one operation.
+        batch: number of samples.
+        seconds: a median for each round.
+        skipped: the reason where nothing was measured, else empty.
     """
 
     model: str
@@ -52,9 +59,9 @@ class Latency:
         """Return lower quartile, median and upper quartile of the seconds."""
         return _quartiles(self.seconds)
 
-    def speedup(self, of: Latency) -> tuple[float, float, float]:
-        """Return the quartiles of (seconds of ``of`` / own seconds), round by round."""
-        return _quartiles([theirs / own for theirs, own in zip(of.seconds, self.seconds, strict=True)])
+    def speedup(self, over: Latency) -> tuple[float, float, float]:
+        """Return the quartiles of (seconds of the other / own seconds), round by round."""
+        return _quartiles([theirs / own for theirs, own in zip(over.seconds, self.seconds, strict=True)])
 
 
 def backend_latencies(
@@ -68,16 +75,16 @@ def backend_latencies(
 ) -> list[Latency]:
     """Return how long a forward pass takes: each model in each backend with each number of threads, on the CPU.
 
-    Models and backends take turns, round after round, so that the ratios hold while a shared machine drifts. A
-    backend that this machine does not have, or that cannot take a model, gives rows with the reason; so does an ONNX
-    graph whose outputs are not those of the model. With "compile", what torch.compile has made in this process is
-    forgotten, and made again when it is next used.
+    Models and backends take turns, round after round, so that the ratios hold while a shared machine gets slower or
+    faster. A backend that this machine does not have, or that cannot take a model, gives rows with the reason; so does
+    an ONNX graph whose outputs are not those of the model. With "compile", what torch.compile has made in this process
+    is forgotten, and made again when it is next used.
 
     Args:
-        models: by name; they are copied.
+        models: networks by name; they are copied.
         example_inputs: one batch: a tensor, a tuple of tensors or a dict of keyword arguments.
         backends: "eager" (plain torch), "compile" (torch.compile) and "onnx" (ONNX Runtime).
-        threads: numbers of threads of one operation.
+        threads: numbers of threads that one operation uses.
         seconds: least time per measurement.
         rounds: measurements per model, at least 2.
     """
@@ -92,14 +99,14 @@ def backend_latencies(
         files = {name: Path(folder, f"{index}.onnx") for index, name in enumerate(models)}
         for count in threads:
             if "compile" in backends:
-                torch.compiler.reset()  # Dynamo keeps few versions of one forward; then it runs eagerly, in silence
+                torch.compiler.reset()  # Dynamo keeps few versions of one forward, then silently runs eagerly
             calls: dict[tuple[str, str], Callable[[], object]] = {}
             skipped: dict[tuple[str, str], str] = {}
             with _threads(count):
                 for name, backend in itertools.product(models, backends):
                     try:
                         calls[name, backend] = _ready(portables[name], backend, files[name], count)
-                    except Exception as error:  # compilers and runtimes raise what they like
+                    except Exception as error:  # compilers and runtimes raise any kind of error
                         skipped[name, backend] = reason(error)
                 times = take_turns(list(calls.values()), seconds=seconds, rounds=rounds, threads=count)
             measured = dict(zip(calls, times, strict=True))
@@ -116,11 +123,11 @@ def _ready(portable: Portable, backend: str, file: Path, threads: int) -> Callab
     model: Any = portable.model
     if backend == "onnx":
         if not file.exists():
-            portable.save_onnx(file)  # compared with torch: nobody wants to know how fast a wrong graph is
+            portable.save_onnx(file)  # which compares it with torch: how fast a wrong graph is does not matter
         session, feed = onnx_session(file, threads), portable.feed(arguments)
         session.run(None, feed)
         return functools.partial(session.run, None, feed)
-    # The compiler warns of what torch itself should not use any more.
+    # The compiler warns about torch's own use of deprecated functions.
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         if backend == "compile":
             model = torch.compile(model, dynamic=False)

@@ -1,16 +1,16 @@
-"""What a step of an optimizer costs for one matrix: formulas, and the counting that checks them.
+"""Compute what a step of an optimizer costs for one matrix: formulas, and the counting that checks them.
 
-A matrix has m rows and n columns; r = min(m, n), c = max(m, n). Counted are floating-point operations of matrix
+A matrix has m rows and n columns; r = min(m, n), c = max(m, n). The costs are floating-point operations of matrix
 products (a product and a sum are two), numbers of state, and numbers that a process receives in a step beyond what
-FSDP2 itself moves (parameters and gradients), where P processes hold m/P rows each.
+FSDP2 itself moves (parameters and gradients). P processes hold m/P rows each.
 
 Sources: SFW: this package. Muon: Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks, five
 iterations of X ← aX + (bA + cA²)X with A = XXᵀ on the wide side. Shampoo: Gupta, Koren, Singer 2018, arXiv 1802.09568,
 algorithm 1, L ← L + GGᵀ, R ← R + GᵀG, L^(−1/4)·G·R^(−1/4); a symmetric eigendecomposition takes about 9·n³ operations
-(Golub, Van Loan, Matrix Computations, section 8.3) and is made every so many steps. QR of r×b with its orthogonal
+(Golub, Van Loan, Matrix Computations, section 8.3) and comes every EIGEN_EVERY steps. QR of r×b with its orthogonal
 factor: 4·r·b² − 4/3·b³ (section 5.2).
 
-Nothing here is computed: tensors are on the meta device, and the processes are those of torch's fake group.
+Counting computes nothing: tensors are on the meta device, and the processes belong to torch's fake group.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ EIGEN_EVERY = 100  # steps between two eigendecompositions of Shampoo
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step for one matrix.
+    """The cost of one step for one matrix.
 
     Args:
         products: floating-point operations of matrix products.
-        decompositions: of QR and eigendecompositions, which torch does not count.
+        decompositions: operations of QR and eigendecompositions, which torch does not count.
         state: numbers kept from step to step.
         received: numbers a process receives from the others.
     """
@@ -71,23 +71,23 @@ def sgd(shape: Shape, processes: int) -> Cost:
 
 
 def sfw_filters(shape: Shape, processes: int) -> Cost:
-    """One number per filter, padded to pieces of equal size, and two norms with their scales."""
+    """Receive one number per filter, padded to pieces of equal size, and two norms with their scales."""
     return Cost(0, 0, math.prod(shape), processes * (math.ceil(shape[0] / processes) + 1 + 2))
 
 
 def sfw_blocks(shape: Shape, processes: int) -> Cost:
-    """Norms of the direction, of the vertex and of θ − v, each with a scale."""
+    """Receive norms of the direction, of the vertex and of θ − v, each with a scale."""
     return Cost(0, 0, math.prod(shape), processes * 6)
 
 
 def sfw_entries(shape: Shape, processes: int) -> Cost:
-    """Counts for the 31 bits of a magnitude, 11, 10 and 10 at a time, twice through a ring; ties and three norms."""
+    """Receive counts for the 31 bits of a magnitude (11, 10 and 10 at a time) through a ring, ties and three norms."""
     counts = 2**11 + 2**10 + 2**10
     return Cost(0, 0, math.prod(shape), ring(counts, processes) + processes * (1 + 6))
 
 
 def sfw_rank(shape: Shape, processes: int) -> Cost:
-    """One power iteration with k directions, in two products of b columns, its shift, and the vertex of rank k."""
+    """Add up one power iteration with k directions (two products of b columns), its shift and a vertex of rank k."""
     m, n = shape
     r, c = min(shape), max(shape)
     k, b = directions(shape), columns_in_a_product(shape)
@@ -100,13 +100,13 @@ def sfw_rank(shape: Shape, processes: int) -> Cost:
 
 
 def muon(shape: Shape, processes: int) -> Cost:
-    """Five Newton-Schulz iterations; every process needs the whole matrix, or one of them and sends its result."""
+    """Five Newton-Schulz iterations; every process needs the whole matrix, or one needs it and sends its result."""
     r, c = min(shape), max(shape)
     return Cost(5 * (4 * r**2 * c + 2 * r**3), 0, r * c, r * c)
 
 
 def shampoo(shape: Shape, processes: int) -> Cost:
-    """Two statistics, two roots, and the products with them; needs the whole matrix as Muon does."""
+    """Two statistics, two roots, and the products with them; Shampoo needs the whole matrix, as Muon does."""
     m, n = shape
     products = 4 * (m**2 * n + m * n**2)
     return Cost(products, 9 * (m**3 + n**3) / EIGEN_EVERY, m * n + 2 * (m**2 + n**2), m * n)
@@ -128,12 +128,12 @@ def directions(shape: Shape) -> int:
 
 
 def columns_in_a_product(shape: Shape) -> int:
-    """As many as directions, but a multiple of 16: zeros fill them up."""
+    """Return the number of directions rounded up to a multiple of 16; zeros fill the other columns."""
     return 16 * math.ceil(directions(shape) / 16)
 
 
 def ring(count: float, processes: int) -> float:
-    """Return what a process receives when so many numbers are summed over processes through a ring."""
+    """Return what a process receives when ``count`` numbers are summed over processes through a ring."""
     return 2 * count * (processes - 1) / processes
 
 
@@ -141,7 +141,7 @@ def ring(count: float, processes: int) -> float:
 
 
 class Traffic(TorchDispatchMode):
-    """Records each collective operation with how many numbers this process gives to it."""
+    """Records each collective operation, and how many numbers this process gives to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        # c10d: the input comes after the output of a gather, and in a list where it is changed in place.
+        # c10d: in a gather the input follows the output; an operation in place takes its input in a list.
         if name.startswith("c10d."):
             given = args[1] if "gather" in name else args[0][0]
             self.sent.append(("gather" if "gather" in name else "reduce", given.numel()))
@@ -159,16 +159,16 @@ class Traffic(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """How many numbers this process gave."""
+        """The numbers that this process gave."""
         return sum(count for _, count in self.sent)
 
     def received(self, processes: int) -> float:
-        """How many numbers this process received, its own included in a gather, by rings in a sum."""
+        """Return the numbers that this process received: with its own in a gather, through a ring in a sum."""
         return sum(processes * n if kind == "gather" else ring(n, processes) for kind, n in self.sent)
 
 
 class Passes(TorchDispatchMode):
-    """Counts the numbers that operations read and write, views and matrix products left out."""
+    """Counts the numbers that operations read and write, without views and matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,14 +201,14 @@ def optimizer_of(name: str, p: Tensor) -> torch.optim.Optimizer:
 
 
 def counted_step(name: str, shape: Shape) -> tuple[int, float, int]:
-    """Return products, passes over the matrix (numbers read or written per entry) and numbers of state of a step."""
+    """Return a step's products, passes over the matrix (numbers read or written per entry) and numbers of state."""
     p = nn.Parameter(torch.empty(shape, device="meta"))
     if name == "Shampoo":
         with FlopCounterMode(display=False) as products:
             products_of_shampoo(torch.empty(shape, device="meta"))
         return products.get_total_flops(), math.nan, 0
     opt = optimizer_of(name, p)
-    for _ in range(2):  # the first step is another one: it starts the state
+    for _ in range(2):  # the first step differs: it starts the state
         p.grad = torch.empty_like(p)
         with FlopCounterMode(display=False) as products, Passes() as passes:
             opt.step()
@@ -222,7 +222,7 @@ def products_of_shampoo(g: Tensor) -> Tensor:
 
 
 def counted_traffic(name: str, shape: Shape, processes: int) -> float:
-    """Return the numbers that one of so many processes receives in a step; :func:`fake_processes` are needed."""
+    """Return the numbers that one of the processes receives in a step; needs :func:`fake_processes`."""
     mesh = init_device_mesh("cpu", (processes,))
 
     def piece() -> DTensor:
@@ -242,7 +242,7 @@ def counted_traffic(name: str, shape: Shape, processes: int) -> float:
 
 @contextmanager
 def fake_processes(count: int) -> Iterator[None]:
-    """Be the first of so many processes that do not exist and send nothing."""
+    """Be the first of ``count`` processes; the others do not exist and send nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)

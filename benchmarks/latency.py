@@ -1,11 +1,11 @@
-"""What compression gains when a network runs: parameters, MACs, bytes, and latency in torch and ONNX Runtime.
+"""Measure what compression gains at run time: parameters, MACs, bytes, and latency in torch and ONNX Runtime.
 
     python benchmarks/latency.py --out benchmarks/results
 
-Networks have random weights: their accuracy is nothing, their costs are those of trained ones. Each is compressed to
-half of its MACs. Machines are shared and noisy: dense and compressed networks in all backends take turns, round after
-round, and a speed-up is the median over rounds of (dense / compressed in the same round), with its quartiles. Writes a
-dated note.
+Networks have random weights: their accuracy means nothing, but they cost the same as trained networks. Each is
+compressed to half of its MACs. Machines are shared and noisy, so dense and compressed networks in all backends take
+turns, round after round. A speed-up is the median over rounds of (dense / compressed in the same round), with its
+quartiles. Writes a dated note.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def share(value: float, dense: float, unit: float, name: str) -> str:
 
 
 def latencies(rows: list[Latency], macs: dict[str, int]) -> str:
-    """Return the table of milliseconds and speed-ups; "of ideal" is the speed-up over the ratio of MACs."""
+    """Return the table of milliseconds and speed-ups; "of ideal" is the speed-up divided by the ratio of MACs."""
     dense = {(row.backend, row.threads): row for row in rows if row.model == "dense"}
     lines = []
     for row in sorted(rows, key=lambda row: (row.threads, row.backend)):
@@ -95,7 +95,7 @@ def latencies(rows: list[Latency], macs: dict[str, int]) -> str:
         if row.skipped or reference.skipped:
             lines.append([*line, f"skipped: {row.skipped or reference.skipped}", "", ""])
             continue
-        speedup = row.speedup(of=reference)
+        speedup = row.speedup(over=reference)
         ideal = macs["dense"] / macs[row.model]
         speedups = [spread(speedup), f"{speedup[1] / ideal:.2f}"] if row is not reference else ["", ""]
         lines.append([*line, spread([1e3 * t for t in row.quartiles()]), *speedups])
@@ -103,7 +103,7 @@ def latencies(rows: list[Latency], macs: dict[str, int]) -> str:
 
 
 def planning(rounds: int) -> str:
-    """Time what it takes to remove half of ResNet-18's channels, from the trained network to the small one."""
+    """Time the removal of half of ResNet-18's channels, from the trained network to the small one."""
     model = pliant.build_model("resnet18", num_classes=10, image_shape=(3, 32, 32)).eval()
     x = torch.randn(2, 3, 32, 32)
     lines = []

@@ -1,12 +1,12 @@
-"""What compressors make of many networks: parameters, MACs, bytes, latency, and how far the outputs are from a twin's.
+"""Compress many networks: parameters, MACs, bytes, latency, and how far the outputs are from those of a twin.
 
     python benchmarks/models.py                  writes docs/models.md; minutes, on an idle machine
     python benchmarks/models.py --quick          prints two of the tables, without latencies; seconds
 
-Networks have random weights, so that nothing has to be downloaded: their accuracy is nothing, their costs are those of
-trained ones. Every compact network is compared with its twin, a network of the old shape that ought to compute the
-same; both are run in float64, where any difference beyond rounding is a mistake. What a compressor left alone is listed
-with the reason.
+Networks have random weights, so nothing has to be downloaded. Their accuracy means nothing, but they cost the same as
+trained networks. Every compact network is compared with its twin, a network of the old shape that should compute the
+same. Both run in float64, where any difference beyond rounding is a mistake. The page lists what a compressor left
+alone, with the reason.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COMPRESSORS: dict[str, Compressor[Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A network of one image or one text, and how it was built, in words."""
+    """A network for images or texts, an example of one, and a description of how it was built."""
 
     build: Callable[[], nn.Module]
     example: Any
@@ -136,7 +136,7 @@ CASES = {
 def drawn(case: Case) -> nn.Module:
     """Return the network with its vectors drawn too.
 
-    Biases of zero and running statistics of nothing would hide a mistake: what is removed with them must be non-zero.
+    Biases of zero and untouched running statistics would hide a mistake: removed values must be non-zero.
     """
     torch.manual_seed(0)
     model = case.build().eval()
@@ -156,7 +156,7 @@ def drawn(case: Case) -> nn.Module:
 def twin_difference(model: nn.Module, plan: Plan, example: Any) -> float:
     """Return how far the outputs are from the twin's in float64, as a share of the largest output.
 
-    Each link of a chain is compared on the network that the links before it have left; the largest value counts.
+    Each link of a chain is compared on the network that the links before it left; the largest difference counts.
     """
     largest = 0.0
     inputs = map_tensors(lambda x: x.double() if x.is_floating_point() else x, as_inputs(example))
@@ -172,7 +172,7 @@ def twin_difference(model: nn.Module, plan: Plan, example: Any) -> float:
 
 
 def merged(model: nn.Module, small: nn.Module, step: Plan) -> nn.Module:
-    """Return ``model`` in float64 with the matrices that the factors or eight-bit weights of ``small`` stand for."""
+    """Return ``model`` in float64 with the matrices that the factors or eight-bit weights of ``small`` represent."""
     twin = copy.deepcopy(model).double()
     for layer in step.layers:
         new: Any = small.get_submodule(layer.name)
@@ -192,7 +192,7 @@ def merged(model: nn.Module, small: nn.Module, step: Plan) -> nn.Module:
 
 
 def measure(name: str, threads: list[int], rounds: int) -> str:
-    """Return the section of one network; without latencies if there are no ``rounds``."""
+    """Return the section of one network, without latencies if ``rounds`` is 0."""
     case = CASES[name]
     model = drawn(case)
     models: dict[str, nn.Module] = {"dense": model}
@@ -234,7 +234,7 @@ def milliseconds(row: Latency) -> str:
 
 
 def kept(plan: Plan) -> str:
-    """Say what a compressor left alone and why, one clause for all layers with the same reason."""
+    """Say what a compressor left alone and why, with one clause for all layers that share a reason."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for name, why in plan.refused:
         groups.setdefault(re.sub(r"'[^']*'|\d+", "…", why), []).append((name, why))

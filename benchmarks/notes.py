@@ -1,4 +1,4 @@
-"""What the benchmarks' notes have in common: tables in Markdown, spreads, and the name of the machine."""
+"""Parts that all notes of the benchmarks share: tables in Markdown, spreads, and the name of the machine."""
 
 from __future__ import annotations
 

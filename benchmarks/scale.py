@@ -1,8 +1,8 @@
-"""The tables of docs/scale.md: what a step costs from a million to seven thousand million parameters, on paper.
+"""Print the tables of docs/scale.md: what a step costs from a million to seven billion parameters, on paper.
 
     python benchmarks/scale.py
 
-Everything is taken from the formulas of costs.py; tests/test_scale.py checks these against counting.
+All numbers come from the formulas of costs.py; tests/test_scale.py checks the formulas against counting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROCESSES = 64
 
 @dataclass(frozen=True)
 class Model:
-    """A network shaped as Llama: attention of four square matrices, a gated MLP of three, two tables of words."""
+    """A network shaped like Llama: attention of four square matrices, a gated MLP of three, two tables of words."""
 
     name: str
     layers: int
@@ -37,7 +37,7 @@ class Model:
         return sum(map(math.prod, self.matrices())) + 2 * self.words * self.width
 
 
-# The last one is Llama 7B (Touvron et al. 2023, arXiv 2302.13971, table 2).
+# The last is Llama 7B (Touvron et al. 2023, arXiv 2302.13971, table 2).
 MODELS = [
     Model("1M", 4, 128, 344, 1000),
     Model("10M", 6, 320, 864, 4000),
@@ -68,7 +68,7 @@ def shapes() -> str:
 
 
 def compute() -> str:
-    """Floating-point operations, and how many tokens of training cost as many (6 per parameter and token)."""
+    """Return floating-point operations, and how many tokens of training cost the same (6 per parameter and token)."""
     rows = []
     for name in OPTIMIZERS:
         costs = [cost(name, m) for m in MODELS]
@@ -81,7 +81,7 @@ def compute() -> str:
 
 
 def memory() -> str:
-    """State, numbers per parameter with a ball."""
+    """Return the numbers of state per parameter with a ball."""
     rows = []
     for name in OPTIMIZERS:
         states = [cost(name, m).state / sum(map(math.prod, m.matrices())) for m in MODELS]
@@ -90,7 +90,7 @@ def memory() -> str:
 
 
 def traffic() -> str:
-    """Numbers that a process receives, and their share of what FSDP2 moves: parameters twice and gradients once."""
+    """Return the numbers a process receives, and their share of what FSDP2 moves: parameters twice, gradients once."""
     rows = []
     for name in OPTIMIZERS:
         received = [cost(name, m).received for m in MODELS]
@@ -110,7 +110,7 @@ def passes() -> str:
 
 
 def tables() -> dict[str, str]:
-    """Return the tables by the names that docs/scale.md marks their places with."""
+    """Return the tables by the names that mark their places in docs/scale.md."""
     return {"shapes": shapes(), "compute": compute(), "memory": memory(), "traffic": traffic(), "passes": passes()}
 
 

@@ -1,8 +1,8 @@
-"""What a step of SFW costs: against SGD, Muon and exact decompositions, always as ratios inside one run.
+"""Measure what a step of SFW costs against SGD, Muon and exact decompositions, always as ratios within one process.
 
     python benchmarks/step.py --out benchmarks/results
 
-Machines are shared and noisy: the candidates of a table take turns, round after round, and a ratio is the median over
+Machines are shared and noisy, so the candidates of a table take turns, round after round. A ratio is the median over
 rounds of (candidate / reference in the same round), with its quartiles. Writes a dated note and a chart.
 """
 
@@ -44,8 +44,8 @@ PRESETS: dict[str, Any] = {
     "spectral, k = 2 %": pliant.rank(0.02),
 }
 CANDIDATES = ["SGD", *PRESETS]
-NATIVE_BF16 = resolve_precision("auto", torch.device("cpu")) == "bf16"  # emulated, it is ten times slower than float32
-WARM = 40  # steps after which a momentum hardly grows any more
+NATIVE_BF16 = resolve_precision("auto", torch.device("cpu")) == "bf16"  # emulated bf16 is ten times slower than float32
+WARM = 40  # steps after which a momentum hardly grows
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def resnet18() -> nn.Module:
 def optimizer(model: nn.Module, name: str, lr: float = 1e-6) -> torch.optim.Optimizer:
     if name == "SGD":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, foreach=True)
-    # The classifier and what is not a matrix take the step of SGD, and so does a first layer that 2:4 cannot hold.
+    # The classifier and everything but matrices take the step of SGD, and so does a first layer that 2:4 cannot hold.
     rules = [("fc.*", None), *([("conv1.*", None)] if name == "2:4" else []), ("*.weight", PRESETS[name])]
     groups = pliant.constrain(model, rules, default=None)
     return pliant.SFW(groups, lr=lr, momentum=0.9)
@@ -128,7 +128,7 @@ def peak_memory(name: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         opt.step()  # the first step scales weights into their balls
         with record_function("steady"):
-            for _ in range(10):  # one of them measures the quality of singular directions
+            for _ in range(10):  # one of these steps measures the quality of singular directions
                 opt.step()
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
@@ -155,14 +155,14 @@ def spectral(rounds: int) -> str:
 
     matrices = [decaying(shape) for shape in shapes]
     ranks = [max(1, round(0.1 * min(a.flatten(1).shape))) for a in matrices]
-    # As the optimizer does: small layers of one shape together.
+    # As in the optimizer, small layers of one shape go together.
     stacks: dict[Any, list[Tensor]] = {}
     for i, a in enumerate(matrices):
         stacks.setdefault(a.shape if a.numel() <= BATCHED_SPECTRAL else i, []).append(a)
     batches = [torch.stack(members) for members in stacks.values()]
     norms = [Spectral(KSupport(max(1, round(0.1 * min(b[0].flatten(1).shape))))) for b in batches]
     bases = [leading_vertices(norm, [b], None, 1)[1] for norm, b in zip(norms, batches, strict=True)]
-    kept = torch.empty(max(b.numel() for b in batches))  # one for all, as in the optimizer
+    kept = torch.empty(max(b.numel() for b in batches))  # all batches share it, as in the optimizer
     memory = [kept[: b.numel()].view(b.shape) for b in batches]
 
     def ours() -> None:
@@ -206,7 +206,7 @@ def spectral(rounds: int) -> str:
 
 
 def in_float32(step: Callable[[], Any]) -> None:
-    """Run a step of Muon, which casts to bf16, where that is emulated: its own code without the cast."""
+    """Run a step of Muon without its cast to bf16, for machines that only emulate bf16."""
     with mock.patch.object(Tensor, "bfloat16", Tensor.clone):
         step()
 
@@ -243,7 +243,7 @@ def ten(a: Tensor, k: int) -> Tensor:
 
 
 def training(rounds: int) -> str:
-    """Time the passes and the step that follows them apart: noise of the passes, which are the same, hides a step."""
+    """Time the passes and the step apart: the passes are the same for all, and their noise would hide the step."""
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     text = (
         "## A whole training step of ResNet-18, 32×32 images, batch 128\n\n"
@@ -291,7 +291,7 @@ def training(rounds: int) -> str:
 
 
 def growth(rounds: int, chart: Path) -> str:
-    """Stacks of equal 1024×1024 layers, 1 to 100 of them."""
+    """Measure stacks of 1 to 100 equal layers of 1024×1024."""
     counts = [1, 3, 10, 30, 100]
     seconds: dict[str, list[float]] = {name: [] for name in CANDIDATES}
     for count in counts:

@@ -1,11 +1,11 @@
-"""What a sweep of ten sizes spends its time on, for a network of 23.5 million parameters (ResNet-50).
+"""Measure what a sweep of ten sizes spends its time on, for a network of 23.5 million parameters (ResNet-50).
 
     python benchmarks/sweep.py --data_dir FOLDER --out benchmarks/results
 
-The network has random weights; CIFAR-10 is averaged to 8×8, which makes the evaluation as small as it gets.
-Evaluation is what measures accuracy and latency; re-estimating BatchNorm, which every size needs of its own, is
-listed by itself. Everything else is the search for the sizes: tracing, decompositions, plans, removal, counting.
-Seconds are CPU seconds of one thread, which other programs disturb less than the clock. Writes a dated note.
+The network has random weights; CIFAR-10 is averaged to 8×8, which keeps the evaluation as small as possible.
+Evaluation measures accuracy and latency. Every size needs its own re-estimation of BatchNorm, which has its own column.
+Everything else is the search for the sizes: tracing, decompositions, plans, removal, counting. Seconds are CPU
+seconds of one thread, which other programs disturb less than the clock. Writes a dated note.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLUMNS = ("accuracy", "latency", "BatchNorm", "curves of the layers", "plans", 
 
 
 def make_run(folder: Path, data_dir: str) -> Path:
-    """Write the folder of a run that was never trained."""
+    """Write the folder of a run without training it."""
     torch.manual_seed(0)
     shape = (3, 8, 8)
     model = pliant.build_model("resnet50", num_classes=10, image_shape=shape)
@@ -50,7 +50,7 @@ def make_run(folder: Path, data_dir: str) -> Path:
 
 
 def shares(run: Path, compressor: str) -> tuple[float, Counter[str]]:
-    """Return the CPU seconds of a sweep, and those of its parts."""
+    """Return the CPU seconds of a sweep and of its parts."""
     spent: Counter[str] = Counter()
 
     def timed(owner: Any, name: str, part: str) -> Any:

@@ -26,10 +26,10 @@ OUTSIDE = re.compile(r"\]\((\.\./[^)#\s]+\.md)(?:#[^)]*)?\)")
 nitpicky = True
 # Packages whose pages are not fetched; what signatures name but nobody calls.
 nitpick_ignore_regex = [
-    (r"py:.*", r"Tensor|(torch|collections|typing|pathlib|abc)\..*"),
+    (r"py:.*", r"Tensor|Path|(torch|collections|typing|pathlib|abc)\..*"),
     (
         r"py:.*",
-        r"pliant\.(.*\.)?(compression\.base\.A|Layout|CoupledChannels|Slot|Split)",
+        r"pliant\.(.*\.)?(compression\.base\.A|Layout|CoupledChannels|Slot|Stored)",
     ),
 ]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pliant
-from pliant.experiments.data.images import ImageData
+from pliant.experiments.data import ImageData
 
 
 def tensors(data: ImageData, split: str) -> TensorDataset:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accelerate"))
     parser.add_argument("--tracker", help="tensorboard, wandb, mlflow or trackio")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # images of 8×8 are too small to share out
+    torch.set_num_threads(1)  # images of 8×8 are too small for several threads
     torch.manual_seed(0)
     accelerator = Accelerator(
         mixed_precision="bf16",
@@ -56,7 +56,7 @@ def main() -> None:
                 optimizer.zero_grad()
         schedule.step()
         accelerator.log({"loss": loss.item(), "gap": sfw.gap().item()}, step=epoch)
-    accelerator.save_state(arguments.out / "checkpoint")  # and accelerator.load_state goes on
+    accelerator.save_state(arguments.out / "checkpoint")  # accelerator.load_state continues from it
     accelerator.end_training()
 
     model = accelerator.unwrap_model(network, keep_fp32_wrapper=False).eval()

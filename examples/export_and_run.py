@@ -14,7 +14,7 @@ from torch import nn
 
 import pliant
 
-# What a device has to do: numpy and onnxruntime are all it needs.
+# The program of the device, which needs only numpy and onnxruntime.
 PROGRAM = """
 import sys, time
 import numpy as np, onnxruntime
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("exported"))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # images of 8×8 are too small to share out
+    torch.set_num_threads(1)  # images of 8×8 are too small for several threads
     torch.manual_seed(0)
     data = pliant.load_data("digits")
     model = pliant.build_model("resnet8", num_classes=data.num_classes, image_shape=data.image_shape)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pliant
-from pliant.experiments.data.images import ImageData
+from pliant.experiments.data import ImageData
 
 BUDGETS = {"server": 0.8, "laptop": 0.6, "tablet": 0.4, "phone": 0.3, "watch": 0.2}  # share of the MACs
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("devices"))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # images of 8×8 are too small to share out
+    torch.set_num_threads(1)  # images of 8×8 are too small for several threads
     data = pliant.load_data("digits")
     model = train(data, arguments.epochs)
     calibration = pliant.Loader(data, "train", batch_size=256)

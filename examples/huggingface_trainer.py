@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--out", default="runs/trainer")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # images of 8×8 are too small to share out
+    torch.set_num_threads(1)  # images of 8×8 are too small for several threads
     torch.manual_seed(0)
     data = pliant.load_data("digits")
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}

@@ -1,4 +1,4 @@
-"""Lightning with SFW: configure_optimizers, a callback that logs, and a training that stops and goes on.
+"""Lightning with SFW: configure_optimizers, a callback that logs, and a training that stops and continues.
 
 python examples/lightning_module.py --epochs 30 --out runs/lightning
 """
@@ -38,7 +38,7 @@ class Digits(lightning.LightningModule):
 
 
 class LogGap(lightning.Callback):
-    """Logs the Frank-Wolfe gap, and lets the loader shuffle anew."""
+    """Logs the Frank-Wolfe gap, and makes the loader shuffle anew in each epoch."""
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         trainer.train_dataloader.set_epoch(trainer.current_epoch)
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
     arguments = parser.parse_args()
     lightning.seed_everything(0)
-    torch.set_num_threads(1)  # images of 8×8 are too small to share out
+    torch.set_num_threads(1)  # images of 8×8 are too small for several threads
     data = pliant.load_data("digits")
     batches = pliant.Loader(data, "train", batch_size=128, shuffle=True)
 
@@ -67,7 +67,7 @@ def main() -> None:
     first.fit(Digits(arguments.epochs), batches)
     first.save_checkpoint(half)
     module, second = Digits(arguments.epochs), trainer(arguments.epochs)
-    second.fit(module, batches, ckpt_path=half)  # weights, momentum, singular directions and schedule go on
+    second.fit(module, batches, ckpt_path=half)  # continues weights, momentum, singular directions, schedule
     print(f"gap {first.callback_metrics['gap']:.2f} half-way, {second.callback_metrics['gap']:.2f} at the end")
     for ratio in (0.0, 0.5, 0.8):
         module.network = pliant.compress(module.network, pliant.LowRank(ratio=ratio), torch.zeros(1, 1, 8, 8))

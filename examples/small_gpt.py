@@ -18,7 +18,7 @@ CONTEXT = 64  # bytes
 
 
 def read_text() -> tuple[Tensor, Tensor]:
-    """Return the bytes of the topics to train on, and those of every tenth topic to test on."""
+    """Return the bytes of the topics to train on, and of every tenth topic, to test on."""
     texts = [topics.topics[name].encode() for name in sorted(topics.topics)]
     train = b"\n".join(text for index, text in enumerate(texts) if index % 10)
     return torch.tensor(list(train)), torch.tensor(list(b"\n".join(texts[::10])))
@@ -33,8 +33,8 @@ def make_optimizers(model: nn.Module, method: str) -> list[torch.optim.Optimizer
         muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95))]
     rules = pliant.transformer_rules(model, linear=pliant.rank(k=0.1, radius=20, vertices="sparse"))
-    groups = pliant.constrain(model, rules, default=None, pretrained=True)  # the radius: from the weights at hand
-    groups = [group if group["ball"] else group | {"lr": 0.1} for group in groups]  # the rest takes steps of SGD
+    groups = pliant.constrain(model, rules, default=None, pretrained=True)  # radii from these weights
+    groups = [group if group["ball"] else group | {"lr": 0.1} for group in groups]  # the others take steps of SGD
     return [pliant.SFW(groups, lr=0.01, rescale=None)]
 
 

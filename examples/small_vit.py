@@ -1,6 +1,6 @@
 """A small ViT: trained towards few heads and neurons or low rank, cut to any size, next to AdamW and Muon.
 
-python examples/small_vit.py --data_dir FOLDER --epochs 3  # of CIFAR-10's parquet files; without it, digits
+python examples/small_vit.py --data_dir FOLDER --epochs 3  # folder of CIFAR-10's parquet files; without it, digits
 """
 
 import argparse
@@ -23,13 +23,13 @@ def make_optimizers(model: nn.Module, method: str, example: Tensor, steps: int) 
         return [muon, torch.optim.AdamW(rest, lr=2e-3)]
     coupled = pliant.coupled_channels(model, example).groups if method == "sfw-parts" else ()
     if method == "sfw-parts":
-        few = pliant.filters(k=0.5, radius=5, vertices="sparse")  # heads and neurons with all that leaves with them
+        few = pliant.filters(k=0.5, radius=5, vertices="sparse")  # heads and neurons, each with all that leaves with it
         rules = pliant.transformer_rules(model, heads=few, neurons=few, coupled=coupled)
     else:
         rules = pliant.transformer_rules(model, linear=pliant.rank(k=0.25, radius=10, vertices="sparse"))
     groups = pliant.constrain(model, rules, default=None, pretrained=True, coupled=coupled)
-    lr, other = (0.01, 0.03) if coupled else (0.02, 0.1)  # what has no ball takes steps of SGD
-    lr *= min(1.0, 421 / steps)  # a longer training than this replaces the weights as often, not more often
+    lr, other = (0.01, 0.03) if coupled else (0.02, 0.1)  # without a ball: steps of SGD
+    lr *= min(1.0, 421 / steps)  # a longer training replaces the weights as often, not more often
     return [pliant.SFW([g if g["ball"] else g | {"lr": other} for g in groups], lr=lr, rescale=None)]
 
 

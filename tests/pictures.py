@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pliant.experiments.data.images import Split
+from pliant.experiments.data import Split
 
 
 def one_line(error: pytest.ExceptionInfo[Exception]) -> str:

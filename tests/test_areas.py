@@ -4,7 +4,8 @@ import pytest
 import scipy.stats
 
 from pliant.errors import BadInput
-from pliant.reporting.area import GRID, accuracy_at, area, difference, estimate, is_reached, student_t
+from pliant.reporting.area import GRID, accuracy_at, area, is_reached
+from pliant.reporting.intervals import difference, estimate, student_t
 
 
 def test_a_network_that_loses_nothing_has_its_accuracy_as_area():

@@ -26,7 +26,7 @@ def test_a_latency_compares_round_by_round(backends: ModuleType) -> None:
     dense = backends.Latency("dense", "eager", 1, 8, (2.0, 4.0, 8.0))
     small = backends.Latency("small", "eager", 1, 8, (1.0, 1.0, 4.0))
     assert dense.quartiles() == (3.0, 4.0, 6.0)
-    assert small.speedup(of=dense) == (2.0, 2.0, 3.0)
+    assert small.speedup(over=dense) == (2.0, 2.0, 3.0)
 
 
 class Branching(nn.Module):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gzip
 import json
 import shutil
 from collections.abc import Iterator
@@ -138,6 +139,25 @@ def test_a_finished_comparison_is_not_made_again(finished: Path, monkeypatch: py
     monkeypatch.setattr(workers, "perform", lambda *_: pytest.fail("something was made again"))
     compare(str(finished.parent / "small.yaml"), out=str(finished))
     assert before == ((finished / "records.jsonl").read_bytes(), (finished / "trials.jsonl").read_bytes())
+
+
+def test_a_comparison_goes_on_from_packed_records(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A training is missing in a packed file: it is measured, and appended there; nothing else is."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    lines = (out / "records.jsonl").read_bytes().splitlines(keepends=True)
+    kept = b"".join(line for line in lines if (json.loads(line)["method"], json.loads(line)["seed"]) != ("ours", 1))
+    (out / "records.jsonl").unlink()
+    (out / "records.jsonl.gz").write_bytes(gzip.compress(kept))
+    compare(str(finished.parent / "small.yaml"), out=str(out))
+    assert not (out / "records.jsonl").exists()
+    content = gzip.decompress((out / "records.jsonl.gz").read_bytes())
+    assert content.startswith(kept)
+    found = read_records(out / "records.jsonl.gz")
+    assert sorted(record.key() for record in found) == sorted(record.key() for record in records(finished))
+    monkeypatch.setattr(comparing, "perform", lambda *_: pytest.fail("something was made again"))
+    compare(str(finished.parent / "small.yaml"), out=str(out))
+    assert gzip.decompress((out / "records.jsonl.gz").read_bytes()) == content
 
 
 def changed(finished: Path, tmp_path: Path, **changes: Any) -> str:

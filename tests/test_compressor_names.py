@@ -36,7 +36,7 @@ def test_the_help_names_every_compressor(verb: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert f"{', '.join(ALONE[:-1])} or {ALONE[-1]}, or a chain" in text
+    assert f"{', '.join(ALONE[:-1])} or {ALONE[-1]}, the name of one" in text
     assert "{" not in text.replace("{true,false}", "")
 
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pliant.errors import BadInput, DamagedFile
-from pliant.experiments.data.images import ImageData, Loader, Split, load_data
+from pliant.experiments.data import ImageData, Loader, Split, load_data
 
 from .pictures import as_bag, one_line, pictures, write_images
 

@@ -32,7 +32,7 @@ from pliant.compression import (
 )
 from pliant.errors import BadInput, DamagedFile
 from pliant.experiments.compress import compress_run
-from pliant.experiments.models import TransformerBlock
+from pliant.experiments.networks import TransformerBlock
 from pliant.experiments.train import train
 from pliant.exporting import graph as tracing
 from pliant.exporting.folder import FORMATS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pliant.errors import BadInput
-from pliant.extensions import find, import_named, installed, names
+from pliant.extensions import already_imported, find, import_named, installed, names, names_of
 
 OWN = {"ours": 1, "mine": 2}
 
@@ -43,6 +43,19 @@ def test_what_a_package_offers_is_found_by_its_name(folder: Path) -> None:
     assert find("method", "theirs", OWN, is_number, lambda name, x: 10 * x) == 30
     assert names("method", OWN) == ["ours", "mine", "theirs"]
     assert "theirs" not in installed("norm")
+
+
+def test_the_names_of_an_object_are_told_without_an_import(folder: Path) -> None:
+    install(
+        folder, "naming_one", {"theirs": "naming_one:Outer.x", "other": "naming_one:y"}, "class Outer: x = []\ny = []"
+    )
+    assert already_imported("naming_one:y") is None
+    assert names_of("method", []) == []
+    assert "naming_one" not in sys.modules
+    thing = find("method", "theirs", {}, lambda _: None)
+    assert names_of("method", thing) == ["theirs"]
+    assert already_imported("naming_one:Outer.x") is thing
+    assert already_imported("naming_one:z") is None
 
 
 def test_a_module_is_named_without_being_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

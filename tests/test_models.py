@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.errors import BadInput
-from pliant.experiments.models import MODELS, BasicBlock, Bottleneck, PreActBlock, build_model
+from pliant.experiments.models import MODELS, build_model
+from pliant.experiments.networks import BasicBlock, Bottleneck, PreActBlock
 from pliant.experiments.training.onednn import sound_convolutions
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]

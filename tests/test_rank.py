@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.compression import Chain, FilterPruning, LowRank, compress
-from pliant.compression.allocation import Options, allocate, energy_steps, greedy_steps, nearest, uniform_steps
+from pliant.compression.allocation import Options, allocate, energy_order, greedy_order, nearest, uniform_order
 from pliant.compression.factored import FactoredConvolution, factored, matrices
 from pliant.compression.rank import _cuts, _decompose, _truncate
 from pliant.errors import BadInput, Refused
@@ -348,7 +348,7 @@ def cost_and_loss(chosen: Any) -> tuple[int, float]:
 
 def test_greedy_is_optimal_at_every_budget_it_meets_by_whole_steps() -> None:
     every = [cost_and_loss(c) for c in itertools.product(*(range(len(curve.costs)) for curve in CURVES))]
-    steps = greedy_steps(CURVES)
+    steps = greedy_order(CURVES)
     chosen = [0] * len(CURVES)
     for step in steps:
         chosen[step.layer] = step.option
@@ -373,14 +373,14 @@ def test_greedy_loses_at_most_one_step_against_a_search_through_all(seed: int) -
         return sum(c for c, _ in pairs), sum(loss for _, loss in pairs)
 
     every = [total(c) for c in itertools.product(*(range(len(curve.costs)) for curve in curves))]
-    steps = greedy_steps(curves)
+    steps = greedy_order(curves)
     largest = max(max(curve.losses) for curve in curves)
     for target in range(sum(c.costs[-1] for c in curves), sum(c.costs[0] for c in curves), 7):
         cost, loss = total(allocate(curves, steps, target))
         assert loss <= min(other for c, other in every if c <= cost) + largest
 
 
-@pytest.mark.parametrize("order", [greedy_steps, uniform_steps, energy_steps])
+@pytest.mark.parametrize("order", [greedy_order, uniform_order, energy_order])
 def test_allocation_takes_what_is_nearest_on_its_way(order: Any) -> None:
     steps = order(CURVES)
     reachable = sorted({cost_and_loss(allocate(CURVES, steps, t))[0] for t in range(45)})
@@ -393,7 +393,7 @@ def test_allocation_takes_what_is_nearest_on_its_way(order: Any) -> None:
 
 def test_uniform_removes_the_same_share() -> None:
     curves = [Options(tuple(range(n, 0, -1)), (0.0,) * n) for n in (10, 100, 1000)]
-    chosen = allocate(curves, uniform_steps(curves), 0.4 * 1110)
+    chosen = allocate(curves, uniform_order(curves), 0.4 * 1110)
     assert [curve.costs[i] for curve, i in zip(curves, chosen, strict=True)] == [4, 40, 400]
 
 

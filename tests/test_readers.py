@@ -22,8 +22,7 @@ from PIL import Image
 
 import pliant
 from pliant.errors import BadInput, DamagedFile
-from pliant.experiments.data import folders, streaming
-from pliant.experiments.data.images import Loader, Split, load_data
+from pliant.experiments.data import Loader, Split, folders, load_data, streaming
 from pliant.experiments.data.named import DEBIAN_FASHION_MNIST
 from pliant.experiments.data.streaming import ImageFiles
 from pliant.experiments.models import build_model

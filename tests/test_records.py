@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import math
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from pliant.errors import BadInput, DamagedFile
-from pliant.records import Record, append_record, read_records
+from pliant.records import Record, append_record, read_records, records_file
 
 REQUIRED: dict[str, Any] = {
     "run": "sfw-0",
@@ -270,6 +271,124 @@ for _ in range(20):
     writers = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     assert read_records(path) == [record] * 61
+
+
+# -------------------------------------------------------------------------------------------- packed with gzip
+
+
+@pytest.fixture
+def packed(path: Path) -> Path:
+    return path.with_name("records.jsonl.gz")
+
+
+RECORDS = [make(ratio=ratio, config={"k": 0.1, "notes": "x" * 100}) for ratio in (0.0, 0.3, 0.5)]
+
+
+def plain(records: list[Record]) -> bytes:
+    return b"".join(json.dumps(record.to_dict()).encode() + b"\n" for record in records)
+
+
+def test_a_packed_file_holds_the_same_records_in_less(path: Path, packed: Path) -> None:
+    path.write_bytes(plain(RECORDS))
+    subprocess.run(["gzip", "-9n", path], check=True)  # as the documentation says
+    assert read_records(packed) == RECORDS
+    assert packed.stat().st_size < len(plain(RECORDS)) / 2
+
+
+def test_a_packed_file_is_known_by_its_content_too(path: Path) -> None:
+    path.write_bytes(gzip.compress(plain(RECORDS)))
+    assert read_records(path) == RECORDS
+    append_record(path, FULL)
+    assert read_records(path) == [*RECORDS, FULL]
+    assert gzip.decompress(path.read_bytes()).startswith(plain(RECORDS))
+
+
+def test_a_packed_file_grows(packed: Path) -> None:
+    for record in RECORDS:
+        append_record(packed, record)
+    assert read_records(packed) == RECORDS
+    assert gzip.decompress(packed.read_bytes()) == plain(RECORDS)
+
+
+def test_a_packed_file_without_a_last_newline_grows(packed: Path) -> None:
+    packed.write_bytes(gzip.compress(plain(RECORDS)[:-1]))
+    append_record(packed, FULL)
+    assert read_records(packed) == [*RECORDS, FULL]
+
+
+@pytest.mark.parametrize("empty", [b"", gzip.compress(b"")])
+def test_an_empty_packed_file_holds_no_records(packed: Path, empty: bytes) -> None:
+    packed.write_bytes(empty)
+    assert read_records(packed) == []
+    append_record(packed, FULL)
+    assert read_records(packed) == [FULL]
+
+
+def test_an_appended_member_cut_at_any_byte_is_ignored_and_then_dropped(packed: Path) -> None:
+    whole, added = gzip.compress(plain(RECORDS)), gzip.compress(plain([FULL]))
+    for cut in range(1, len(added)):
+        packed.write_bytes(whole + added[:cut])
+        assert read_records(packed) == RECORDS, cut
+        append_record(packed, FULL)
+        assert packed.read_bytes()[: len(whole)] == whole
+        assert read_records(packed) == [*RECORDS, FULL], cut
+
+
+def test_packed_lines_that_end_early_are_an_error(packed: Path) -> None:
+    many = plain([make(ratio=share / 1000, config={"notes": "x" * share}) for share in range(200)])
+    for text in (many, plain(RECORDS) + many):
+        content = gzip.compress(text)
+        for cut in (len(content) // 2, len(content) - 1):
+            packed.write_bytes(content[:cut])
+            for act in (read_records, lambda path: append_record(path, FULL)):
+                with pytest.raises(DamagedFile, match="ends in the middle of the packed lines; get it anew"):
+                    act(packed)
+            assert packed.read_bytes() == content[:cut]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (plain(RECORDS), r"expected lines packed with gzip, got .*incorrect header check"),
+        (gzip.compress(plain(RECORDS)) + b"more", "incorrect header check"),
+        (gzip.compress(plain(RECORDS))[:-8] + bytes(8), "incorrect data check"),
+        (gzip.compress(plain(RECORDS)[:-20]), "its last line is cut; unpack the file, delete that line"),
+        (gzip.compress(b"notes"), "is this the right file"),
+    ],
+    ids=["plain", "more", "checksum", "cut", "notes"],
+)
+def test_a_damaged_packed_file_is_named_and_not_changed(packed: Path, content: bytes, words: str) -> None:
+    packed.write_bytes(content)
+    for act in (read_records, lambda path: append_record(path, FULL)):
+        with pytest.raises(DamagedFile, match=words) as caught:
+            act(packed)
+        assert str(packed) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert packed.read_bytes() == content
+
+
+def test_a_packed_line_that_is_damaged_is_named(packed: Path) -> None:
+    packed.write_bytes(gzip.compress(plain(RECORDS) + b"[]\n"))
+    with pytest.raises(DamagedFile, match=r"records\.jsonl\.gz:4: expected a JSON object, got list; mend or delete"):
+        read_records(packed)
+
+
+def test_a_decompression_bomb_is_refused(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pliant.jsonl.LARGEST", 2**20)
+    for content in (gzip.compress(bytes(2**21)), gzip.compress(b" " * 2**19 + b"\n") * 3):
+        packed.write_bytes(content)
+        for act in (read_records, lambda path: append_record(path, FULL)):
+            with pytest.raises(DamagedFile, match="unpacks to more than 1 MiB; is this the right file"):
+                act(packed)
+
+
+def test_the_file_of_a_folder_is_the_packed_one_where_there_is_one(tmp_path: Path) -> None:
+    assert records_file(tmp_path) == tmp_path / "records.jsonl"
+    append_record(tmp_path / "records.jsonl.gz", FULL)
+    assert records_file(tmp_path) == tmp_path / "records.jsonl.gz"
+    append_record(tmp_path / "records.jsonl", FULL)
+    with pytest.raises(BadInput, match=r"holds records\.jsonl and records\.jsonl\.gz: keep one of them"):
+        records_file(tmp_path)
 
 
 def test_importing_records_and_reporting_loads_neither_torch_nor_numpy() -> None:

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from pliant.errors import BadInput, DamagedFile
 from pliant.records import LayerCount, Record
-from pliant.reporting.page import comparison_markdown, render, report, summary_table
+from pliant.reporting.page import render, report
+from pliant.reporting.tables import comparison_markdown, summary_table
 
 from .measurements import HOSTILE, cost, line, sample, sweep, write
 
@@ -201,11 +202,11 @@ def test_seeds_make_one_curve_with_mean_and_spread() -> None:
     records = [sample("sgd", "rank", 0.5, seed=seed, top1=top, top1_raw=0.3) for seed, top in enumerate(tops)]
     (curve,) = curves(records)
     assert curve["runs"] == 3
-    (step,) = curve["steps"]
-    assert step["label"] == "50%"
-    assert step["top1"] == pytest.approx({"mean": 0.65, "low": 0.5, "high": 0.85})
-    assert step["top1_raw"] == pytest.approx({"mean": 0.3, "low": 0.3, "high": 0.3})
-    assert "accuracy 65.0 % (50.0 to 85.0, 3 runs)" in step["tip"]
+    (size,) = curve["sizes"]
+    assert size["label"] == "50%"
+    assert size["top1"] == pytest.approx({"mean": 0.65, "low": 0.5, "high": 0.85})
+    assert size["top1_raw"] == pytest.approx({"mean": 0.3, "low": 0.3, "high": 0.3})
+    assert "accuracy 65.0 % (50.0 to 85.0, 3 runs)" in size["tip"]
 
 
 def test_a_run_counts_once_in_the_dense_accuracy() -> None:
@@ -226,12 +227,12 @@ def test_settings_that_differ_split_a_method_and_name_its_trainings() -> None:
     ]
 
 
-def test_steps_are_ordered_by_ratio_and_shares_are_of_the_dense_network() -> None:
+def test_sizes_are_ordered_by_ratio_and_shares_are_of_the_dense_network() -> None:
     records = [sample("sgd", "rank", ratio) for ratio in (0.9, 0.1 + 0.2, 0.0)]
     (curve,) = curves(records)
-    assert [step["label"] for step in curve["steps"]] == ["0%", "30%", "90%"]
+    assert [size["label"] for size in curve["sizes"]] == ["0%", "30%", "90%"]
     last = records[0]
-    assert curve["steps"][-1]["shares"] == pytest.approx([last.params / last.params_dense, last.macs / last.macs_dense])
+    assert curve["sizes"][-1]["shares"] == pytest.approx([last.params / last.params_dense, last.macs / last.macs_dense])
 
 
 @pytest.mark.parametrize(
@@ -278,23 +279,23 @@ def test_models_and_data_sets_stand_in_sections_and_trainings_keep_their_colour(
     assert [training["ours"] for training in data["trainings"]] == [False, True, True]
 
 
-def test_a_pattern_is_one_step_even_if_it_removed_different_shares() -> None:
+def test_a_pattern_is_one_size_even_if_it_removed_different_shares() -> None:
     records = [sample("sgd", "nm", ratio, seed=seed, pattern="2:4") for seed, ratio in enumerate((0.5, 0.49))]
     (curve,) = curves(records)
-    assert [step["label"] for step in curve["steps"]] == ["2:4"]
+    assert [size["label"] for size in curve["sizes"]] == ["2:4"]
 
 
 @pytest.mark.parametrize("records", [[sample("sgd", "rank", 0.5)], [sample("sgd", "rank", 0.0)]])
 def test_a_single_record_makes_a_page(records: list[Record]) -> None:
     (curve,) = curves(records)
-    assert len(curve["steps"]) == 1
+    assert len(curve["sizes"]) == 1
 
 
 def test_the_page_holds_layers_reasons_settings_and_versions() -> None:
     records = [sample("sfw-rank", "rank", ratio) for ratio in (0.0, 0.3, 0.7)]
     page = Page(render(records))
     (view,) = page.data["sections"][0]["layers"]
-    assert view["steps"] == ["30%", "70%"]
+    assert view["sizes"] == ["30%", "70%"]
     assert view["layers"][0]["cells"] == [counts(record.layers[0]) for record in records[1:]]
     for text in ("the classifier's outputs are the classes", "optimizer.momentum", "torch 2.13.0", "31.00 ms"):
         assert text in page.text
@@ -336,5 +337,5 @@ def test_hostile_text_stays_text() -> None:
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags]
     assert [training["name"] for training in page.data["trainings"]] == [HOSTILE]
     (view,) = page.data["sections"][0]["panels"][0]["views"].values()
-    tip = view["curves"][0]["steps"][0]["tip"]
+    tip = view["curves"][0]["sizes"][0]["tip"]
     assert set(re.findall(r"<[^>]*>", tip)) == {"<b>", "</b>", "<br>"}

@@ -1,6 +1,6 @@
 """Draw the comparisons and write their table into the README: ``python docs/pictures/comparison.py [IMAGE [PAGE]]``.
 
-Both are made of the ``records.jsonl`` of the comparisons alone, in seconds, and come out the same every time. For each
+Both are made of the records of the comparisons alone, in seconds, and come out the same every time. For each
 way of cutting there are our method, the best of the others and SGD; ``report.md`` beside the records has all methods.
 """
 
@@ -19,11 +19,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pliant.records import read_records
+from pliant.records import read_records, records_file
 from pliant.reporting.area import SLACK, accuracy_at
 from pliant.reporting.curves import ANCHOR, Panel, panels_of, points_of, sections_of
+from pliant.reporting.formats import percent, spread
 from pliant.reporting.ranking import KEPT, Standing, standings
-from pliant.reporting.tables import percent, spread
 
 ROOT = Path(__file__).parents[2]
 COMPARISONS = ROOT / "comparisons"
@@ -33,7 +33,7 @@ BEGIN, END = "<!-- made by `make pictures`: -->\n", "<!-- until here -->\n"
 
 
 class Shown(NamedTuple):
-    """What is shown: the networks of a suite, cut by a compressor."""
+    """A row of the table and a picture: the networks of a suite, cut by a compressor."""
 
     suite: str
     compressor: str
@@ -50,24 +50,24 @@ SHOWN = (
 OURS, RIVAL, PLAIN = "#1f6fb2", "#d1495b", "#5c6670"
 
 
-Found = dict[Shown, tuple[Panel, list[Standing]]]
+Compared = dict[Shown, tuple[Panel, list[Standing]]]
 
 
 def compared(shown: Shown) -> tuple[Panel, list[Standing]]:
-    """Return its panel and the standings of our method, the best of the others and SGD, the best first."""
-    (section,) = sections_of(read_records(COMPARISONS / shown.suite / "records.jsonl"))
+    """Return the panel, and the standings of our method, the best of the others and SGD, the best first."""
+    (section,) = sections_of(read_records(records_file(COMPARISONS / shown.suite)))
     panel = next(panel for panel in panels_of(section) if panel.compressor == shown.compressor)
-    everybody = standings(panel, "epochs", section.chance)
-    return panel, [s for s in everybody if s.curve.ours or s.is_baseline or s.curve.training == ANCHOR]
+    ranked = standings(panel, "epochs", section.chance)
+    return panel, [s for s in ranked if s.curve.ours or s.is_baseline or s.curve.training == ANCHOR]
 
 
 # --- the figure -------------------------------------------------------------------------------------------------------
 
 
-def figure(found: Found) -> Figure:
-    """Return accuracy against the parameters that are left, one picture for each of what was found, in pairs."""
-    drawn, axes = plt.subplots(len(found) // 2, 2, figsize=(9.6, 7.4), dpi=96, layout="constrained")
-    for ax, (shown, (panel, members)) in zip(axes.flat, found.items(), strict=True):
+def figure(comparisons: Compared) -> Figure:
+    """Return accuracy against the parameters that are left, a picture for each comparison, in pairs."""
+    drawn, axes = plt.subplots(len(comparisons) // 2, 2, figsize=(9.6, 7.4), dpi=96, layout="constrained")
+    for ax, (shown, (panel, members)) in zip(axes.flat, comparisons.items(), strict=True):
         for standing in reversed(members):
             draw(ax, panel, standing)
         ax.set_title(f"{shown.data}, cut by {shown.cut_by}, never retrained", fontsize=11)
@@ -99,14 +99,14 @@ def draw(ax: Axes, panel: Panel, standing: Standing) -> None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def table(found: Found) -> str:
+def table(comparisons: Compared) -> str:
     """Return the table of the README: the areas and accuracies in %, mean over the seeds."""
     sizes = [f"{100 * share:.0f} %" for share in KEPT]
     lines = [
         f"| data | cut by | trained by | mean over all sizes | dense | {' | '.join(sizes)} |",
         "|---|---|---|---|---|" + "---|" * len(KEPT),
     ]
-    for shown, (_, members) in found.items():
+    for shown, (_, members) in comparisons.items():
         for standing in members:
             area, curve = standing.areas[0], standing.curve
             name = f"**{curve.training}**" if curve.ours else curve.training
@@ -127,9 +127,9 @@ def with_table(text: str, rows: str) -> str:
 
 def main(image: Path = IMAGE, page: Path = README) -> None:
     """Write the figure, and the table into the page."""
-    found = {shown: compared(shown) for shown in SHOWN}
-    figure(found).savefig(image, metadata={"Software": None})
-    page.write_text(with_table(page.read_text(encoding="utf-8"), table(found)), encoding="utf-8")
+    comparisons = {shown: compared(shown) for shown in SHOWN}
+    figure(comparisons).savefig(image, metadata={"Software": None})
+    page.write_text(with_table(page.read_text(encoding="utf-8"), table(comparisons)), encoding="utf-8")
 
 
 if __name__ == "__main__":

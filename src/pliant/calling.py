@@ -1,8 +1,8 @@
 """How a user's model is called on an example.
 
-Whatever is done to a network, its forward pass is code of somebody else: it may take a tensor, a tuple of tensors or
-keyword arguments, return any container, draw random numbers, print, and raise anything. Everything that runs a model
-goes through here, so that examples are checked once and a model is left as it was::
+The forward pass is somebody else's code: it may take a tensor, a tuple of tensors or keyword arguments, return any
+container, draw random numbers, print, and raise anything. Whatever runs a model in order to look at it goes through
+here, so that examples are checked in one place and the random state stays as it was::
 
     inputs = as_inputs(example_inputs)      the example as a tuple of tensors or a dict of arguments
     outputs = run(model, inputs)            the tensors that the model returns for it
@@ -59,7 +59,10 @@ def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
 
 
 def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
-    """Run ``model`` in the mode that it is in and count the calls of each module. Raises BadInput."""
+    """Run ``model`` in the mode that it is in, and count the calls of each module.
+
+    Raises BadInput if the model cannot be called on the inputs.
+    """
     calls: Counter[nn.Module] = Counter()
     handles = [m.register_forward_hook(lambda m, args, out: calls.update([m])) for m in model.modules()]
     try:
@@ -74,10 +77,10 @@ def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
 
 
 def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Call ``model`` and list its tensors, without the cache of keys and values of generating networks.
+    """Call ``model`` and list the tensors that it returns, without the cache of keys and values of generating networks.
 
-    The cache holds what attention has computed so far: it has the shape of the heads, and nobody reads it but the
-    same attention.
+    The cache holds what attention has computed so far. It has the shape of the heads, and only the same attention reads
+    it.
     """
     output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     if isinstance(output, Mapping):
@@ -86,7 +89,7 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Call ``model`` without gradients, leave the random number generators as they were, list its tensors."""
+    """Call ``model`` without gradients and list its tensors; the random number generators stay as they were."""
     devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
     with torch.no_grad(), torch.random.fork_rng(devices):
         return call(model, inputs)
@@ -94,7 +97,7 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings and printed text of a library to itself, where only its result matters."""
+    """Suppress the warnings and printed text of a library of which only the result matters."""
     with (
         warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(io.StringIO()),

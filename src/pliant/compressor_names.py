@@ -69,7 +69,13 @@ ALONE = tuple(row.name for row in _ROWS if row.takes)
 LINKS = tuple(row.name for row in _ROWS if row.in_chains)
 """What may stand in a chain such as filters+rank+int8."""
 
-_IN_WORDS = f"{', '.join(ALONE[:-1])} or {ALONE[-1]}, or a chain such as filters+rank or rank+int8"
+TITLE = "compressor_title"
+"""Beside a record by a compressor of another package: its title, so that a report does not need the package."""
+
+_IN_WORDS = (
+    f"{', '.join(ALONE[:-1])} or {ALONE[-1]}, the name of one that another package offers, package.module:name, or a "
+    "chain such as filters+rank or rank+int8"
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

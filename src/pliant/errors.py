@@ -37,8 +37,8 @@ class Refused(PliantError):
 
 
 def shown(value: object) -> str:
-    """Return what came, for a message: its ``repr``, cut where a file has a whole document in place of a number."""
-    text = repr(value)
+    """Return what came, for a message: its ``repr`` on one line, cut where there is a document in place of a number."""
+    text = " ".join(part.strip() for part in repr(value).splitlines())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 

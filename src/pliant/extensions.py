@@ -62,17 +62,28 @@ def find(
     if name in own:
         return own[name]
     if ":" in name:
-        described, thing = f"{kind} {name!r}", import_named(kind, name)
+        origin, thing = f"{kind} {name!r}", import_named(kind, name)
     else:
-        described, thing = _from_package(kind, name, own)
+        origin, thing = _from_package(kind, name, own)
     if reason := fault(thing):
-        raise BadInput(f"{described}: {reason}")
+        raise BadInput(f"{origin}: {reason}")
     return thing if adapt is None else adapt(name, thing)
 
 
 def names(kind: str, own: Mapping[str, Any]) -> list[str]:
     """Return the names of a kind, ours first, then those of installed packages."""
     return list(dict.fromkeys([*own, *installed(kind)]))
+
+
+def names_of(kind: str, thing: object) -> list[str]:
+    """Return the names under which installed packages offer an object of this process; nothing is imported."""
+    return [entry.name for entry in installed(kind).values() if _already_imported(entry.module, entry.attr) is thing]
+
+
+def already_imported(name: str) -> Any:
+    """Return the object that ``package.module:name`` names, if this process has it already, else None."""
+    module, _, attribute = name.partition(":")
+    return _already_imported(module, attribute)
 
 
 def import_named(kind: str, name: str, what: str = "object", example: str = "my_package.module:name") -> Any:
@@ -100,6 +111,12 @@ def import_named(kind: str, name: str, what: str = "object", example: str = "my_
         return getattr(module, attribute)
 
 
+def described(kind: str, name: str) -> str:
+    """Return what messages call a thing of another package: with the package, where an installed one offers it."""
+    entry = installed(kind).get(name)
+    return f"{kind} {name!r}" if entry is None else _described(kind, entry)
+
+
 @contextlib.contextmanager
 def current_directory_importable() -> Iterator[None]:
     """Search the current directory first, as ``python -m`` does; the installed command alone does not."""
@@ -111,6 +128,13 @@ def current_directory_importable() -> Iterator[None]:
         sys.path.remove(here)
 
 
+def _already_imported(module: str, attribute: str) -> Any:
+    thing: Any = sys.modules.get(module)
+    for part in attribute.split("."):
+        thing = getattr(thing, part, None)
+    return thing
+
+
 def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, Any]:
     """Return a description of what offers a name, for messages, and the object."""
     offers = [entry for entry in entry_points(group=GROUPS[kind]) if entry.name == name]
@@ -120,11 +144,14 @@ def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, An
         packages = " and ".join(sorted(_package(entry) for entry in offers))
         raise BadInput(f"{kind} {name!r} is offered by {packages}: uninstall one, or name it as package.module:name")
     entry = offers[0]
-    described = f"{kind} {name!r} of the package {_package(entry)} ({entry.value})"
     try:
-        return described, entry.load()
+        return _described(kind, entry), entry.load()
     except (Exception, SystemExit) as error:  # whatever the code of others raises
-        raise BadInput(f"{described} cannot be imported: {one_line(error)}") from error
+        raise BadInput(f"{_described(kind, entry)} cannot be imported: {one_line(error)}") from error
+
+
+def _described(kind: str, entry: EntryPoint) -> str:
+    return f"{kind} {entry.name!r} of the package {_package(entry)} ({entry.value})"
 
 
 def _package(entry: EntryPoint) -> str:

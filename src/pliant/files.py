@@ -81,13 +81,13 @@ def making_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: str | Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from working on ``path`` for a while: a file or folder, there or not. Its folder must exist.
+    """Keep other processes from working on ``path``: a file or folder, which need not exist; its parent must.
 
-    What holds the lock is the file ``.NAME.lock`` beside it. The system releases it when the process ends, however
-    that comes about. There are no such locks on Windows.
+    The lock is the file ``.NAME.lock`` beside it. The system releases it when the process ends, in whatever way. There
+    are no such locks on Windows.
 
     Raises:
-        Busy: another process is working on it; with ``wait``, that is waited for.
+        Busy: another process is working on it. With ``wait`` this waits for that process instead.
     """
     path = Path(path).resolve()
     lock = path.with_name(f".{path.name}.lock")
@@ -115,11 +115,11 @@ def _take(lock: Path, path: Path, wait: bool) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its former holder has removed it meanwhile
+        os.close(handle)  # its former holder has removed the file meanwhile
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what killed processes left beside ``path``. Raises Busy if another process is working on it."""
+    """Remove what killed processes left beside ``path``; raises Busy if another process is working on it."""
     path = Path(path)
     if path.parent.is_dir():
         with locked(path):
@@ -146,8 +146,8 @@ def make_folders(path: str | Path) -> None:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file in one step.
 
-    Libraries that write files themselves report a full disk in errors of their own; let them make bytes, and write
-    those here, so that it is an OSError.
+    A library that writes a file itself reports a full disk in an error of its own. Let it make bytes and write them
+    here: then it is an OSError.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)

@@ -1,6 +1,6 @@
 """What a network costs and what it can do: accuracy, parameters, MACs, bytes, latency.
 
-MACs (multiply-accumulates) and latency are those of the network as it stands; zeros count as any other number.
+MACs (multiply-accumulates) and latency are those of the network as it is: zeros count like any other number.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ def evaluate(
 
     Args:
         model: on ``device``; (B, C, H, W) -> (B, classes).
-        batches: pairs of images and labels.
+        batches: pairs of images (B, C, H, W) and labels (B,).
         device: where to evaluate.
         precision: "fp32", or "bf16" / "fp16" for autocast.
+
+    Raises:
+        BadInput: there is no batch.
     """
     correct, total = torch.zeros((), dtype=torch.int64, device=device), 0
     dtype = PRECISIONS[precision]
@@ -84,11 +87,13 @@ def file_bytes(model: nn.Module) -> int:
 def macs(model: nn.Module, example_inputs: Example) -> int:
     """Return the multiply-accumulates of one forward pass, per sample of the example.
 
-    ``example_inputs``: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes; the number of
-    samples is the first dimension of the first tensor.
+    Those of convolutions, matrix products and attention are counted, on a copy without data, which takes next to no
+    time; a network that needs real numbers in its forward is run once.
 
-    Counted for convolutions, matrix products and attention on a copy without data, so it costs next to nothing; a
-    network that needs real numbers in its forward is run once.
+    Args:
+        model: any module; not changed.
+        example_inputs: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes; the number of
+            samples is the first dimension of the first tensor.
     """
     inputs = as_inputs(example_inputs)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -107,7 +112,7 @@ def macs(model: nn.Module, example_inputs: Example) -> int:
 
 
 def _without_data(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` on the meta device; nothing of its data is copied on the way."""
+    """Return a copy of ``model`` on the meta device, without copying its data on the way."""
     hollow: dict[int, Any] = {}
     for p in model.parameters():
         hollow[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
@@ -126,9 +131,9 @@ def _flops(model: nn.Module, inputs: Inputs) -> int:
 def latencies(
     models: Sequence[nn.Module], example_inputs: Example, *, seconds: float = 0.05, rounds: int = 3
 ) -> list[float]:
-    """Return the seconds per forward pass of each model, the median over ``rounds`` that take turns.
+    """Return the seconds per forward pass of each model, the median over ``rounds`` in which all models take turns.
 
-    Taking turns makes the ratio of two models hold while a shared machine drifts.
+    Because of the turns the ratio of two models holds while a shared machine gets slower or faster.
 
     Args:
         models: on the example's device.
@@ -155,7 +160,7 @@ def bound_call(model: Callable[..., object], inputs: Inputs) -> Callable[[], obj
 def take_turns(
     calls: Sequence[Callable[[], object]], *, seconds: float, rounds: int, threads: int
 ) -> list[list[float]]:
-    """Return the seconds that each call takes in each of the rounds, medians over at least ``seconds``."""
+    """Return the seconds that each call takes in each of the rounds, each the median over at least ``seconds``."""
     timers = [Timer("call()", globals={"call": call}, num_threads=threads) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
@@ -167,7 +172,7 @@ def take_turns(
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict as safetensors takes it: contiguous, and each tied tensor once, under its first name.
 
-    What looks at the memory of another tensor in another shape is a tensor of its own.
+    A tensor that shares the memory of another one in another shape is copied.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()

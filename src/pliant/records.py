@@ -1,8 +1,7 @@
 """Records: what a compressed network achieved, one line of JSON each.
 
-A sweep appends a :class:`Record` per (run, compressor, ratio) to a JSON Lines file; reports and comparisons
-read such files and nothing else. This module needs the standard library only, so that records can be read on
-any machine.
+A sweep appends a :class:`Record` for each run, compressor and ratio to a JSON Lines file; reports and comparisons
+read such files and nothing else. This module needs the standard library only, so records can be read on any machine.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ from pliant.jsonl import append_line, read_lines
 
 Key = tuple[str | float, ...]
 
+RECORDS = "records.jsonl"
+"""The file of records in the folder of a comparison."""
+
 
 class LayerCount(TypedDict):
     """What one layer kept; ``kind`` is the unit of ``kept`` and ``total``, for example ``"filters"``."""
@@ -39,8 +41,8 @@ class Cost(TypedDict):
     """What the training cost, beside SGD on the same machine.
 
     The run took ``seconds``, a step ``step_s`` seconds (``step_s_sgd``: one of SGD, timed in turns). ``memory`` bytes
-    hold the weights, their gradients and what the optimizer keeps (``memory_sgd``: SGD's). ``equal`` tells what the run
-    was granted as much of as SGD: ``"epochs"`` or ``"time"``.
+    hold the weights, their gradients and what the optimizer keeps (``memory_sgd``: SGD's). ``equal`` says what the run
+    has had as much of as SGD: ``"epochs"`` or ``"time"``.
     """
 
     equal: str
@@ -108,7 +110,7 @@ class Record:
     pattern: str = ""
     """Pattern such as ``"2:4"``; empty for compressors that take a ratio."""
     ratio_removed: float | None = None
-    """Share of the compressible parameters that was really removed; None if it was not recorded."""
+    """Share of the compressible parameters that was removed in fact; None if it was not recorded."""
     val_top1_raw: float | None = None
     """Validation accuracy as compressed; None if it was not recorded."""
     nonzero_dense: int | None = None
@@ -143,7 +145,7 @@ class Record:
                 self._set(name, _fraction(name, getattr(self, name)))
         for name in ("seed", "params", "nonzero", "macs", "bytes"):
             _check_count(name, getattr(self, name), least=0)
-        # The dense sizes are what all shares are measured against, so none of them may be zero.
+        # All shares are relative to the dense sizes, so none of these may be zero.
         for name in ("params_dense", "macs_dense", "bytes_dense", "latency_batch"):
             _check_count(name, getattr(self, name), least=1)
         if self.nonzero_dense is not None:
@@ -175,7 +177,7 @@ class Record:
             raise BadInput(f"extra must not hold fields of a Record, got {', '.join(clash)}")
 
     def key(self) -> Key:
-        """Return what identifies a measurement: a sweep skips a record whose key is already in its file."""
+        """Return what identifies the measurement: a sweep skips a record whose key is in its file already."""
         return record_key(
             run=self.run,
             weights=self.weights,
@@ -193,7 +195,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """Return the record that :meth:`to_dict` made ``values`` of; unknown fields go to ``extra``.
+        """Return the record whose :meth:`to_dict` gave ``values``; unknown fields go to ``extra``.
 
         Raises:
             BadInput: required fields are missing, or a value is not valid.
@@ -226,18 +228,35 @@ _REQUIRED = tuple(
 
 
 def append_record(path: str | Path, record: Record) -> None:
-    """Append ``record`` to the JSON Lines file at ``path`` and wait until it is on disk."""
+    """Append ``record`` to the JSON Lines file at ``path`` and wait until it is on disk.
+
+    A file whose name ends in ``.gz`` is packed with gzip, and stays so.
+    """
     append_line(path, record.to_dict())
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Return the records of the JSON Lines file at ``path`` in their order; an empty file holds none.
+    """Return the records of the JSON Lines file at ``path``, plain or packed with gzip, in their order.
+
+    An empty file holds none.
 
     Raises:
-        DamagedFile: there is no such file, or a line is not a record; the message names file and line. (A cut
-            last line is ignored.)
+        DamagedFile: there is no such file, it cannot be unpacked, or a line is not a record; the message names file
+            and line. (A cut last line is ignored.)
     """
     return read_lines(path, Record.from_dict, "records")
+
+
+def records_file(folder: Path) -> Path:
+    """Return the file of records in a folder, there or not: ``records.jsonl.gz`` where it was packed.
+
+    Raises:
+        BadInput: both are there; which of them counts would be a guess.
+    """
+    plain, packed = folder / RECORDS, folder / f"{RECORDS}.gz"
+    if plain.exists() and packed.exists():
+        raise BadInput(f"{folder} holds {plain.name} and {packed.name}: keep one of them, with the records of both")
+    return packed if packed.exists() else plain
 
 
 def _check_text(name: str, value: object, *, may_be_empty: bool) -> None:

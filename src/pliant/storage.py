@@ -53,15 +53,15 @@ def _compressed(model: nn.Module, plan: Plan, path: Path) -> nn.Module:
         return skeleton(model, plan)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
-    except Exception as error:  # what is kept of a layer may be wrong in as many ways as there are compressors
+    except Exception as error:  # numbers that do not fit a layer fail in a way of each compressor's own
         raise DamagedFile(f"{path} is damaged ({type(error).__name__}: {first_line(error)})") from error
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a compression plan; raises DamagedFile if it is none."""
+    """Read a compression plan; raises DamagedFile if the file does not hold one."""
     try:
         return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 raise the one, thousands of brackets the other
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise DamagedFile(f"{path} is damaged: {error}") from None
     except DamagedFile as error:
         raise DamagedFile(f"{path}: {error}") from None

@@ -13,7 +13,7 @@ from torch.nn import functional
 from pliant import SFW, FilterPruning, LowRank, Magnitude, SemiStructured, compress, constrain, filters, load, rank
 from pliant.constraints import weights as entries
 from pliant.errors import BadInput, Diverged
-from pliant.experiments.data.images import ImageData, Split
+from pliant.experiments.data import ImageData, Split
 from pliant.experiments.run_folder import Run
 from pliant.experiments.train import train, train_run
 from pliant.experiments.training.checkpoint import CHECKPOINT

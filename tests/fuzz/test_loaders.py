@@ -31,7 +31,7 @@ from pliant.experiments.training.log import Log
 from pliant.experiments.training.session import Session
 from pliant.experiments.training.settings import Settings
 from pliant.files import write_bytes
-from pliant.records import Record, read_records
+from pliant.records import Record, append_record, read_records
 
 from ..pictures import pictures, png
 from ..test_records import FULL
@@ -106,6 +106,24 @@ def test_records(tmp_path: Path) -> None:
         assert found is None or all(isinstance(record, Record) for record in found)
         if found is not None:
             assert found[0] == FULL
+
+    attempt()
+
+
+def test_packed_records(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl.gz"
+    text = json.dumps(FULL.to_dict()).encode() + b"\n"
+    content = gzip.compress(text * 3, mtime=0) + gzip.compress(text, mtime=0)
+
+    @fuzz(300)
+    @given(damaged(content))
+    def attempt(data: bytes) -> None:
+        file.write_bytes(data)
+        found = read(lambda: read_records(file), file)
+        assert found is None or all(isinstance(record, Record) for record in found)
+        read(lambda: append_record(file, FULL), file)
+        if found is not None:
+            assert read_records(file) == [*found, FULL]
 
     attempt()
 

@@ -1,14 +1,15 @@
 """How much to take from each layer.
 
-A layer offers *options*: costs (parameters or multiply-accumulates) it can be cut down to, in falling order, the
-first one dense, and for each the loss of energy that comes with it. An allocation orders single steps of single
-layers from the first to the last; the budget decides how many of them are taken::
+A layer offers *options*: costs (parameters or multiply-accumulates) that it can be cut down to, in falling order, the
+first one dense, and the loss of energy that comes with each. An allocation puts the reductions of single layers, from
+one option to a later one, in an order; the target decides how many of them are made::
 
-    uniform_steps(options)    every layer gives the same share of its cost
-    greedy_steps(options)     the least energy per cost goes first, over all layers
-    energy_steps(options)     every layer keeps the same share of its energy
-    allocate(options, steps, target) -> the chosen option of each layer
-    nearest(cost, steps, target)        the search that the above and filter pruning share
+    uniform_order(options)    every layer gives the same share of its cost
+    greedy_order(options)     the least energy per cost goes first, over all layers
+    energy_order(options)     every layer keeps the same share of its energy
+    allocate(options, reductions, target) -> the chosen option of each layer
+
+Filter pruning removes channels in an order of its own, and takes as many of them as :func:`nearest` says.
 """
 
 from __future__ import annotations
@@ -21,52 +22,60 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Options:
-    """What one layer can be cut down to. ``costs`` fall strictly; ``losses`` never fall and start at 0."""
+    """What one layer can be cut down to: ``costs`` fall strictly, ``losses`` start at 0 and never fall."""
 
     costs: tuple[int, ...]
     losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Step:
+class Reduction:
     """Layer ``layer`` goes down to its option ``option`` (positions)."""
 
     layer: int
     option: int
 
 
-def allocate(options: Sequence[Options], steps: Sequence[Step], target: float) -> list[int]:
-    """Take steps in order until the total cost is as near as it gets to ``target``; return an option per layer.
+def allocate(options: Sequence[Options], reductions: Sequence[Reduction], target: float) -> list[int]:
+    """Make reductions in order until the total cost is as near as possible to ``target``.
 
-    Where the last step leaps over options of its layer, the one of them that comes nearest is taken.
+    Where the last one leaps over options of its layer, the one of them that comes nearest is taken.
+
+    Args:
+        options: of each layer.
+        reductions: in the order in which they are made.
+        target: total cost.
+
+    Returns:
+        The position of the chosen option of each layer.
     """
     chosen = [0] * len(options)
     total = sum(layer.costs[0] for layer in options)
-    for step in steps:
-        costs = options[step.layer].costs
-        rest = total - costs[chosen[step.layer]]
-        if rest + costs[step.option] > target:
-            total = rest + costs[step.option]
-            chosen[step.layer] = step.option
+    for reduction in reductions:
+        costs = options[reduction.layer].costs
+        others = total - costs[chosen[reduction.layer]]
+        if others + costs[reduction.option] > target:
+            total = others + costs[reduction.option]
+            chosen[reduction.layer] = reduction.option
             continue
-        within = range(chosen[step.layer], step.option + 1)
-        chosen[step.layer] = min(within, key=lambda i: (abs(rest + costs[i] - target), i))
+        within = range(chosen[reduction.layer], reduction.option + 1)
+        chosen[reduction.layer] = min(within, key=lambda i: (abs(others + costs[i] - target), i))
         break
     return chosen
 
 
-def uniform_steps(options: Sequence[Options]) -> list[Step]:
-    """Order the steps so that every layer removes the same share of its cost, each to its nearest option."""
+def uniform_order(options: Sequence[Options]) -> list[Reduction]:
+    """Order the reductions so that every layer removes the same share of its cost, each to its nearest option."""
     events = []
     for layer, offer in enumerate(options):
         for option in range(1, len(offer.costs)):
             halfway = (offer.costs[option - 1] + offer.costs[option]) / (2 * offer.costs[0])
             events.append((1 - halfway, layer, option))
-    return [Step(layer, option) for _, layer, option in sorted(events)]
+    return [Reduction(layer, option) for _, layer, option in sorted(events)]
 
 
-def greedy_steps(options: Sequence[Options]) -> list[Step]:
-    """Order the steps by loss per parameter saved, along the lower convex hull of each layer's curve.
+def greedy_order(options: Sequence[Options]) -> list[Reduction]:
+    """Order the reductions by loss per parameter saved, along the lower convex hull of each layer's curve.
 
     Between hull points the slope rises, so the greedy order is optimal for every budget that it meets exactly:
     the Lagrangian argument of rate-distortion optimisation (Shoham and Gersho 1988).
@@ -76,34 +85,37 @@ def greedy_steps(options: Sequence[Options]) -> list[Step]:
         corners = _lower_hull(offer)
         for a, b in pairwise(corners):
             events.append((_slope(offer, a, b), layer, b))
-    return [Step(layer, option) for _, layer, option in sorted(events)]
+    return [Reduction(layer, option) for _, layer, option in sorted(events)]
 
 
-def energy_steps(options: Sequence[Options]) -> list[Step]:
-    """Order the steps so that every layer loses about the same share of its energy, whatever that saves."""
+def energy_order(options: Sequence[Options]) -> list[Reduction]:
+    """Order the reductions so that every layer loses about the same share of its energy, whatever that saves."""
     events = [
         (loss, layer, option)
         for layer, offer in enumerate(options)
         for option, loss in enumerate(offer.losses)
         if option
     ]
-    return [Step(layer, option) for _, layer, option in sorted(events)]
+    return [Reduction(layer, option) for _, layer, option in sorted(events)]
 
 
-def nearest(cost: Callable[[int], int], steps: int, target: float) -> int:
-    """Return the n in 0..steps whose ``cost(n)``, which must fall strictly, is nearest to ``target``.
+def nearest(cost: Callable[[int], int], most: int, target: float) -> int:
+    """Return the n in 0..most whose ``cost(n)`` is nearest to ``target``, the smaller one of two that are equally near.
 
-    The smaller one of two that are equally near.
+    Args:
+        cost: falls strictly.
+        most: the largest n.
+        target: of the cost.
     """
-    after = bisect.bisect_left(range(steps + 1), -target, key=lambda n: -cost(n))
+    after = bisect.bisect_left(range(most + 1), -target, key=lambda n: -cost(n))
     if after == 0:
         return 0
-    if after > steps or cost(after - 1) - target <= target - cost(after):
+    if after > most or cost(after - 1) - target <= target - cost(after):
         return after - 1
     return after
 
 
-STEPS = {"uniform": uniform_steps, "global": greedy_steps, "energy": energy_steps}
+ORDERS = {"uniform": uniform_order, "global": greedy_order, "energy": energy_order}
 
 
 def _lower_hull(offer: Options) -> list[int]:

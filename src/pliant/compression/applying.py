@@ -22,9 +22,16 @@ def compress(
 ) -> nn.Module:
     """Return a compressed copy of ``model``.
 
-    ``example_inputs``: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes; a batch
-    of two is enough. ``calibration``: batches of training data, (images, labels) or images alone, for compressors
-    that look at data. Raises Refused if nothing can be removed, BadInput if the example or the data does not fit.
+    Args:
+        model: any module; not changed.
+        compressor: how to compress it.
+        example_inputs: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes; a batch of two
+            is enough.
+        calibration: batches of training data, (images, labels) or images alone, for compressors that look at data.
+
+    Raises:
+        Refused: nothing can be removed.
+        BadInput: the example or the data does not fit.
     """
     analysis = compressor.analyse(model, example_inputs, calibration)
     plan = compressor.plan(model, example_inputs, analysis=analysis)
@@ -32,11 +39,15 @@ def compress(
 
 
 def replay(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of ``model`` compressed by the compressor that the plan names.
+    """Return a copy of ``model`` compressed by the compressor that the plan names; no example is needed.
 
-    ``model`` may be freshly built, of the architecture that the plan was made for; no example is needed.
-    Raises BadInput if the plan's compressor is unknown, the model is another one, or the plan's factors depend on
-    calibration data.
+    Args:
+        model: of the architecture that the plan was made for, with any weights.
+        plan: what to do.
+
+    Raises:
+        BadInput: the plan's compressor is unknown, the model is another one, or the plan's factors depend on
+            calibration data.
     """
     if plan.links:
         return reduce(replay, plan.links, model)
@@ -46,8 +57,8 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
 def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a network of the architecture that :func:`replay` gives, to load stored weights into.
 
-    Quick, and possible for every plan, since the weights that it holds are of no account.
-    Raises BadInput if the plan's compressor is unknown or the model is another one.
+    This is quick, and possible for every plan, because the weights that the network holds do not matter. Raises
+    BadInput if the plan's compressor is unknown or the model is another one.
     """
     if plan.links:
         return reduce(skeleton, plan.links, model)

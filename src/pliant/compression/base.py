@@ -18,7 +18,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from pliant import measuring
 from pliant.calling import Example
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
+from pliant.extensions import names_of
 
 COSTS = ("params", "macs")
 
@@ -63,7 +64,15 @@ class Compressor(abc.ABC, Generic[A]):
     parameters or multiply-accumulates has the field ``cost``. Checks, copies, tables, files, chains, sweeps and budgets
     come from here and from the plan. What :meth:`carry_out` needs of the weights or of data, and a network that only
     takes stored weights does not, is left out in :meth:`skeleton`.
+
+    A compressor of another package is named as package.module:name, or offered under a name of its own, without "+" and
+    "-", by an entry point of the group ``pliant.compressors``. Such a one also has the class attributes ``unit``, what
+    its plans count in each layer, and ``title``, the title of its figures in reports; in a sweep ``analyse`` is given
+    training images.
     """
+
+    unit: ClassVar[str] = "weights"
+    title: ClassVar[str] = ""
 
     @abc.abstractmethod
     def analyse(
@@ -170,7 +179,7 @@ class Compressor(abc.ABC, Generic[A]):
 
         Raises BadInput if the plan is of another kind of compressor or for another model.
         """
-        if plan.compressor != type(self).__name__:
+        if plan.compressor not in plan_names(type(self)):
             raise BadInput(f"the plan is for {plan.compressor}, it cannot be applied by {type(self).__name__}")
         planned = self.with_options_of(plan)
         plan.check(model)
@@ -212,7 +221,7 @@ class Compressor(abc.ABC, Generic[A]):
             more = "; ..." if len(analysis.refused) > 5 else ""
             raise Refused(f"{type(self).__name__} finds nothing to remove: {reasons or 'no layers'}{more}")
         return Plan(
-            compressor=type(self).__name__,
+            compressor=plan_names(type(self))[0],
             options={name: getattr(self, name) for name in option_names(type(self))},
             ratio=ratio,
             ratio_removed=removed / total if total else 0.0,
@@ -229,8 +238,19 @@ def option_names(kind: type[Compressor[Any]]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
+def plan_names(kind: type[Compressor[Any]]) -> list[str]:
+    """Return what plans may call a kind of compressor; the first name is the one to write.
+
+    One of this package is called by its class. One of another package is called by the name under which the package
+    offers it, or else, and by this process in any case, by package.module:name.
+    """
+    if kind.__module__.partition(".")[0] == "pliant":
+        return [kind.__name__]
+    return [*names_of("compressor", kind), f"{kind.__module__}:{kind.__qualname__}"]
+
+
 def with_options(kind: type[C], options: Mapping[str, Any]) -> C:
-    """Return ``kind(**options)``; options that it does not have, or not with these values, are a BadInput."""
+    """Return ``kind(**options)``; raises BadInput for options that it does not have, or not with these values."""
     known = option_names(kind)
     for name in options:
         if name not in known:
@@ -245,7 +265,7 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _check_finite(model: nn.Module) -> None:
     for name, p in model.named_parameters():
-        # The terms of a finite sum are finite, and a sum takes a tenth of the time; else it may have overflowed.
+        # A finite sum has finite terms, and takes a tenth of the time. One that is not finite may have overflowed.
         if not torch.isfinite(p.detach().sum()) and not torch.isfinite(p).all():
             raise BadInput(f"parameter {name!r} holds NaN or infinity: compress a model that has not diverged")
 

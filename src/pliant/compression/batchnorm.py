@@ -1,4 +1,4 @@
-"""BatchNorm statistics of a compressed network, measured again: cheap, without labels or gradients."""
+"""BatchNorm statistics of a compressed network, measured again, which needs neither labels nor gradients."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from pliant.errors import BadInput, first_line
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
     """Return a copy of ``model`` whose BatchNorm running statistics are those of the batches of ``loader``.
 
-    ``loader`` is finite and yields (images, labels), or images alone, of the shape that the model takes; they
-    are moved to the model's device. Every batch has the same weight. All else stays: weights, training flags,
-    momenta and the random number generators. Without BatchNorm the loader is not read.
+    Everything else stays: weights, training flags, momenta and the random number generators.
 
-    Raises BadInput if the loader is empty or the model cannot be run on a batch in training mode (a BatchNorm
-    over vectors needs at least two samples per batch).
+    Args:
+        model: any module; without BatchNorm the loader is not read.
+        loader: finite; yields (images, labels), or images alone, of the shape that the model takes. They are moved to
+            the model's device, and every batch has the same weight.
+
+    Raises:
+        BadInput: the loader is empty, or the model cannot be run on a batch in training mode (a BatchNorm over vectors
+            needs at least two samples per batch).
     """
     new = copy.deepcopy(model)
     if not any(isinstance(module, _BatchNorm) and module.track_running_stats for module in new.modules()):
@@ -39,7 +43,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
             yield batch
 
     devices = [device.index or 0] if device.type == "cuda" else []
-    # The network will be used without dropout, so its statistics are measured without; what noise is left is seeded.
+    # The network will be used without dropout, so its statistics are measured without it; other noise is seeded.
     dropouts = [(module, module.p) for module in new.modules() if isinstance(module, _DropoutNd)]
     for dropout, _ in dropouts:
         dropout.p = 0.0

@@ -1,8 +1,8 @@
-"""Compressing to a budget: so many parameters or multiply-accumulates, bytes, milliseconds, or points of accuracy.
+"""Compressing to a budget: a limit on parameters, multiply-accumulates, bytes, milliseconds or lost accuracy.
 
 A compressor at a ratio makes one network; a budget asks for the largest network that meets it (for an accuracy, the
-smallest one). Along the ratio costs fall and accuracy is taken to fall, so the ratio is found by bisection. Every
-network that is considered is planned in full and its cost counted or measured, not estimated::
+smallest one). With the ratio costs fall, and accuracy is assumed to fall, so the ratio is found by bisection. Every
+network that is considered is planned in full, and its cost is counted or measured, not estimated::
 
     small = compress_to(model, LowRank(), x, keep_macs=0.5)
 """
@@ -24,21 +24,27 @@ from pliant.compression.chain import Chain
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
 
-SMALLEST = 1 - 2**-30  # the ratio of the smallest network there is; a ratio of 1 would ask for none
+SMALLEST = 1 - 2**-30  # gives the smallest network; a ratio of 1 would leave nothing, and is refused
 
-# How finely each budget is searched, in ratio. Parameters are read off a plan; multiply-accumulates and bytes need
-# the network to be built, a latency or an accuracy to be measured, and those are no more exact than this.
+# How finely the ratio is searched for each budget. Parameters are read off a plan. Multiply-accumulates and bytes
+# need a network to be built, a latency or an accuracy has to be measured, and these are no more exact than this.
 RESOLUTION = {"keep_params": 1e-6, "keep_macs": 1e-5, "max_bytes": 1e-5, "max_latency_ms": 1 / 256, "max_drop": 1 / 256}
-CHAIN_RESOLUTION = 1 / 512  # its links are analysed anew for every network that the first one leaves
-_COST = {
-    "keep_macs": "macs",
-    "max_latency_ms": "macs",
-}  # what the allocation economises, where it is not its own choice
+CHAIN_RESOLUTION = 1 / 512  # the later links are analysed anew for every network that the first one leaves
+# What the allocation economises for a budget, in place of the compressor's own choice.
+_COST = {"keep_macs": "macs", "max_latency_ms": "macs"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One limit: ``kind`` is a key of :data:`RESOLUTION`, ``limit`` in its unit. Raises BadInput if out of range."""
+    """One limit.
+
+    Args:
+        kind: a key of :data:`RESOLUTION`.
+        limit: in the unit that the kind names.
+
+    Raises:
+        BadInput: the limit is out of range.
+    """
 
     kind: str
     limit: float
@@ -60,10 +66,10 @@ class Budget:
 
 def one_budget(**limits: float | None) -> Budget:
     """Return the one budget whose limit is not None. Raises BadInput if there is none, or more than one."""
-    given = {kind: limit for kind, limit in limits.items() if limit is not None}
-    if len(given) != 1:
-        raise BadInput(f"expected one budget of {', '.join(limits)}, got {', '.join(given) or 'none'}")
-    ((kind, limit),) = given.items()
+    set_limits = {kind: limit for kind, limit in limits.items() if limit is not None}
+    if len(set_limits) != 1:
+        raise BadInput(f"expected one budget of {', '.join(limits)}, got {', '.join(set_limits) or 'none'}")
+    ((kind, limit),) = set_limits.items()
     return Budget(kind, limit)
 
 
@@ -84,7 +90,7 @@ def compress_to(
 
     Args:
         model: a trained network; not changed.
-        compressor: how to compress; its ratio is of no account.
+        compressor: how to compress; its ratio is ignored.
         example_inputs: what the model takes: a tensor, a tuple of tensors or a dict of keyword arguments. Costs are
             counted and measured on it.
         keep_params: share of all the model's parameters that may stay, in (0, 1].
@@ -131,7 +137,17 @@ def fit(
     analysis: Analysis,
     accuracy: Callable[[nn.Module], float] | None = None,
 ) -> Plan:
-    """Return the plan for a budget. ``analysis`` is the compressor's of this model; the rest as in ``compress_to``."""
+    """Return the plan that meets a budget.
+
+    Args:
+        model, compressor, example_inputs, accuracy: as in :func:`compress_to`.
+        budget: the limit.
+        analysis: the compressor's, of this model.
+
+    Raises:
+        Refused: the budget is out of reach.
+        BadInput: the compressor has no ratio, or a budget of accuracy has no function to measure it with.
+    """
     if not compressor.has_ratio:
         raise BadInput(f"{type(compressor).__name__} has no ratio that could be fitted to {budget}")
     family = compressor.counting(_COST[budget.kind]) if budget.kind in _COST else compressor
@@ -140,7 +156,7 @@ def fit(
     def plan_at(ratio: float) -> Plan:
         return family.at(ratio).plan(model, example_inputs, analysis=analysis)
 
-    # A cost is met from the small end of the ratios on, an accuracy up to some ratio.
+    # A cost is met from a ratio on, an accuracy up to a ratio.
     is_cost = budget.kind != "max_drop"
     largest = plan_at(0.0)
     first = value(largest)
@@ -148,7 +164,7 @@ def fit(
         return largest
     if not is_cost and first > budget.limit:
         raise Refused(
-            f"{budget} is out of reach: not compressed at all, only settled, the network falls by {first:.4f}"
+            f"{budget} is out of reach: with new BatchNorm statistics alone the accuracy falls by {first:.4f}"
         )
     try:
         smallest = plan_at(SMALLEST)
@@ -196,7 +212,7 @@ def _meter(
 
 
 def _reachable(compressor: Compressor[Any], budget: Budget, least: float, smallest: Plan) -> str:
-    """Say how far a compressor gets, and what is in its way."""
+    """Return how far a compressor gets, and what it leaves alone, in words."""
     unit = {"max_bytes": f"{least:.0f}"}.get(budget.kind, f"{least:.4g}")
     reasons = [f"{name} {reason}" for name, reason in smallest.refused[:5]]
     more = "; ..." if len(smallest.refused) > 5 else ""

@@ -1,4 +1,8 @@
-"""Compressors by name: by those of the shell, of suites and of plans."""
+"""Compressors by name: by those of the shell, of suites and of plans.
+
+Ours have rows in :mod:`pliant.compressor_names`. Those of other packages are classes that an entry point or
+``package.module:name`` names, see :class:`~pliant.compression.Compressor`; their rows are made from the classes.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +12,49 @@ from typing import Any
 from pliant.compression.base import Compressor, option_names, with_options
 from pliant.compression.plan import Plan
 from pliant.compressor_names import ALLOCATIONS, ALONE, COMPRESSORS, LINKS, CompressorRow
-from pliant.errors import BadInput, check_choice, unknown
+from pliant.errors import BadInput, check_choice, one_line, shown, unknown
+from pliant.extensions import already_imported, find, installed
 
 _OF_PLANS = {row.class_name: row for row in COMPRESSORS.values()}
 
 
 def class_named(name: str) -> type[Compressor[Any]]:
-    """Return the class of a compressor that the shell knows by this name."""
-    return _imported(COMPRESSORS[name])
+    """Return the class of a compressor, by the name that the shell, suites and records have for it.
+
+    Raises:
+        BadInput: nothing has this name, or what another package offers is not a compressor: one line that names the
+            package and the reason.
+    """
+    ours = {row.name: _imported(row) for row in COMPRESSORS.values()}
+    return find("compressor", name, ours, _fault)
 
 
-def compressor_of(plan: Plan) -> Compressor[Any]:
-    """Return the compressor that a plan was made by. Raises BadInput if it is unknown."""
-    if plan.compressor not in _OF_PLANS:
-        raise unknown("compressor", plan.compressor, _OF_PLANS)
-    return with_options(_imported(_OF_PLANS[plan.compressor]), plan.options)
-
-
-def unit_of(plan: Plan) -> str:
-    """Return the unit of what a plan's layers keep; empty where they keep everything."""
-    return _OF_PLANS[plan.compressor].unit
+def row_of(name: str) -> CompressorRow:
+    """Return the row of a compressor, one of another package too. Raises BadInput as :func:`class_named`."""
+    if name in COMPRESSORS:
+        return COMPRESSORS[name]
+    kind = class_named(name)
+    takes = "ratio" if "ratio" in option_names(kind) else ""
+    return CompressorRow(name, f"{kind.__module__}:{kind.__qualname__}", kind.unit, kind.title, kind.title, takes)
 
 
 def check_names(compressor: str, allocation: str) -> None:
     """Raise BadInput for an unknown compressor or allocation, or a chain that cannot be."""
     links = compressor.split("+")
-    if len(links) == 1:
-        check_choice("compressor", compressor, ALONE)
-    for link in links if len(links) > 1 else ():
-        check_choice("compressor in a chain", link, LINKS)
-    for link in links[:-1]:
-        if COMPRESSORS[link].in_chains == "last":
+    what, known = ("compressor", ALONE) if len(links) == 1 else ("compressor in a chain", LINKS)
+    others = installed("compressor")
+    for link in links:
+        if link in COMPRESSORS or (link not in others and ":" not in link):
+            check_choice(what, link, [*known, *others])
+        if "-" in link:
+            raise BadInput(f"compressor {link!r} of another package: in its name there may be no '-'")
+    rows = [row_of(link) for link in links]
+    if len(rows) == 1 and not rows[0].takes:
+        raise BadInput(f"{compressor} has no ratio: it can only be a link of a chain, such as filters+{compressor}")
+    for row in rows[:-1]:
+        if row.in_chains == "last":
             raise BadInput(
-                f"{link} is the last compressor of a chain: nothing compresses its result; got {compressor!r}"
+                f"{row.name} is the last compressor of a chain: nothing compresses its result; got {compressor!r}"
             )
     check_choice("allocation", allocation, ALLOCATIONS)
 
@@ -51,7 +65,65 @@ def allocation_of(compressor: str, allocation: str) -> str:
     return allocation if has_choice else ""
 
 
+def compressor_of(plan: Plan) -> Compressor[Any]:
+    """Return the compressor that a plan was made by.
+
+    Nothing is imported because a plan names it: a class of another package is found if the package is installed and
+    offers it, or if the class is there already.
+
+    Raises:
+        BadInput: the compressor is unknown or not there, or does not have the plan's options.
+    """
+    return with_options(_class_of(plan), plan.options)
+
+
+def unit_of(plan: Plan) -> str:
+    """Return the unit of what a plan's layers keep; empty where they keep everything."""
+    name = plan.compressor
+    return _OF_PLANS[name].unit if name in _OF_PLANS else _class_of(plan).unit
+
+
+def _class_of(plan: Plan) -> type[Compressor[Any]]:
+    name = plan.compressor
+    if name in _OF_PLANS:
+        return _imported(_OF_PLANS[name])
+    offers = installed("compressor")
+    if name in offers:
+        return class_named(name)
+    if ":" not in name:
+        known = unknown("compressor", name, [*_OF_PLANS, *offers])
+        raise BadInput(f"{known}; one of another package needs that package to be installed")
+    kind: type[Compressor[Any]] | None = already_imported(name)
+    if kind is None:
+        kind = next((class_named(offer) for offer, entry in offers.items() if entry.value == name), None)
+    if kind is None or _fault(kind):
+        module = shown(name.partition(":")[0])
+        raise BadInput(
+            f"the plan needs the compressor {shown(name)} of another package: install the package, with an entry point "
+            f"for it in the group pliant.compressors, or in Python import {module} first"
+        )
+    return kind
+
+
 def _imported(row: CompressorRow) -> type[Compressor[Any]]:
+    """Return the class of one of our rows."""
     module, _, name = row.home.partition(":")
     kind: type[Compressor[Any]] = getattr(importlib.import_module(module), name)
     return kind
+
+
+def _fault(thing: Any) -> str | None:
+    """Return why an object of another package is not a compressor, or None."""
+    if not (isinstance(thing, type) and issubclass(thing, Compressor)):
+        got = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+        return f"expected a subclass of pliant.compression.Compressor, got {got}"
+    if "__dataclass_fields__" not in vars(thing):
+        return "expected a dataclass, whose fields are the options: decorate it with @dataclass(frozen=True)"
+    for attribute in ("unit", "title"):
+        if not isinstance(getattr(thing, attribute), str):
+            return f"its {attribute} is expected to be text, got {getattr(thing, attribute)!r}"
+    try:
+        thing()
+    except Exception as error:  # whatever the code of others raises
+        return f"it cannot be made with its defaults: {one_line(error)}"
+    return None

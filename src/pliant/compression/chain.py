@@ -1,4 +1,4 @@
-"""Chains: one compressor after the other, as one compressor."""
+"""Chains: one compressor after the other, together one compressor."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from torch import nn
 
 from pliant import measuring
 from pliant.calling import Example
-from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes, plan_names
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
 
 
 @dataclass(frozen=True, eq=False)
 class Linked(Analysis):
-    """What a chain knows: its inputs, and the analysis of each link.
+    """What a chain knows about a model.
 
-    That of the first link serves every ratio. The others look at the network that the links before them leave, so
-    each is kept together with the plans of those, and used again as long as what comes before it does the same.
+    The analysis of the first link serves every ratio. The other links look at the network that the links before them
+    leave, so the analysis of each is kept with the plans that it follows, and used again while these do the same.
+
+    Args:
+        example_inputs, calibration: as they were given.
+        first: the analysis of the first link.
+        later: the place of each other link → the plans before it, and its analysis.
     """
 
     example_inputs: Example
@@ -30,23 +35,24 @@ class Linked(Analysis):
     later: dict[int, tuple[tuple[Plan, ...], Analysis]] = field(default_factory=dict)
 
     def known(self, link: int, before: tuple[Plan, ...]) -> Analysis | None:
-        """Return the analysis of a link behind the plans ``before``, if it has been made."""
+        """Return the analysis of a link after the plans ``before``, None if it has not been made."""
         if link == 0:
             return self.first
         plans, analysis = self.later.get(link, ((), None))
-        return analysis if [_deeds(plan) for plan in plans] == [_deeds(plan) for plan in before] else None
+        return analysis if [_effect(plan) for plan in plans] == [_effect(plan) for plan in before] else None
 
 
 @dataclass(frozen=True, init=False)
 class Chain(Compressor[Linked]):
-    """Several compressors in order, each at work on what the one before it leaves: ``Chain(FilterPruning(0.3), ...)``.
+    """Several compressors in order, each applied to what the one before it leaves: ``Chain(FilterPruning(0.3), ...)``.
 
     Its plan holds the plans of the links. Its ratio is 1 − Π(1 − ratio of a link), the share removed if each link
-    takes its share of what is left; ``at(ratio)`` keeps the proportions of the links: each one's share of
+    takes its share of what is left; ``at(ratio)`` keeps the proportions of the links: the share of each in
     log(1 − ratio) stays. Links without a ratio, such as SemiStructured, do the same at every size. A link
     that finds nothing left to remove does nothing.
 
-    Raises BadInput without links, and for a link that is no compressor.
+    Raises:
+        BadInput: there is no link, or a link is not a compressor.
     """
 
     links: tuple[Compressor[Any], ...]
@@ -70,7 +76,7 @@ class Chain(Compressor[Linked]):
         return 1 - prod(1 - _ratio(link) for link in self.links)
 
     def at(self, ratio: float) -> Chain:
-        """Return this chain with another ratio, shared out among the links as theirs are now."""
+        """Return this chain with another ratio, shared out among the links in their present proportions."""
         check_ratio(ratio)
         if not self.has_ratio:
             raise BadInput("no link of the chain has a ratio: it makes a network of one size")
@@ -87,9 +93,9 @@ class Chain(Compressor[Linked]):
         return Chain(*(link.counting(cost) for link in self.links))
 
     def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Linked:
-        """Analyse for the first link; those behind it are analysed once it is planned.
+        """Analyse the model for the first link; for the others that is done once the plans before them are made.
 
-        ``calibration`` must be more than an iterator: every link that looks at data goes through it.
+        Every link that looks at data goes through ``calibration``, so an iterator is refused with BadInput.
         """
         if calibration is not None and iter(calibration) is calibration:
             raise BadInput(
@@ -139,29 +145,29 @@ class Chain(Compressor[Linked]):
 
     def with_options_of(self, plan: Plan) -> Chain:
         """Return this chain if its links are of the plan's kinds; their options are those of their own plans."""
-        kinds = [type(link).__name__ for link in self.links]
-        if [link.compressor for link in plan.links] != kinds:
-            raise BadInput(f"the plan is for {[link.compressor for link in plan.links]}, this is a chain of {kinds}")
+        own, planned = [plan_names(type(link)) for link in self.links], [part.compressor for part in plan.links]
+        if len(own) != len(planned) or any(name not in names for name, names in zip(planned, own, strict=True)):
+            raise BadInput(f"the plan is for {planned}, this is a chain of {[names[0] for names in own]}")
         return self  # the options are those of the links' plans
 
     def carry_out(self, model: nn.Module, plan: Plan, analysis: Linked | None) -> nn.Module:
         """Carry out the plans of the links in order."""
-        for i, (link, step) in enumerate(zip(self.links, plan.links, strict=True)):
+        for i, (link, part) in enumerate(zip(self.links, plan.links, strict=True)):
             known = None if analysis is None else analysis.known(i, plan.links[:i])
-            model = link.apply(model, step, analysis=known)
+            model = link.apply(model, part, analysis=known)
         return model
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Return a new model of the architecture that ``apply`` gives; its weights are of no account."""
+        """Return a new model of the architecture that ``apply`` gives; its weights may be any."""
         self.checked(model, plan)
-        for link, step in zip(self.links, plan.links, strict=True):
-            model = link.skeleton(model, step)
+        for link, part in zip(self.links, plan.links, strict=True):
+            model = link.skeleton(model, part)
         return model
 
 
-def _deeds(plan: Plan) -> Any:
+def _effect(plan: Plan) -> Any:
     """Return what a plan does, whatever was asked for."""
-    return plan.compressor, plan.layers, [_deeds(link) for link in plan.links]
+    return plan.compressor, plan.layers, [_effect(link) for link in plan.links]
 
 
 def _ratio(link: Compressor[Any]) -> float:

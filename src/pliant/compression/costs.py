@@ -16,10 +16,12 @@ from pliant.calling import Inputs, run
 
 @dataclass(frozen=True)
 class Applied:
-    """How often one layer's weight is applied: ``whole`` times in all.
+    """How often the weight of one layer is applied in a forward pass.
 
-    ``tall``: on a grid as high as the output and as wide as the input, where a convolution along the height alone
-    would be applied; equal to ``whole`` for all but 2-d convolutions.
+    Args:
+        whole: at the positions of its output.
+        tall: on a grid as high as the output and as wide as the input, where a convolution along the height alone would
+            be applied; equal to ``whole`` for all but 2-d convolutions.
     """
 
     whole: int
@@ -30,10 +32,14 @@ ONCE = Applied(1, 1)
 
 
 def applications(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Applied]:
-    """Run ``model`` once and return, for each named linear, convolution or attention layer, how often its weight is.
+    """Run ``model`` once and count how often the weight of each named layer is applied.
 
-    The count is over the whole batch and all calls. The multiply-accumulates of a layer are that many times the
-    number of its weights.
+    The count is over the whole batch and all calls; times the number of weights it is the multiply-accumulates.
+
+    Args:
+        model: in the mode in which it is run.
+        names: of linear, convolution or attention layers.
+        inputs: what the model is called on.
     """
     whole: Counter[str] = Counter()
     tall: Counter[str] = Counter()

@@ -1,6 +1,6 @@
-"""Single weights: the smallest entries set to zero, anywhere (Magnitude) or n of every m kept (SemiStructured).
+"""Single weights: the smallest entries set to zero, anywhere (Magnitude) or all but n of every m (SemiStructured).
 
-The shapes stay; what shrinks is the number of non-zeros, for hardware and formats that profit from them.
+The shapes stay; what shrinks is the number of non-zeros, for hardware and formats that profit from zeros.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Weights(Analysis):
 
 
 class Zeroing(Compressor[Weights]):
-    """A compressor that sets entries of weights to zero, in all layers that it finds fit."""
+    """A compressor that sets entries of weights to zero, in all layers that are :meth:`unfit` for no reason."""
 
     def analyse(
         self,
@@ -45,9 +45,9 @@ class Zeroing(Compressor[Weights]):
         example_inputs: Example,
         calibration: Iterable[Any] | None = None,
     ) -> Weights:
-        """List the layers with a weight of their own that the compressor can act on."""
+        """List the layers whose weight may be changed and that the compressor can act on."""
         inputs = as_inputs(example_inputs)
-        count_calls(copy.deepcopy(model).eval(), inputs)  # for its BadInput: a wrong example should not pass here only
+        count_calls(copy.deepcopy(model).eval(), inputs)  # for its BadInput, which other compressors raise as well
         tied = tied_parameters(model)
         layers: list[str] = []
         refused: list[tuple[str, str]] = []
@@ -68,12 +68,16 @@ class Zeroing(Compressor[Weights]):
 class Magnitude(Zeroing):
     """Zero the entries of smallest magnitude in the weights of linear and convolution layers.
 
-    ``ratio``: share of these entries to zero, in [0, 1); exactly round(ratio·n) of n are, those of lower index
-    kept among equals. ``allocation``: ``"uniform"`` takes the share from every layer, ``"global"`` compares the
-    magnitudes of all layers, ``"energy"`` zeroes in every layer what holds the same share of its Σw². Biases and
-    normalisation layers are not touched.
+    Exactly round(ratio·n) of n entries become zero; among equals those of lower index stay. Biases and normalisation
+    layers are not touched.
 
-    Raises BadInput for a ratio out of range or an unknown allocation.
+    Args:
+        ratio: share of these entries to zero, in [0, 1).
+        allocation: "uniform" takes the share from every layer, "global" compares the magnitudes of all layers, "energy"
+            zeroes in every layer the smallest entries that together hold the same share of its Σw².
+
+    Raises:
+        BadInput: a ratio out of range or an unknown allocation.
     """
 
     ratio: float = 0.5
@@ -113,7 +117,14 @@ class SemiStructured(Zeroing):
 
     Blocks run along dim 1 of the weight (dim 0 of a ``Conv1D``), for each filter and each kernel position; among
     equals the lower index is kept. Layers whose number of input channels per group ``m`` does not divide are refused
-    by name, and so are transposed convolutions. Raises BadInput unless 1 <= n < m.
+    by name, and so are transposed convolutions.
+
+    Args:
+        n: how many entries of a block stay.
+        m: entries of a block.
+
+    Raises:
+        BadInput: n and m are not integers with 1 <= n < m.
 
     Source: Mishra et al. 2021, "Accelerating sparse deep neural networks" (2:4).
     """
@@ -142,14 +153,14 @@ class SemiStructured(Zeroing):
         """Zero all but the ``n`` largest entries of each block, in place."""
         for layer in plan.layers:
             weight = _weight(model, layer.name, by_rows=True)
-            blocks = weight.abs().unflatten(1, (-1, self.m)).movedim(2, -1)
+            blocks = weight.abs().unflatten(1, (-1, self.m)).movedim(2, -1)  # (filters, inputs/m, ..., m)
             stays = largest(blocks, self.n).movedim(-1, 2).flatten(1, 2)
             weight.masked_fill_(~stays, 0.0)
         return model
 
 
 def _lost_share(weight: Tensor) -> Tensor:
-    """Return for each entry the share of Σw² that goes if it goes, with all that are smaller: float64."""
+    """Return for each entry the share of Σw² that is lost with it and all smaller entries, float64."""
     squares, order = weight.double().square().flatten().sort()
     lost = squares.cumsum(0)
     tiny = torch.finfo(lost.dtype).tiny  # a weight of zeros loses nothing
@@ -157,10 +168,11 @@ def _lost_share(weight: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, count: int) -> Tensor:
-    """Return the boolean mask of the ``count`` largest entries along the last dim; lower index first on ties."""
+    """Return the mask of the ``count`` largest entries along the last dim; among equals the lower index comes first."""
     if count == 0:
         return torch.zeros_like(x, dtype=torch.bool)
-    # Linear time, where a stable sort of a large network's weights takes seconds; topk leaves ties open.
+    # In linear time: a stable sort of a large network's weights takes seconds, and topk leaves open which of equals
+    # it takes.
     smallest = x.kthvalue(x.shape[-1] - count + 1, dim=-1, keepdim=True).values
     above, equal = x > smallest, x == smallest
     room = count - above.sum(-1, keepdim=True)
@@ -170,7 +182,7 @@ def largest(x: Tensor, count: int) -> Tensor:
 def weight_plan(
     compressor: Compressor[Weights], model: nn.Module, analysis: Weights, ratio: float, kept: Sequence[int]
 ) -> Plan:
-    """Return the plan that keeps ``kept`` entries of each layer's weight and every shape."""
+    """Return the plan that keeps ``kept[i]`` entries of the weight of layer i, and every shape."""
     modules = [model.get_submodule(name) for name in analysis.layers]
     compressible: Mapping[str, int] = {
         f"{name}.weight" if name else "weight": _weight(model, name).numel() for name in analysis.layers

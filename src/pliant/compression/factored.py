@@ -16,9 +16,9 @@ A weight, read as one matrix of m rows and n columns per convolution group, that
 In either scheme the padding stays what it was: it acts on each direction alone, and without a bias in the first
 layer a padded zero stays zero.
 
-A network may ask a layer for its stride or its widths, to pad the image that it hands to it, say. The two layers answer
-as the one did (:class:`FactoredLinear`, :class:`FactoredConvolution`). Weight and bias they do not have: who asks for
-those computes the layer himself.
+A network may read the stride or the widths of a layer, in order to pad an image, say. The two layers give the same
+answers as the one (:class:`FactoredLinear`, :class:`FactoredConvolution`). They do not have its weight and bias: code
+that reads those computes the layer itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_
 
 
 class FactoredLinear(nn.Sequential):
-    """A thin linear layer ``reduce`` and another one, ``expand``, that know the widths of the layer they are."""
+    """A thin linear layer ``reduce`` and another one, ``expand``, with the widths of the layer that they replace."""
 
     @property
     def in_features(self) -> int:
@@ -47,9 +47,9 @@ class FactoredLinear(nn.Sequential):
 
 
 class FactoredConvolution(nn.Sequential):
-    """A thin convolution ``reduce`` and another one, ``expand``, that know the shape of the convolution they are.
+    """A thin convolution ``reduce`` and another one, ``expand``, with the shape of the convolution that they replace.
 
-    Besides the properties these are its ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``groups`` and
+    Besides the properties they have its ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``groups`` and
     ``padding_mode``, which no compressor changes.
     """
 
@@ -78,8 +78,11 @@ def matrices(module: Factorable, scheme: str = "channel") -> Tensor:
 def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "channel") -> nn.Sequential:
     """Return the two layers whose weight is ``expand @ reduce``, with all other properties of ``module``.
 
-    Shapes: ``expand`` (groups, m, r), ``reduce`` (groups, r, n). Type, device, training flag and requires_grad
-    are taken from ``module``.
+    Args:
+        module: the layer to replace; type, device, training flag and requires_grad are taken from it.
+        expand: (groups, m, r).
+        reduce: (groups, r, n).
+        scheme: "channel" or "spatial", see above.
     """
     groups, rank, _ = reduce.shape
     has_bias = module.bias is not None

@@ -42,7 +42,7 @@ AXES: tuple[AxisName, ...] = ("outputs", "inputs")
 
 @dataclass(frozen=True, eq=False)
 class Channels(Analysis):
-    """The verified groups of coupled channels of a model; ``applied``: how often each weight (by name) is applied."""
+    """The verified groups of coupled channels of a model, and how often each weight, by name, is applied."""
 
     groups: tuple[ChannelGroup, ...]
     applied: Mapping[str, int]
@@ -50,32 +50,33 @@ class Channels(Analysis):
 
 @dataclass(frozen=True)
 class FilterPruning(Compressor[Channels]):
-    """Remove the least important channels of convolution and linear layers, coupled channels as one.
+    """Remove the least important channels of convolution and linear layers, coupled channels together.
 
-    ``ratio``: share of the compressible parameters to remove, in [0, 1). A parameter entry is compressible if
-    the removal of some channel of a verified group would delete it: filters and their biases, scales and shifts
-    of their normalisation, and the columns that read them; a classifier's weight, but not its bias. At least
-    one channel of every group stays; a ratio beyond that gives the smallest network there is.
+    A parameter entry is compressible if the removal of some channel of a verified group would delete it: filters and
+    their biases, scales and shifts of their normalisation, and the columns that read them; a classifier's weight, but
+    not its bias. At least one channel of every group stays; a ratio beyond that gives the smallest possible network.
 
-    ``importance`` of a filter: its ``"l2"`` norm, its ``"l1"`` norm, or ``"bn"``, the l2 norm after scaling by
-    abs(γ)/√(σ² + ε) of the BatchNorm that alone reads it.
+    ``"uniform"`` allocation takes the same share of channels from every group (to within one channel), those whose
+    filters in all producers together have the smallest norm. ``"global"`` ranks the channels of all groups by energy
+    per cost that the removal of one frees; the energy is the share that the filter has in the squared norms of its
+    layer, summed over the producers. (It is relative to the layer, not to the group: a residual stream of ten layers
+    would otherwise count as one, and be cut to a single channel.) Among equals the channel of lower index stays.
+    ``"energy"`` removes from every group the weakest channels that together hold the same share of the energy.
 
-    ``allocation``: ``"uniform"`` takes the same share of channels from every group (to within one channel), those
-    whose filters in all producers together have the smallest norm. ``"global"`` ranks the channels of all groups
-    by energy per cost that the removal of one frees; the energy is the share that the filter has in the
-    squared norms of its layer, summed over the producers. (Relative to the layer, not to the group: a residual
-    stream of ten layers would otherwise count as one, and be cut to a single channel.) Among equals the channel
-    of lower index stays. ``"energy"`` removes from every group the weakest channels that together hold the same
-    share of the energy.
+    Args:
+        ratio: share of the compressible parameters to remove, in [0, 1).
+        allocation: "uniform", "global" or "energy".
+        importance: of a filter: its "l2" norm, its "l1" norm, or "bn", the l2 norm after scaling by abs(γ)/√(σ² + ε) of
+            the BatchNorm that alone reads it.
+        mode: "remove" gives the small network; "mask" keeps the shapes and zeroes what would be removed, which gives a
+            network of the same function.
+        cost: what the ratio counts and the allocation economises, "params", or "macs", the multiply-accumulates in
+            which the compressible entries take part.
 
-    ``cost``: what the ratio counts and the allocation economises, ``"params"``, or ``"macs"``, the
-    multiply-accumulates in which the compressible entries take part.
+    Raises:
+        BadInput: a ratio out of range or an unknown option.
 
-    ``mode``: ``"remove"`` gives the small network; ``"mask"`` keeps the shapes and zeroes what would be removed,
-    which is the same function.
-
-    Raises BadInput for a ratio out of range or an unknown option. Source of the l1 and l2 criteria: Li et al.
-    2017, "Pruning filters for efficient ConvNets".
+    Source of the l1 and l2 criteria: Li et al. 2017, "Pruning filters for efficient ConvNets".
     """
 
     ratio: float = 0.5
@@ -92,7 +93,7 @@ class FilterPruning(Compressor[Channels]):
         check_choice("cost", self.cost, COSTS)
 
     def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Channels:
-        """Find and verify the coupled channels; the weights do not matter."""
+        """Find and verify the coupled channels, whatever the weights are."""
         structure = coupled_channels(model, example_inputs)
         groups, refused = self.choose(model, structure)
         probe = copy.deepcopy(model).eval()
@@ -107,7 +108,7 @@ class FilterPruning(Compressor[Channels]):
     def choose(
         self, model: nn.Module, structure: Structure
     ) -> tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]:
-        """Return the groups that this compressor removes from, and (layer, reason) for each other layer."""
+        """Return the groups that channels are removed from, and (layer, reason) for each other layer."""
         groups = tuple(group for group in structure.groups if group.kind != "heads")
         layers = [name for name, _ in weighted_layers(model)]
         return groups, refusals(structure, groups, layers, "makes attention heads, which HeadPruning removes")
@@ -121,17 +122,17 @@ class FilterPruning(Compressor[Channels]):
         scores = [score(model, group, self.importance) for group in groups]
         orders = [_weakest_first(s) for s in scores]
         if self.allocation == "uniform":
-            steps = _uniform(groups)
+            removals = _uniform(groups)
         else:
-            steps = _global(costs, scores, orders) if self.allocation == "global" else _by_energy(scores, orders)
+            removals = _global(costs, scores, orders) if self.allocation == "global" else _by_energy(scores, orders)
 
         def kept(n: int) -> int:
-            return costs.after(Counter(steps[:n]))
+            return costs.after(Counter(removals[:n]))
 
         dense = costs.after({})
         compressible = sum(costs.compressible.values())
-        n = nearest(kept, len(steps), dense - self.ratio * compressible)
-        counts = Counter(steps[:n])
+        n = nearest(kept, len(removals), dense - self.ratio * compressible)
+        counts = Counter(removals[:n])
         gone = positions(groups, [order[: counts[g]] for g, order in enumerate(orders)])
         fewer = size.after({}) - size.after(counts)
         return self.assemble(
@@ -157,7 +158,10 @@ class FilterPruning(Compressor[Channels]):
 def refusals(
     structure: Structure, groups: Sequence[ChannelGroup], layers: Iterable[str], otherwise: str
 ) -> tuple[tuple[str, str], ...]:
-    """Return (layer, reason) for each of ``layers`` that makes no channels of ``groups``."""
+    """Return (layer, reason) for each of ``layers`` that makes no channels of ``groups``.
+
+    ``otherwise`` is the reason for layers that the structure does not refuse.
+    """
     removable = {slot.module for group in groups for slot in group.producers}
     reasons = dict(structure.refused)
     return tuple((name, reasons.get(name, otherwise)) for name in layers if name not in removable)
@@ -166,8 +170,8 @@ def refusals(
 def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` in its old shape that computes what the plan's small network computes.
 
-    Only the input columns that read removed channels are zero. Zeroing the filters instead would not do: the
-    shift of a BatchNorm behind them would still flow.
+    Only the input columns that read removed channels are zero. Zeroed filters would not do: the shift of a BatchNorm
+    behind them would still flow.
     """
     plan.check(model)
     twin = copy.deepcopy(model)
@@ -194,23 +198,23 @@ def _energy(model: nn.Module, group: ChannelGroup, importance: str) -> Tensor:
 
 
 def _norms(model: nn.Module, group: ChannelGroup, importance: str) -> list[Tensor]:
-    """Return the norms of the filters of each producer, per channel."""
+    """Return the norms of the filters of each producer, float64 of shape (channels,)."""
     norms = []
     for slot in group.producers:
         module = model.get_submodule(slot.module)
         if not slot.tensors or isinstance(module, (_NormBase, nn.PReLU)):
             continue
         weight, dim = axes(module)["outputs"].tensors[0]
-        filters = getattr(module, weight).detach().movedim(dim, 0).flatten(1).double().cpu()
+        filters = getattr(module, weight).detach().movedim(dim, 0).flatten(1).double().cpu()  # (filters, entries)
         if importance == "bn" and slot.norm is not None:
             filters = filters * _scale(model.get_submodule(slot.norm)).unsqueeze(1)
-        rows = filters[slot.indices].flatten(1)
+        rows = filters[slot.indices].flatten(1)  # (channels, width · entries)
         norms.append(rows.abs().sum(1) if importance == "l1" else rows.square().sum(1).sqrt())
     return norms
 
 
 def _scale(norm: nn.Module) -> Tensor:
-    """Return |γ|/√(σ² + ε) of a BatchNorm, float64 of shape (channels,); a part that it lacks counts as 1."""
+    """Return |γ|/√(σ² + ε) of a BatchNorm, float64 of shape (channels,); a missing γ or σ counts as 1."""
     assert isinstance(norm, _NormBase)  # coupled_channels names nothing else
     scale = torch.ones(norm.num_features, dtype=torch.float64)
     if norm.weight is not None:
@@ -265,7 +269,7 @@ class _Size:
     ) -> None:
         self.applied = applied
         parameters = dict(model.named_parameters())
-        # tensor → dim → group → number of positions per channel
+        # tensor → dim → position of the group → positions per channel
         self.touched: dict[str, dict[int, dict[int, int]]] = {}
         for g, group in enumerate(groups):
             for slot in group.slots:
@@ -277,7 +281,7 @@ class _Size:
         self.compressible = {name: self._entries(name, {}) - self._entries(name, everything) for name in self.touched}
 
     def after(self, removed: Mapping[int, int]) -> int:
-        """Return what is left when group g has lost ``removed[g]`` channels."""
+        """Return what is left when the group at position g has lost ``removed[g]`` channels."""
         return sum(self._entries(name, removed) for name in self.touched)
 
     def _entries(self, name: str, removed: Mapping[int, int]) -> int:
@@ -335,8 +339,8 @@ def _kept(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, AxisName, Tenso
     result = []
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
-        wanted: dict[AxisName, tuple[int, ...] | None] = {"outputs": layer.outputs, "inputs": layer.inputs}
-        for axis, keep in wanted.items():
+        kept_by_axis: dict[AxisName, tuple[int, ...] | None] = {"outputs": layer.outputs, "inputs": layer.inputs}
+        for axis, keep in kept_by_axis.items():
             if keep is None:
                 continue
             if axis not in axes(module) or keep[-1] >= axis_length(module, axis):

@@ -19,16 +19,20 @@ class HeadPruning(FilterPruning):
 
     A head is the rows of the query, key and value projections that make it, and the columns of the output
     projection that read it. In grouped-query attention a head of keys and values leaves together with all the
-    heads of queries that read it. At least one head of every attention module stays. ``importance`` of a head:
-    the ``"l2"`` or ``"l1"`` norm of its rows.
+    heads of queries that read it. At least one head of every attention module stays.
 
-    Known are ``nn.MultiheadAttention``, which becomes a ``pliant.structure.thin_attention.ThinAttention``, and every
-    module with linear projections for queries, keys and values, packed or apart, as they are usually named; the
-    numbers that it keeps of its heads follow. Modules of other kinds, or whose forward cannot do with fewer
+    Two kinds of modules are recognised: ``nn.MultiheadAttention``, which becomes a ``pliant.structure.ThinAttention``,
+    and every module with linear projections for queries, keys and values, packed or apart, under their usual names; its
+    attributes that count heads are set anew. Modules of other kinds, and those whose forward cannot do with fewer
     heads, are named in ``plan.refused``.
 
-    Raises BadInput for a ratio out of range or an unknown option. Source: Michel et al. 2019, "Are sixteen heads
-    really better than one?".
+    Args:
+        importance: of a head: the "l2" or "l1" norm of its rows.
+
+    Raises:
+        BadInput: a ratio out of range or an unknown option.
+
+    Source: Michel et al. 2019, "Are sixteen heads really better than one?".
     """
 
     def __post_init__(self) -> None:

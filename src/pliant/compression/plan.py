@@ -1,4 +1,4 @@
-"""The plan: what a compressor will do to a model, as plain data that can be read, stored and replayed."""
+"""The plan: what a compressor will do to a model, as plain data that can be printed, stored and replayed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ VERSION = 1
 class LayerPlan:
     """What stays of one layer.
 
-    ``kept`` of ``total``: filters or channels (FilterPruning), rank (LowRank; equal where the layer stays as it
-    is), weights that are not zero (Magnitude, SemiStructured). ``params`` of ``params_dense``: numbers of
-    parameters of the layer. ``shape``: that of the dense weight, () without one. ``outputs`` and ``inputs``:
-    the positions that stay on the two axes of a layer, None for all. ``scheme``: how a layer is factorised, None
-    where it is not.
+    Args:
+        name: its name in the model.
+        kind: its class.
+        kept: how many filters or channels (FilterPruning), directions (LowRank) or non-zero weights (Magnitude,
+            SemiStructured) stay.
+        total: how many there were; equal to ``kept`` where a layer stays as it is.
+        params: number of its parameters afterwards.
+        params_dense: number of its parameters before.
+        shape: that of the dense weight, () without one.
+        outputs, inputs: the positions that stay on the two axes of the layer, ascending; None for all.
+        scheme: how the layer is factorised, None where it is not.
     """
 
     name: str
@@ -41,14 +47,19 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``compressor`` with ``options`` does to one architecture.
+    """What a compressor does to one architecture. ``str(plan)`` is a table.
 
-    ``ratio`` is the share of the ``compressible`` parameters (names) that was asked for, ``ratio_removed`` the
-    nearest one that could be had: the share removed, or zeroed by compressors that leave the shapes alone. (With
-    the option ``cost="macs"`` both are shares of their multiply-accumulates.)
-    ``params_before`` and ``params_after`` count all parameters of the model. ``refused`` holds (layer, reason)
-    for every layer that is left alone. ``links``: the plans of a chain, in order; it has no layers of its own.
-    ``str(plan)`` is a table.
+    Args:
+        compressor: its name: the class of one of this package, for others see ``pliant.compression.base.plan_names``.
+        options: its options by name.
+        ratio: the share of the compressible parameters that was asked for. (With the option ``cost="macs"`` this and
+            the next are shares of their multiply-accumulates.)
+        ratio_removed: the nearest share that was possible: removed, or zeroed by compressors that keep the shapes.
+        params_before, params_after: number of all parameters of the model.
+        compressible: names of the compressible parameters.
+        layers: what stays of each layer that the compressor acts on.
+        refused: (layer, reason) for every layer that is left alone.
+        links: the plans of a chain, in order; it has no layers of its own.
     """
 
     compressor: str
@@ -110,8 +121,8 @@ class Plan:
 
     def __str__(self) -> str:
         if self.links:
-            steps = [f"step {i} of {len(self.links)}: {link}" for i, link in enumerate(self.links, 1)]
-            return "\n".join([f"{self.compressor}: {self.params_before:,} → {self.params_after:,} parameters", *steps])
+            parts = [f"step {i} of {len(self.links)}: {link}" for i, link in enumerate(self.links, 1)]
+            return "\n".join([f"{self.compressor}: {self.params_before:,} → {self.params_after:,} parameters", *parts])
         head = f"{self.compressor}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
         rows = [("layer", "kind", "kept", "parameters")]
         rows += [

@@ -2,8 +2,8 @@
 
 The layers are plain modules with plain tensors, so that they are counted, saved and exported like any others. The
 file shrinks to about a quarter; multiplications and parameters stay as they are, and each forward pass multiplies the
-weights out. (torchao has such tensors too, of a class of its own: for linear layers only, and neither a
-safetensors file nor ONNX takes them. On linear layers both give the same numbers.)
+weights by their scales. (torchao has such tensors too, of a class of its own: for linear layers only, and neither
+safetensors files nor ONNX take them. On linear layers both give the same numbers.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pliant.compression.rewiring import replace_modules, replaceable, unsound
 from pliant.errors import BadInput, Refused
 from pliant.structure import tied_parameters, untransposed
 
-LEVELS = 127  # of int8's 128 negative numbers one is not used: the grid is symmetric, and zero stays zero
+LEVELS = 127  # −128 is not used: the grid is symmetric, and zero stays zero
 
 
 class Int8Linear(nn.Linear):
@@ -69,9 +69,9 @@ class Int8(Compressor[Weights]):
     """Store the weights of linear and convolution layers in eight bits: the last link of a chain.
 
     Each filter w becomes round(w/s) with s = max|w|/127, an error of at most s/2 per entry. Biases and
-    normalisations stay. The weights are frozen (requires_grad False), for there is no gradient to a whole number.
+    normalisations stay. The weights are frozen (requires_grad False), because integers have no gradient.
 
-    Left alone, with the reason in the plan: transposed convolutions, and weights that are not simply their layer's.
+    Left alone, with the reason in the plan, are transposed convolutions and weights that may not be changed.
     """
 
     def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Weights:

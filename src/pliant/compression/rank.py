@@ -3,8 +3,8 @@
 The truncated singular value decomposition of a weight W (row = filter, m × n, one matrix per convolution group)
 is the projection onto its leading left singular subspace: W_r = U_r (U_rᵀ W). U comes with σ² from an
 eigendecomposition of the Gram matrix W Wᵀ, in float64, for n < m inside the span of W. Its error in σ² is
-ε·σ₁² ~ 1e-16·σ₁², below what float32 weights resolve, and a basis of full rank gives W back to rounding whatever the
-spectrum; the singular value decomposition itself gains nothing here and takes many times longer on wide layers.
+ε·σ₁² ~ 1e-16·σ₁², below what float32 weights resolve, and a basis of full rank gives W back up to rounding, whatever
+the spectrum; the singular value decomposition itself is no more exact here and takes many times longer on wide layers.
 
 *Whitened* truncation puts the second moment of the layer's outputs on training images in the place of W Wᵀ: that
 subspace gives the least mean error of the outputs, see ``whitening``. Either way one decomposition serves all ratios.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pliant import measuring
 from pliant.calling import Example, as_inputs
-from pliant.compression.allocation import STEPS, Options, Step, allocate
+from pliant.compression.allocation import ORDERS, Options, Reduction, allocate
 from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.costs import ONCE, Applied, applications
 from pliant.compression.factored import Factorable, factored, matrices
@@ -34,23 +34,27 @@ from pliant.compressor_names import ALLOCATIONS, SCHEME, SCHEMES
 from pliant.errors import BadInput, check_choice
 from pliant.structure import tied_parameters, untransposed
 
-# Relative difference between ‖W‖ at the analysis and now; the analysis works in float64, so anything above rounding
-# means that the weights have changed.
+# Relative difference between ‖W‖ at the analysis and now. Both are summed in float64, so anything above rounding means
+# that the weights have changed.
 _SAME_WEIGHTS = 1e-9
 
-# Share of W Wᵀ that is added to a whitened moment: it orders the directions that the images never excite, and is too
-# small to count against float32 outputs, whose energies carry an error of 1e-14.
+# Share of W Wᵀ that is added to a whitened moment: it orders the directions that the images never excite. It is
+# negligible beside float32 outputs, whose energies have an error of 1e-14.
 _RIDGE = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The decomposition of one layer under one scheme, matrices of shape (groups, m, n), s = min(m, n).
+    """The decomposition of one layer under one scheme: matrices of shape (groups, m, n), s = min(m, n).
 
-    ``basis``: (groups, m, s), orthonormal columns, leading first; ``coordinates``: (groups, s, n), the weight in
-    them: a rank is the first of each. Both have the type of the weight. ``energies``: float64 (s,), summed over the
-    groups, falling: σ² of the weight, or of the outputs if whitened. ``norm``: ‖W‖. ``applied``: how often the
-    layer is, in one run of the example.
+    Args:
+        scheme: how the weight is read as matrices.
+        groups, rows, columns: the shape of the matrices.
+        basis: (groups, m, s), orthonormal columns, leading first, in the type of the weight.
+        coordinates: (groups, s, n), the weight in that basis; rank r is the first r columns and rows of the two.
+        energies: float64 (s,), falling, summed over the groups: σ² of the weight, or of the outputs if whitened.
+        norm: ‖W‖.
+        applied: how often the layer's weight is applied in one forward pass of the example.
     """
 
     scheme: str
@@ -64,7 +68,7 @@ class Spectrum:
     applied: Applied
 
     def dense(self, cost: str) -> int:
-        """Entries of the weight, or multiply-accumulates of the layer."""
+        """Return the entries of the weight, or the multiply-accumulates of the layer."""
         return self.groups * self.rows * self.columns * (1 if cost == "params" else self.applied.whole)
 
     def cost(self, rank: int, cost: str) -> int:
@@ -90,11 +94,11 @@ class Spectra(Analysis):
     _curves: dict[tuple[str, str], _Curves] = field(default_factory=dict, init=False, repr=False)
 
     def curves_of(self, cost: str, allocation: str) -> _Curves:
-        """Return what can be done to each layer, found when it is first asked for: no ratio changes it."""
+        """Return what can be done to each layer, which is the same for all ratios and worked out once."""
         if (cost, allocation) not in self._curves:
             cuts = {name: _cuts(spectra, cost) for name, spectra in self.layers.items()}
             options = [Options(tuple(c.cost for c in offer), tuple(c.loss for c in offer)) for offer in cuts.values()]
-            self._curves[cost, allocation] = _Curves(cuts, options, STEPS[allocation](options))
+            self._curves[cost, allocation] = _Curves(cuts, options, ORDERS[allocation](options))
         return self._curves[cost, allocation]
 
 
@@ -102,30 +106,32 @@ class Spectra(Analysis):
 class LowRank(Compressor[Spectra]):
     """Factorise linear and convolution layers to low rank.
 
-    ``ratio``: share of the cost of all factorable layers to remove, in [0, 1). ``cost``: what the ratio counts and
-    the allocation economises, the weights' ``"params"`` or their ``"macs"`` (multiply-accumulates).
+    No layer ever grows: a rank is used only if it saves parameters and multiply-accumulates. The ``Conv1D`` of
+    transformers is a linear layer too, and is replaced by two of PyTorch's.
 
-    ``allocation``: ``"uniform"`` removes the same share from every layer; ``"global"`` keeps the directions with the
-    most relative energy σ²/Σσ² per cost over all layers, where a layer may also stay dense; ``"energy"`` keeps
-    the same share of Σσ² in every layer. No layer ever grows: a rank is used only if it saves parameters and
-    multiply-accumulates.
+    A plan of whitened factors holds the ranks, not the data: to be applied it needs the analysis. Layers with more than
+    4096 rows and columns, and those that the data does not reach, are truncated plainly. The whitened energy of
+    "spatial" factors is that of the outputs of a k×1 convolution, an estimate of the layer's own: see ``whitening``.
 
-    ``whiten``: True truncates, and measures energies, by the error of each layer's outputs on the calibration data
-    given to ``analyse``, False by the error of its weights, ``"auto"`` by the outputs where there is such data. A
-    plan of whitened factors holds the ranks, not the data: to be applied it needs the analysis. Layers with
-    more than 4096 rows and columns, and those that the data does not reach, are truncated plainly.
+    Left alone, with the reason in the plan, are depthwise and transposed convolutions, layers too small to gain, and
+    what cannot be replaced safely (parametrised or tied weights, a forward of its own, weights read by the parent
+    module). The plan also names whatever else holds matrices, such as embeddings.
 
-    ``scheme`` of 2-d convolutions with r filters in between: ``"spatial"`` is k×1 then 1×k, ``"channel"`` k×k then
-    1×1, which is what convolutions of other dimensions and kernels of one row or column get in any case, ``"best"``
-    whichever loses less energy at the same cost, layer by layer. Whitened, the energy of ``"spatial"`` is that of the
-    outputs of a k×1 convolution, an estimate of the layer's own: see ``whitening``.
+    Args:
+        ratio: share of the cost of all factorable layers to remove, in [0, 1).
+        allocation: "uniform" removes the same share from every layer; "global" keeps the directions with the most
+            relative energy σ²/Σσ² per cost over all layers, where a layer may also stay dense; "energy" keeps the same
+            share of Σσ² in every layer.
+        whiten: True truncates, and measures energies, by the error of each layer's outputs on the calibration data of
+            ``analyse``, False by the error of its weights, "auto" by the outputs where there is such data.
+        scheme: of 2-d convolutions, with r filters in between: "spatial" is k×1 then 1×k; "channel" is k×k then 1×1,
+            which convolutions of other dimensions and kernels of one row or column get in any case; "best" is whichever
+            loses less energy at the same cost, layer by layer.
+        cost: what the ratio counts and the allocation economises, the "params" of the weights or their "macs"
+            (multiply-accumulates).
 
-    The ``Conv1D`` of transformers is a linear layer too, and is replaced by two of PyTorch's.
-
-    Left alone, with the reason in the plan: depthwise and transposed convolutions, layers too small to gain, and
-    what cannot be replaced safely (parametrised or tied weights, a forward of its own, weights read by the
-    parent module); also named is whatever else holds matrices, such as embeddings. Raises BadInput for a ratio out of
-    range or an unknown option.
+    Raises:
+        BadInput: a ratio out of range or an unknown option.
 
     Source: Eckart and Young 1936; for convolutions Zhang et al. 2016, "Accelerating very deep convolutional
     networks", and Jaderberg et al. 2014, "Speeding up convolutional neural networks with low rank expansions".
@@ -153,8 +159,14 @@ class LowRank(Compressor[Spectra]):
     ) -> Spectra:
         """Decompose every layer that can be replaced.
 
-        ``calibration``: batches, (images, labels) or images alone, of training data that is not augmented; a few
-        hundred images do. Raises BadInput if it is missing, empty or does not fit.
+        Args:
+            model: any module; not changed.
+            example_inputs: what it takes.
+            calibration: batches, (images, labels) or images alone, of training data that is not augmented; a few
+                hundred images are enough.
+
+        Raises:
+            BadInput: the example does not fit, or the data is missing, empty or does not fit.
         """
         if self.whiten is True and calibration is None:
             raise BadInput("whiten=True needs calibration data: give batches of images, or use whiten='auto'")
@@ -174,18 +186,18 @@ class LowRank(Compressor[Spectra]):
             for name in sound:
                 module = _factorable(probe, name)
                 weights = {scheme: matrices(module, scheme) for scheme in self._schemes(module)}
-                # All or none: energies of outputs and of weights do not compare.
+                # For all schemes or none: energies of outputs and of weights cannot be compared.
                 if max(min(w.shape[1:]) for w in weights.values()) <= MAX_WIDTH:
                     spans |= {(name, scheme): _span(w.double()) for scheme, w in weights.items()}
             moments = output_moments(probe, spans, calibration)
         layers = {}
         for name in sound:
             module = _factorable(probe, name)
-            found = (
+            decompositions = (
                 _decompose(module, scheme, applied[name], moments.get((name, scheme)), spans.get((name, scheme)))
                 for scheme in self._schemes(module)
             )
-            spectra = tuple(spectrum for spectrum in found if spectrum.max_rank)
+            spectra = tuple(spectrum for spectrum in decompositions if spectrum.max_rank)
             if spectra:
                 layers[name] = spectra
             else:
@@ -208,7 +220,7 @@ class LowRank(Compressor[Spectra]):
         curves = analysis.curves_of(self.cost, self.allocation)
         compressible = {name: spectra[0].dense(self.cost) for name, spectra in analysis.layers.items()}
         target = (1 - self.ratio) * sum(compressible.values())
-        chosen = allocate(curves.options, curves.steps, target)
+        chosen = allocate(curves.options, curves.reductions, target)
         layers = []
         removed = saved = 0
         for (name, offer), option in zip(curves.cuts.items(), chosen, strict=True):
@@ -263,7 +275,7 @@ class LowRank(Compressor[Spectra]):
         return replace_modules(model, thin)
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Return a new model with the plan's factors, all zero: nothing is decomposed, no data is needed."""
+        """Return a new model with factors of the plan's shapes, all zero: no decomposition and no data is needed."""
         self.checked(model, plan)
         new = copy.deepcopy(model)
         return replace_modules(
@@ -279,7 +291,7 @@ class LowRank(Compressor[Spectra]):
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """One thing that can be done to a layer: a rank under a scheme, or rank 0 to leave it dense."""
+    """What can be done to a layer: a rank under a scheme, or rank 0 to leave it dense."""
 
     cost: int
     loss: float
@@ -289,24 +301,24 @@ class _Cut:
 
 @dataclass(frozen=True, eq=False)
 class _Curves:
-    """What can be done to each layer by name, the same as bare costs and losses, and the order of doing it."""
+    """What can be done to each layer by name, the costs and losses of that, and the order of the reductions."""
 
     cuts: Mapping[str, list[_Cut]]
     options: Sequence[Options]
-    steps: Sequence[Step]
+    reductions: Sequence[Reduction]
 
 
 def _cuts(spectra: Sequence[Spectrum], cost: str) -> list[_Cut]:
-    """Return dense, then every rank of every scheme for which no cheaper one loses as little, by falling cost."""
+    """Return dense, then every rank of every scheme that loses less than all cheaper ones, by falling cost."""
     dense = _Cut(spectra[0].dense(cost), 0.0, 0, spectra[0])
-    found = []
+    ranks = []
     for spectrum in spectra:
         kept = list(accumulate(spectrum.energies.tolist()))
         for rank in range(1, spectrum.max_rank + 1):
             loss = max(0.0, 1.0 - kept[rank - 1] / kept[-1]) if kept[-1] else 0.0  # a zero weight loses nothing
-            found.append(_Cut(spectrum.cost(rank, cost), loss, rank, spectrum))
+            ranks.append(_Cut(spectrum.cost(rank, cost), loss, rank, spectrum))
     front: list[_Cut] = []
-    for cut in sorted(found, key=lambda c: (c.cost, c.loss)):
+    for cut in sorted(ranks, key=lambda c: (c.cost, c.loss)):
         if not front or (cut.cost > front[-1].cost and (cut.loss < front[-1].loss or len(spectra) == 1)):
             front.append(cut)
     return [dense, *reversed(front)]
@@ -315,7 +327,7 @@ def _cuts(spectra: Sequence[Spectrum], cost: str) -> list[_Cut]:
 def _factorised(model: nn.Module, plan: Plan) -> list[tuple[str, Factorable, int, str]]:
     """Return (name, layer, rank, scheme) of every layer that the plan factorises, checked."""
     tied = tied_parameters(model)
-    found = []
+    factorised = []
     for layer in plan.layers:
         if layer.params == layer.params_dense:
             continue
@@ -331,8 +343,8 @@ def _factorised(model: nn.Module, plan: Plan) -> list[tuple[str, Factorable, int
         most = (rows * columns - 1) // (rows + columns)
         if not 1 <= layer.kept <= most:
             raise BadInput(f"the plan asks for rank {layer.kept} of {layer.name!r}: at most {most}")
-        found.append((layer.name, factorable, layer.kept, scheme))
-    return found
+        factorised.append((layer.name, factorable, layer.kept, scheme))
+    return factorised
 
 
 def _unfit(module: nn.Module) -> str | None:
@@ -359,7 +371,7 @@ def _as_factorable(module: nn.Module) -> Factorable:
 
 
 def _span(weights: Tensor) -> Tensor | None:
-    """Return an orthonormal basis of the columns of W where it has more rows than columns, else None: all of them."""
+    """Return an orthonormal basis (groups, m, n) of the columns of W if m > n, else None: they span everything."""
     return torch.linalg.qr(weights).Q if weights.shape[1] > weights.shape[2] else None
 
 
@@ -370,13 +382,13 @@ def _decompose(
     moment: Tensor | None = None,
     span: Tensor | None = None,
 ) -> Spectrum:
-    """Decompose a layer, by ``moment`` of its outputs in ``span`` where that is given, else by its weights."""
-    weights = matrices(module, scheme).double()
+    """Decompose a layer, by the ``moment`` (groups, s, s) of its outputs in ``span`` if given, else by its weights."""
+    weights = matrices(module, scheme).double()  # (groups, m, n)
     groups, rows, columns = weights.shape
     if moment is None:
         span = _span(weights)
-    inner = weights if span is None else span.mT @ weights
-    gram = inner @ inner.mT
+    inner = weights if span is None else span.mT @ weights  # (groups, s, n)
+    gram = inner @ inner.mT  # (groups, s, s)
     if moment is not None and moment.any():
         energy, size = moment.diagonal(dim1=1, dim2=2).sum(), gram.diagonal(dim1=1, dim2=2).sum()
         gram = moment.to(gram.device) + (_RIDGE * energy / size if size else 0.0) * gram
@@ -401,7 +413,7 @@ def _truncate(module: Factorable, spectrum: Spectrum, rank: int) -> nn.Sequentia
 
 
 def _empty(module: Factorable, rank: int, scheme: str) -> nn.Sequential:
-    """Return factors that have the layer's shapes and nothing of its function."""
+    """Return factors of the layer's shapes, all zero."""
     groups, rows, columns = matrices(module, scheme).shape
     zeros = module.weight.new_zeros
     return factored(module, zeros(groups, rows, rank), zeros(groups, rank, columns), scheme)

@@ -1,4 +1,4 @@
-"""Putting new modules into the places of old ones, and finding out where that can be done."""
+"""New modules in the places of old ones, and where they can be put."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ def replaceable(
     unfit: Callable[[nn.Module], str | None],
     substitute: Callable[[nn.Module], nn.Module],
 ) -> tuple[list[str], tuple[tuple[str, str], ...]]:
-    """Return the names of the convolution and linear layers that can be replaced, and (name, reason) of all others.
-
-    Among the others is every module that holds matrices and is no such layer.
+    """Find out which convolution and linear layers can be replaced.
 
     Args:
         model: in the mode in which it is tried; not changed.
-        inputs: what it is called on. BadInput if it cannot be.
-        unfit: gives the reason why a layer of a known type cannot be replaced, or None.
-        substitute: a layer of the shapes of the replacement; its values do not matter. All are tried together on a
-            copy, because a parent that reads the weights itself cannot run with them.
+        inputs: what it is called on.
+        unfit: from a layer of a known type to the reason why it cannot be replaced, or None.
+        substitute: from a layer to one with the shapes of the replacement; its values do not matter. All are tried
+            together on a copy, because a parent that reads the weights itself cannot run with them.
+
+    Returns:
+        The names of the layers that can be replaced, and (name, reason) of all others, among them every module that
+        holds matrices and is no such layer.
+
+    Raises:
+        BadInput: the model cannot be called on the inputs.
     """
     calls = count_calls(model, inputs)
     tied = tied_parameters(model)
@@ -43,9 +48,9 @@ def replaceable(
             reasons[name] = reason
 
     def fault(names: list[str]) -> str | None:
-        trial = copy.deepcopy(model)
+        probe = copy.deepcopy(model)
         try:
-            run(replace_modules(trial, {name: substitute(trial.get_submodule(name)) for name in names}), inputs)
+            run(replace_modules(probe, {name: substitute(probe.get_submodule(name)) for name in names}), inputs)
         except Exception as error:  # whatever a user's forward may raise
             return f"cannot be replaced: {first_line(error)}"
         return None

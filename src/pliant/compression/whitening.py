@@ -6,13 +6,13 @@ truncated singular value decomposition of W·C^½, times C^−½. With W·C^½ =
     U_r Σ_r V_rᵀ C^−½ = U_r U_rᵀ W,        U Σ² Uᵀ = W C Wᵀ = E[y yᵀ],   y = W x,
 
 so neither the root of C nor its inverse is needed, and not even C: the second moment of the layer's *outputs*
-without bias says all, has one row per filter where C has one per weight of a filter, and is the same sum whatever
-the padding, stride and dilation. A layer with more filters m than columns n has outputs in the span of W; they are
-measured in an orthonormal basis of it, so that no moment has more than min(m, n) rows.
+without bias is enough. It has one row per filter where C has one per weight of a filter, and is the same sum whatever
+the padding, stride and dilation. The outputs of a layer with more filters m than columns n lie in the span of W; they
+are measured in an orthonormal basis of it, so that no moment has more than min(m, n) rows.
 
 Under the scheme "spatial" (``factored``) W has a row per filter and kernel column, and y are the outputs of its k×1
-convolution, before those of a filter's columns are summed. The least error is that of these. k times it bounds the
-error of the sum (Cauchy-Schwarz), which also depends on how neighbouring columns of the images are correlated.
+convolution, before those of a filter's columns are summed. It is their error that is least. k times that error bounds
+the error of the sum (Cauchy-Schwarz), which also depends on how neighbouring columns of the images are correlated.
 
 Source: Zhang et al. 2016, "Accelerating very deep convolutional networks for classification and detection", §3.1.
 """
@@ -49,6 +49,9 @@ def output_moments(
         model: in eval mode; run on every batch.
         spans: name and scheme of a layer → Q, float64 with orthonormal columns, (groups, m, s); None for the identity.
         calibration: finite, of (images, labels) or images alone.
+
+    Raises:
+        BadInput: the data is empty, or the model cannot be called on a batch of it.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sums: dict[Layer, Tensor] = {}
@@ -102,8 +105,8 @@ def _in_parts(layer: nn.Conv2d, images: Tensor) -> Iterator[Tensor]:
     if not images.numel():
         return
     numbers = layer.out_channels * images[0, 0].numel()
-    for some in images.split(max(1, _CHUNK // numbers)):
-        yield layer(some)
+    for part in images.split(max(1, _CHUNK // numbers)):
+        yield layer(part)
 
 
 def _second_moment(module: nn.Module, output: Tensor, span: Tensor | None) -> tuple[Tensor, int]:
@@ -117,11 +120,11 @@ def _second_moment(module: nn.Module, output: Tensor, span: Tensor | None) -> tu
         flat = output.detach().movedim(channel, -1).flatten(0, -2)
     total = 0
     for part in flat.split(max(1, _CHUNK // flat.shape[1])):
-        y = part.double()
+        y = part.double()  # (positions, groups · m)
         if layer.bias is not None:
             y = y - layer.bias.detach().double()
         z = y.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, positions, m)
         if span is not None:
-            z = z @ span.to(z.device)
+            z = z @ span.to(z.device)  # (groups, positions, s)
         total = total + z.mT @ z
     return total, len(flat)  # type: ignore[return-value]

@@ -63,8 +63,8 @@ def compress_run(
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
             or whichever loses less energy, layer by layer (best).
-        out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run, with what is not as usual in between, such
-            as in RUN-rank-channel-uniform-0.5.
+        out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run, with unusual options in between, as in
+            RUN-rank-channel-uniform-0.5.
 
     Raises:
         BadInput: an unknown name, a value out of range, two sizes, or the folder exists.
@@ -97,14 +97,14 @@ def compress_run(
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
     if max_drop is not None and precision != "auto":  # the accuracy that it asks for is measured in this precision
         label = f"{precision}-{label}"
-    name = "-".join([source.name, compressor, *_unusual(bench), label])
+    name = "-".join([source.name, compressor.replace(":", "."), *_unusual(bench), label])
     folder = Path(out) if out else source.path.resolve().with_name(name)
     remove_leftovers(folder)
     if folder.exists():
         raise BadInput(f"--out: {folder} exists: choose another --out, or remove it")
     if (source.path / PLAN).exists():
         raise BadInput(f"{run} is compressed already: give the run folder it was made from")
-    with making_folder(folder) as fresh:  # first, for a place that cannot be written to is soon noticed
+    with making_folder(folder) as fresh:  # first, so that a place that cannot be written to is noticed soon
         network, plan, record = bench.measure(**size) if budget is None else bench.fit(budget)
         save_weights(network, fresh / WEIGHTS)
         write_plan(fresh / PLAN, plan)
@@ -119,7 +119,7 @@ def compress_run(
 
 
 def _unusual(bench: Workbench) -> list[str]:
-    """Return the words for all options that make another network than the usual ones would."""
+    """Return a word for each option that makes another network than its default would."""
     words = []
     if factorises(bench.compressor) and not bench.whiten:
         words.append("plain")

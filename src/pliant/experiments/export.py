@@ -27,9 +27,9 @@ def export_run(
         BadInput: an unknown format, the folder exists, a package is missing, or a format cannot hold the network.
         DamagedFile: the folder cannot be read.
     """
-    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    names = [name.strip() for name in formats.split(",") if name.strip()]
     target = Path(out) if out else Path(folder).resolve().with_name(f"{Path(folder).resolve().name}-export")
-    check_request(target, wanted, overwrite)
+    check_request(target, names, overwrite)
     source = Run.open(folder)
     model = load(folder)
     _, image_shape = read_shape(source.path)
@@ -40,4 +40,4 @@ def export_run(
             if (source.path / name).exists():
                 shutil.copyfile(source.path / name, room / name)
 
-    return write_export(model, target, images, wanted, overwrite, write_weights, source.config["model"])
+    return write_export(model, target, images, names, overwrite, write_weights, source.config["model"])

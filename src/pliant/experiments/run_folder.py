@@ -57,14 +57,14 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path, loaded: ImageData | None = None) -> Run:
-        """Read a run folder; raises DamagedFile if it is none."""
+        """Read the settings of a run folder; raises DamagedFile if the folder is not one."""
         path = Path(path)
         file = path / CONFIG
         try:
             config = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise DamagedFile(f"{path} is not a run folder: it has no {CONFIG}; make one with pliant train") from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
             raise DamagedFile(f"{file} is damaged: {' '.join(str(error).split())}") from None
         missing = [key for key in _REQUIRED if not isinstance(config, dict) or key not in config]
         if missing:
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """What the epochs took, with their validation; raises DamagedFile if the log is none."""
+        """The time of all epochs, validation included; raises DamagedFile if the log cannot be read."""
         return sum(read_lines(self.path / LOG, _seconds, "epochs"))
 
     def build(self) -> nn.Module:
@@ -134,7 +134,10 @@ def load(path: str | Path) -> nn.Module:
     """Return the network of a run folder, or of a folder that ``pliant compress`` wrote, in eval mode on the CPU.
 
     Nothing is unpickled: the network is built anew, compressed as its plan says, and takes the stored weights.
-    Raises DamagedFile for a folder that is neither or is damaged.
+
+    Raises:
+        DamagedFile: the folder is neither of the two, or is damaged.
+        BadInput: the plan's compressor is of another package, which is not installed.
     """
     path = Path(path)
     run = Run.open(path)
@@ -154,7 +157,7 @@ def read_shape(folder: Path) -> tuple[int, tuple[int, int, int]]:
 
 
 def write_shape(folder: Path, num_classes: int, image_shape: tuple[int, int, int]) -> None:
-    """Write what a network needs to be built but its settings."""
+    """Write what is needed to build a network beside its settings."""
     write_text(folder / SHAPE, json.dumps({"num_classes": num_classes, "image_shape": image_shape}) + "\n")
 
 

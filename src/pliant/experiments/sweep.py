@@ -87,8 +87,8 @@ def _append_missing(path: Path, benches: list[Workbench], points: list[tuple[flo
         if len(missing) < len(points):
             skipped = f"{len(points) - len(missing)} records exist already, skipped"
             console.print(f"{bench.run.name}  {bench.compressor}: {skipped}")
-        for ratio, pattern_or_none in missing:
-            _, _, record = bench.measure(ratio, pattern_or_none)
+        for ratio, pattern in missing:
+            _, _, record = bench.measure(ratio, pattern)
             append_record(path, record)
             existing.add(record.key())
             console.print(describe(record))
@@ -109,7 +109,7 @@ def parse_ratios(ratios: str | Sequence[float]) -> list[float]:
 
 
 def describe(record: Record) -> str:
-    """Return a record as one line for a person."""
+    """Return a record as a line to print."""
     name = record.pattern or f"ratio {record.ratio:g}"
     size = (
         f"non-zeros {record.nonzero / record.params_dense:.1%}"
@@ -123,7 +123,7 @@ def describe(record: Record) -> str:
 
 
 def _patterns(patterns: str) -> list[tuple[float, str]]:
-    """Return (ratio, pattern) pairs to measure: the dense network, then each pattern."""
+    """Return the (ratio, pattern) pairs to measure: the dense network, then each pattern."""
     for pattern in patterns.split(","):
         pattern_compressor(pattern)  # for its BadInput, before anything is measured
     return [(0.0, ""), *((0.0, pattern) for pattern in dict.fromkeys(patterns.split(",")))]

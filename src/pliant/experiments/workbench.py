@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from pliant import measuring
 from pliant.compression import Chain, Compressor, Magnitude, Plan, SemiStructured, budgets, reestimate_batchnorm
 from pliant.compression.base import option_names
-from pliant.compression.by_name import allocation_of, check_names, class_named, unit_of
+from pliant.compression.by_name import allocation_of, check_names, class_named, row_of, unit_of
 from pliant.compressor_names import (
     CALIBRATION,
+    COMPRESSORS,
     SCHEME,
+    TITLE,
     factorises,
     parse_pattern,
     record_name,
@@ -29,7 +31,7 @@ from pliant.compressor_names import (
     takes_pattern,
 )
 from pliant.errors import BadInput
-from pliant.experiments.data.images import Loader
+from pliant.experiments.data.loader import Loader
 from pliant.experiments.run_folder import Run
 from pliant.measuring import versions
 from pliant.records import Key, LayerCount, Record, record_key
@@ -78,8 +80,8 @@ class Workbench:
         self.allocation = allocation_of(compressor, allocation)
         self.calibration = calibration
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        wanted = run.config.get("precision", "auto") if precision == "auto" else precision
-        self.precision = measuring.resolve_precision(wanted, self.device)
+        precision = run.config.get("precision", "auto") if precision == "auto" else precision
+        self.precision = measuring.resolve_precision(precision, self.device)
         self._analyses: dict[type, Any] = {}
 
     @property
@@ -102,16 +104,21 @@ class Workbench:
     def measure(
         self, ratio: float, pattern: str = "", refine: Refine | None = None, ratios_before: Sequence[float] = ()
     ) -> tuple[nn.Module, Plan, Record]:
-        """Compress to a ratio (nm: a pattern, or ratio 0 for none) and measure.
+        """Compress to a ratio and measure.
 
-        Returns the compressed network with re-estimated BatchNorm statistics, in eval mode, the plan and the record.
-        With ``refine``, what it makes of the compressed network, and of the number of times that it was called before,
-        is measured instead of that. With ``ratios_before``, the network is compressed to each of them and refined
-        first; for compressors that set weights to zero, whose ratios all are those of the dense network.
+        Args:
+            ratio: share to remove.
+            pattern: for nm, which compresses to a pattern; its ratio 0 without a pattern is the dense network.
+            refine: from the compressed network, and the number of calls before, to the network to measure instead.
+            ratios_before: the network is compressed to each of these and refined first. Compressors that set weights to
+                zero can do so, because all their ratios are shares of the dense network.
+
+        Returns:
+            The compressed network with re-estimated BatchNorm statistics, in eval mode, the plan and the record.
         """
         small = self.dense
-        for index, each in enumerate((*ratios_before, ratio)):
-            small, plan = self._compressed(small, each, pattern)
+        for index, share in enumerate((*ratios_before, ratio)):
+            small, plan = self._compressed(small, share, pattern)
             if refine is not None:
                 small = refine(small, index)
         return self._measured(small, plan, plan.ratio_removed if pattern else ratio, pattern)
@@ -119,7 +126,7 @@ class Workbench:
     def validate(self, ratio: float, pattern: str = "") -> tuple[float, float]:
         """Compress as :meth:`measure` does; return the removed share of all parameters and the validation accuracy.
 
-        Where parameters become zeros instead of leaving, it is the share of the non-zeros. Test images are not seen.
+        Where parameters become zeros instead of leaving, the share is that of the non-zeros. Test images are not used.
         """
         small = self._settled(self._compressed(self.dense, ratio, pattern)[0])
         left = measuring.parameters(small) / measuring.parameters(self.dense)
@@ -134,23 +141,28 @@ class Workbench:
         return compressor.apply(network, plan, analysis=analysis), plan
 
     def fit(self, budget: budgets.Budget) -> tuple[nn.Module, Plan, Record]:
-        """Compress to a budget and measure; returns what :meth:`measure` does. Costs are those of one image."""
+        """Compress to a budget and measure; return what :meth:`measure` does. Costs are those of one image."""
         compressor = self._compressor(0.5)
 
         def accuracy(network: nn.Module) -> float:
             return self._accuracy(network if network is self.dense else self._settled(network), "val")
 
-        one = self._images(LATENCY_BATCH)
-        plan = budgets.fit(self.dense, compressor, one, budget, self._analysis(compressor), accuracy)
+        image = self._images(LATENCY_BATCH)
+        plan = budgets.fit(self.dense, compressor, image, budget, self._analysis(compressor), accuracy)
         small = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
         return self._measured(small, plan, plan.ratio, "", budget=str(budget))
 
     def _analysis(self, compressor: Compressor[Any]) -> Any:
         kind = type(compressor)
         if kind not in self._analyses:
-            images = self._calibration_images if self.whiten else None
+            images = self._calibration_images if self._looks_at_images else None
             self._analyses[kind] = compressor.analyse(self.dense, self._images(2), images)
         return self._analyses[kind]
+
+    @property
+    def _looks_at_images(self) -> bool:
+        """Whether the analysis is given the calibration images: for rank, and for whatever another package does."""
+        return self.whiten or any(link not in COMPRESSORS for link in self.compressor.split("+"))
 
     def _settled(self, network: nn.Module) -> nn.Module:
         return reestimate_batchnorm(network, self._calibration_images)
@@ -159,8 +171,8 @@ class Workbench:
         self, raw: nn.Module, plan: Plan, ratio: float, pattern: str, **settings: str
     ) -> tuple[nn.Module, Plan, Record]:
         small = self._settled(raw)
-        one = self._images(LATENCY_BATCH)
-        latency, latency_dense = measuring.latencies([small, self.dense], one)
+        image = self._images(LATENCY_BATCH)
+        latency, latency_dense = measuring.latencies([small, self.dense], image)
         record = Record(
             run=self.run.name,
             method=self.run.config["method"],
@@ -181,7 +193,7 @@ class Workbench:
             params_dense=measuring.parameters(self.dense),
             nonzero=measuring.nonzero(small),
             nonzero_dense=self._dense_costs["nonzero"],
-            macs=measuring.macs(small, one),
+            macs=measuring.macs(small, image),
             macs_dense=self._dense_costs["macs"],
             bytes=measuring.file_bytes(small),
             bytes_dense=self._dense_costs["bytes"],
@@ -195,6 +207,7 @@ class Workbench:
             config=self.run.config | self._settings | settings,
             versions=versions(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            extra=self._title,
         )
         return small, plan, record
 
@@ -215,6 +228,14 @@ class Workbench:
     @property
     def _settings(self) -> dict[str, Any]:
         return {"calibration": self.calibration, "evaluation_precision": self.precision}
+
+    @property
+    def _title(self) -> dict[str, Any]:
+        """What a report cannot look up in a row."""
+        if "+" in self.compressor or self.compressor in COMPRESSORS:
+            return {}
+        title = row_of(self.compressor).removed
+        return {TITLE: title} if title else {}
 
     @cached_property
     def _calibration_images(self) -> Loader:
@@ -247,16 +268,16 @@ class Workbench:
 
 
 def pattern_compressor(pattern: str) -> SemiStructured:
-    """Return the compressor of a pattern such as "2:4". Raises BadInput for one that keeps everything, or is none."""
+    """Return the compressor of a pattern such as "2:4". Raises BadInput unless it is N:M with 1 <= N < M."""
     return SemiStructured(*parse_pattern(pattern))
 
 
 def _layer_counts(plan: Plan) -> list[LayerCount]:
-    """Return what every layer kept; in a chain, of what the last link that cut it found, in its unit."""
+    """Return what every layer kept; in a chain, as the last link that cut the layer counts it, in its unit."""
     counts: dict[str, LayerCount] = {}
-    for step in plan.links or (plan,):
-        unit = unit_of(step)
-        for layer in step.layers:
+    for part in plan.links or (plan,):
+        unit = unit_of(part)
+        for layer in part.layers:
             if len(layer.shape) < 2 or not unit:
                 continue
             before = counts.get(layer.name)

@@ -20,7 +20,7 @@ from torch import nn
 
 from pliant.calling import Example
 from pliant.compression import Plan
-from pliant.errors import BadInput, unknown
+from pliant.errors import BadInput, check_choice
 from pliant.exporting.graph import OPSET, PACKAGES, Portable, require_onnx
 from pliant.files import making_folder, remove_leftovers, sha256, write_text
 from pliant.measuring import parameters, versions
@@ -82,12 +82,15 @@ def write_export(
     write_weights: Callable[[Path], None],
     name: str,
 ) -> Path:
-    """Write a folder of any formats: what :func:`export` does, with any files beside the graphs.
+    """Write a network to a folder as :func:`export` does, with any files beside the graphs.
 
     Args:
         model, folder, example_inputs, formats, overwrite: as in :func:`export`.
         write_weights: writes the files of the format "safetensors" into the folder that it is given.
         name: of the network, for export.json.
+
+    Returns:
+        The folder.
 
     Raises:
         BadInput: as in :func:`export`.
@@ -119,14 +122,13 @@ def write_export(
 
 
 def check_request(folder: Path, formats: Sequence[str], overwrite: bool) -> None:
-    """Raise BadInput for what can be seen to fail before any work, Busy if another process is making the folder."""
+    """Raise BadInput for an export that cannot succeed, Busy if another process is making the folder."""
     if isinstance(formats, str):
         raise BadInput(f"formats must be a list such as [{formats!r}], not a string")
     if not formats:
         raise BadInput(f"formats must name at least one of {', '.join(FORMATS)}")
     for name in formats:
-        if name not in FORMATS:
-            raise unknown("format", str(name), FORMATS)
+        check_choice("format", name, FORMATS)
     if "onnx" in formats:
         require_onnx()
     remove_leftovers(folder)

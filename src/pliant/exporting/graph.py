@@ -32,7 +32,7 @@ OPSET = 20  # what the exporter itself takes by default; ONNX Runtime has run it
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 # Largest difference to the model's own outputs, as a share of their largest magnitude. Another order of float32 sums
-# gives 1e-6 in deep networks; anything wrong in a graph gives far more than this.
+# gives 1e-6 in deep networks; a mistake in a graph gives far more than this.
 TOLERANCE = 1e-4
 
 # A protobuf message ends at 2 GiB. Larger weights go to a file beside the graph, which needs some room of its own.
@@ -45,16 +45,17 @@ class Portable:
     Args:
         model: any module; it is copied.
         example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments that the model takes. The batch is
-            the first dimension of the first of them; another input shares it if its first dimension has that length,
-            and keeps its shape otherwise. Arguments that are no tensors become part of the graph.
+            the first dimension of the first tensor; another one shares it if its first dimension has that length, and
+            keeps its shape otherwise. Arguments that are not tensors become part of the graph.
 
     Raises:
         BadInput: the model cannot be copied, or not called on the example.
 
     Attributes:
         model: the copy; its outputs are the reference for every format.
-        batch: number of samples in the example, at least 2: a dimension of one would be taken for a constant.
-        given_batch: number of samples in the example as it was given.
+        batch: number of samples that the graph is traced with, at least 2: a dimension of one would be taken for a
+            constant.
+        given_batch: number of samples in the example.
         names: names of the inputs.
     """
 
@@ -74,10 +75,10 @@ class Portable:
 
     @functools.cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The traced graph; it returns a tensor, or a tuple of them where the model has any container.
+        """The traced graph; it returns a tensor, or a tuple of tensors in place of any other container.
 
         Raises:
-            BadInput: the model cannot be traced; the reason stands in one line.
+            BadInput: the model cannot be traced; the message gives the reason in one line.
         """
         args, kwargs = _split(self.arguments(self.batch))
         with _flat_outputs(self.model), _quiet():
@@ -91,7 +92,7 @@ class Portable:
                 ) from error
 
     def arguments(self, batch: int) -> Inputs:
-        """Return what to call the model with for ``batch`` samples: those of the example again and again."""
+        """Return what to call the model with for ``batch`` samples: the example, repeated or cut."""
 
         def resized(x: Tensor) -> Tensor:
             return x[torch.arange(batch) % len(x)] if self._batched(x) else x.clone()
@@ -105,16 +106,16 @@ class Portable:
             outputs = run(self.model, arguments)
         except Exception as error:  # whatever a user's forward may raise
             shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(arguments))
-            what = "example" if batch == self.given_batch else "example, resized to another batch,"
+            example = "example" if batch == self.given_batch else "example, resized to another batch,"
             raise BadInput(
-                f"the model cannot be called on the {what} of shape {shapes}: {first_line(error)}"
+                f"the model cannot be called on the {example} of shape {shapes}: {first_line(error)}"
             ) from error
         if not outputs:
             raise BadInput("the model returns no tensor: there is nothing to export")
         return outputs
 
     def describe_inputs(self, *, any_batch: bool) -> list[dict[str, Any]]:
-        """Return name, shape and type of each input; with ``any_batch``, "batch" stands for its length."""
+        """Return name, shape and type of each input; with ``any_batch``, "batch" stands for the number of samples."""
         return [
             {
                 "name": name,
@@ -127,17 +128,17 @@ class Portable:
     def describe_outputs(self, *, any_batch: bool) -> list[dict[str, Any]]:
         """Return name, shape and type of each output; lengths that follow the batch in another way are "any"."""
         batch = self.batch if any_batch else self.given_batch
-        some = self.outputs(batch)
-        more = self.outputs(batch + 1) if any_batch else some
+        outputs = self.outputs(batch)
+        larger = self.outputs(batch + 1) if any_batch else outputs
         described = []
-        for name, x, y in zip(_output_names(len(some)), some, more, strict=True):
+        for name, x, y in zip(_output_names(len(outputs)), outputs, larger, strict=True):
             lengths = zip(x.shape, y.shape, strict=True)
             shape = [a if a == b else BATCH if (a, b) == (batch, batch + 1) else "any" for a, b in lengths]
             described.append({"name": name, "shape": shape, "dtype": _type(x)})
         return described
 
     def save_program(self, path: Path) -> float:
-        """Write the program for ``torch.export.load``; returns its largest difference to the model."""
+        """Write the program for ``torch.export.load``, and return its largest difference to the model."""
         buffer = io.BytesIO()
         with _quiet():
             torch.export.save(self.program, buffer)
@@ -147,7 +148,7 @@ class Portable:
         return self._difference("pt2", lambda arguments: call(loaded, arguments))
 
     def save_onnx(self, path: Path) -> float:
-        """Write the ONNX model; returns its largest difference to the model, in ONNX Runtime."""
+        """Write the ONNX model, and return its largest difference to the model, in ONNX Runtime."""
         self.write_onnx(path)
         import onnx
 
@@ -184,7 +185,7 @@ class Portable:
                 )
         except Exception as error:  # the converter's own errors have no common base
             raise BadInput(f"onnx: the graph cannot be converted: {reason(error)}") from error
-        assert exported is not None  # None is for exporters of the past
+        assert exported is not None  # only older exporters return None
         tensors = tensors_of([program.state_dict, program.constants])
         size = sum(x.numel() * x.element_size() for x in tensors)
         exported.save(path, external_data=size > _ONE_FILE)
@@ -201,7 +202,7 @@ class Portable:
         return bool(x.ndim) and len(x) == self.given_batch
 
     def _difference(self, name: str, candidate: Callable[[Inputs], list[Tensor]]) -> float:
-        """Return the largest absolute difference over three batch sizes; raises BadInput if it is no rounding."""
+        """Return the largest absolute difference over three batch sizes; raises BadInput for more than rounding."""
         largest = 0.0
         for batch in (1, self.batch, self.batch + 1):
             expected = self.outputs(batch)
@@ -210,9 +211,11 @@ class Portable:
                     got = candidate(self.arguments(batch))
             except Exception as error:
                 raise BadInput(f"{name}: the written model fails on a batch of {batch}: {reason(error)}") from error
-            shapes, wanted = [tuple(x.shape) for x in got], [tuple(x.shape) for x in expected]
-            if shapes != wanted:
-                raise BadInput(f"{name}: a batch of {batch} gives outputs of shape {shapes}, the model gives {wanted}")
+            shapes, expected_shapes = [tuple(x.shape) for x in got], [tuple(x.shape) for x in expected]
+            if shapes != expected_shapes:
+                raise BadInput(
+                    f"{name}: a batch of {batch} gives outputs of shape {shapes}, the model gives {expected_shapes}"
+                )
             for x, y in zip(got, expected, strict=True):
                 difference, magnitude = max_difference(x, y)
                 if not difference <= TOLERANCE * max(magnitude, 1e-3):
@@ -225,7 +228,7 @@ class Portable:
 
 
 def max_difference(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return the largest |x − y| and the largest finite |y|; equal infinities and two NaN do not differ."""
+    """Return the largest |x − y| and the largest finite |y|; equal infinities do not differ, and two NaN do not."""
     x, y = x.double(), y.double()
     same = (x == y) | (x.isnan() & y.isnan())
     difference = torch.where(same, 0.0, (x - y).abs().nan_to_num(nan=torch.inf, posinf=torch.inf))
@@ -241,7 +244,7 @@ def require_onnx() -> None:
 
 
 def onnx_session(path: Path, threads: int | None = None) -> Any:
-    """Return an ONNX Runtime session on the CPU; ``threads``: those of one operation, by default its own choice."""
+    """Return an ONNX Runtime session on the CPU; ``threads``: of one operation, by default the runtime's choice."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -261,7 +264,7 @@ def _type(x: Tensor) -> str:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Return an input as a graph in float32 on the CPU takes it."""
+    """Return an input in the form that a graph in float32 on the CPU takes."""
     x = x.detach().cpu()
     return (x.float() if x.is_floating_point() else x).contiguous()
 
@@ -272,7 +275,7 @@ def _split(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _joined(path: tuple[Any, ...]) -> str:
-    """Return a name for a tensor inside of arguments: "x", or "xs_0" in a tuple or dict."""
+    """Return a name for a tensor among the arguments: "x", or "xs_0" in a tuple or dict."""
     return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
@@ -287,7 +290,7 @@ def _portable_copy(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _flat_outputs(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` return a tensor or a tuple of them in place of any container for a while, with its signature."""
+    """Let ``model`` return a tensor or a tuple of tensors for a while, under the same signature."""
     forward, own = model.forward, "forward" in vars(model)
 
     @functools.wraps(forward)
@@ -307,10 +310,10 @@ def _flat_outputs(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Work without gradients, random numbers of one's own, and the tracer's talk.
+    """Suppress gradients and the messages of the exporters, and keep the random state.
 
-    The exporters warn of their own deprecations and print the graphs they fail on; what matters here is whether the
-    result is equal to the model, and that is measured.
+    The exporters warn about their own deprecations and print the graphs that they fail on. What matters here is whether
+    the result is equal to the model, and that is measured.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -322,7 +325,7 @@ def _quiet() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Return what is wrong in one line: that of the first cause, without the tracer's advice."""
+    """Return the first cause of an error in one line, without the tracer's advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error)

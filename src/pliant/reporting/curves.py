@@ -1,36 +1,37 @@
 """Curves: what a sweep measured, sorted into what can be compared. Plain data, made of records alone.
 
-Records with the same model, data and size of the images make a *section*. Its *views* compare what was granted the
-same: as many epochs as SGD, or as much time. In a view, runs that differ only in their seed make a *training*; a
-training under one compressor and allocation makes a *curve*; curves of one compressor share a *panel*, the figures and
-the table that compare them. Along a curve, the records of all runs that were asked for the same size make a *step*.
+Records with the same model, data and size of the images make a *section*. Its *views* compare trainings on equal
+terms: with as many epochs as SGD, or with as much time. In a view, runs that differ only in their seed make a
+*training*; a training under one compressor and allocation makes a *curve*; curves of one compressor share a *panel*,
+the figures and the table that compare them. Along a curve, the records of all runs that were asked for the same share
+or pattern make a *size*.
 
-A network that was trained again after it was compressed is a reference "with retraining"; it is no rival of those that
-were not. Neither torch nor numpy is loaded.
+A network that was trained again after it was compressed is a reference "with retraining"; it does not compete with
+those that were not. Neither torch nor numpy is loaded.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from pliant.compressor_names import COMPRESSORS
+from pliant.compressor_names import COMPRESSORS, TITLE
 from pliant.records import Record
+from pliant.reporting.grouping import flat, grouped, run_of
 
 VIEWS = {"epochs": "same number of epochs", "time": "same training time"}
-"""What the trainings of a view were granted as much of, by the ``equal`` of their cost."""
+"""What is equal for the trainings of a view, by the ``equal`` of their cost."""
 ANCHOR = "sgd"
 """The method that all costs are measured against."""
 TIME_SLACK = 1.1
-"""A training whose step takes at most this much longer than SGD's has, with the same epochs, the same time."""
+"""A training whose step takes at most this many times as long as SGD's counts as one of equal time, too."""
 PLACES = frozenset({"data_dir", "tracker", "deterministic", "checkpoint_steps"})
-"""Settings of a training that say where and how it runs: with others it is the same training."""
+"""Settings that say where and how a training runs: with other values of them it is the same training."""
 OURS = "sfw-"
-"""How the names of this package's own methods begin; with the paper's settings they are the paper's."""
+"""How the names of this package's own methods begin; under the paper's recipe they count as the paper's."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Section:
 
     @property
     def chance(self) -> float | None:
-        """Accuracy of guessing; None if no record tells it."""
+        """Accuracy of guessing; None if no record has it."""
         return next((record.chance for record in self.records if record.chance is not None), None)
 
 
@@ -108,18 +109,18 @@ def sections_of(records: Iterable[Record]) -> list[Section]:
 
     Two folders of images share the name of their reader; their sizes or numbers of classes tell them apart.
     """
-    found = list(records)
-    # Older records do not tell the accuracy of guessing: they belong to those that do.
-    told = {(_data(record), record.model): record.chance for record in found if record.chance is not None}
+    records = list(records)
+    # Older records lack the accuracy of guessing: they go with those of the same data and model that have it.
+    chances = {(_data(record), record.model): record.chance for record in records if record.chance is not None}
 
     def setting(record: Record) -> tuple[str, str, float]:
-        chance = told.get((_data(record), record.model)) if record.chance is None else record.chance
+        chance = chances.get((_data(record), record.model)) if record.chance is None else record.chance
         return _data(record), record.model, chance or 0.0
 
-    by_setting = grouped(found, setting)
+    by_setting = grouped(records, setting)
     return [
-        Section(model, data, those, {name: _curves(seen, name) for name, seen in _views(those).items()})
-        for (data, model, _), those in sorted(by_setting.items())
+        Section(model, data, members, {view: _curves(viewed, view) for view, viewed in _views(members).items()})
+        for (data, model, _), members in sorted(by_setting.items())
     ]
 
 
@@ -129,31 +130,31 @@ def _data(record: Record) -> str:
 
 
 def _views(records: list[Record]) -> dict[str, list[Record]]:
-    """Return the records by view. Those without cost count as of equal epochs; some are in both, see TIME_SLACK."""
+    """Return the records by view: without a cost those of equal epochs; as fast as SGD (TIME_SLACK) those of both."""
     views = grouped(records, lambda record: record.cost["equal"] if record.cost else "epochs")
     if "time" in views:
-        own = set(map(_what, views["time"]))
+        timed = set(map(_contender, views["time"]))
         trainings = grouped(views.get("epochs", []), lambda record: _training(record, _settings(record, _NO_SETTINGS)))
-        as_fast = [found for found in trainings.values() if (step_ratio(found) or math.inf) <= TIME_SLACK]
-        same = [record for training in as_fast for record in training if _what(record) not in own]
-        views["time"] = same + views["time"]
+        as_fast = [members for members in trainings.values() if (step_ratio(members) or math.inf) <= TIME_SLACK]
+        shared = [record for members in as_fast for record in members if _contender(record) not in timed]
+        views["time"] = shared + views["time"]
     return {name: views[name] for name in VIEWS if name in views}
 
 
-def _what(record: Record) -> tuple[object, ...]:
+def _contender(record: Record) -> tuple[object, ...]:
     return record.method, retraining_of(record), record.seed, record.compressor, record.allocation
 
 
 def step_ratio(training: Iterable[Record]) -> float | None:
-    """Return how much longer a step takes than one of SGD, the median over all records of a training.
+    """Return how many times as long as SGD's a step takes, the median over all records of a training.
 
     It is 1 for SGD itself, however its two measurements differ, and None if nothing was measured.
     """
-    found = list(training)
-    if found and found[0].config.get("method", found[0].method) == ANCHOR:
+    records = list(training)
+    if records and records[0].config.get("method", records[0].method) == ANCHOR:
         return 1.0
-    times = [record.cost["step_s"] / record.cost["step_s_sgd"] for record in found if record.cost is not None]
-    return median(times) if times else None
+    ratios = [record.cost["step_s"] / record.cost["step_s_sgd"] for record in records if record.cost is not None]
+    return median(ratios) if ratios else None
 
 
 def _curves(records: list[Record], view: str) -> list[Curve]:
@@ -164,8 +165,8 @@ def _curves(records: list[Record], view: str) -> list[Curve]:
     names = _training_names(settings)
     by_curve = grouped(settings, lambda pair: (pair[0].compressor, pair[0].allocation, names[_training(*pair)]))
     curves = [
-        Curve(name, compressor, how, [record for record, _ in found])
-        for (compressor, how, name), found in by_curve.items()
+        Curve(name, compressor, allocation, [record for record, _ in pairs])
+        for (compressor, allocation, name), pairs in by_curve.items()
     ]
     return sorted(curves, key=lambda curve: (*_place(curve.compressor), curve.allocation))
 
@@ -181,16 +182,16 @@ def _training(record: Record, settings: Settings) -> Training:
 def _training_names(records: list[tuple[Record, Settings]]) -> dict[Training, str]:
     """Name every training: after the method, where its settings never compete under one compressor and allocation.
 
-    In a comparison they do not, for settings are chosen for each compressor. Where they do compete, the settings that
-    differ between the method's trainings are added.
+    In a comparison they do not, because settings are chosen for each compressor. Where they do compete, the settings
+    that differ between the method's trainings are added.
     """
     names = {}
-    for found in grouped(records, lambda pair: _training(*pair)[:2]).values():
-        method, retraining, _ = _training(*found[0])
-        trainings = grouped(found, lambda pair: pair[1])
+    for pairs in grouped(records, lambda pair: _training(*pair)[:2]).values():
+        method, retraining, _ = _training(*pairs[0])
+        trainings = grouped(pairs, lambda pair: pair[1])
         shared = frozenset.intersection(*trainings)
-        rivals = grouped(found, lambda pair: (pair[0].compressor, pair[0].allocation))
-        compete = any(len({settings for _, settings in same}) > 1 for same in rivals.values())
+        rivals = grouped(pairs, lambda pair: (pair[0].compressor, pair[0].allocation))
+        compete = any(len({settings for _, settings in members}) > 1 for members in rivals.values())
         for settings in trainings:
             own = ", ".join(sorted(settings - shared))
             name = f"{method} ({own})" if compete and own else method
@@ -201,7 +202,7 @@ def _training_names(records: list[tuple[Record, Settings]]) -> dict[Training, st
 
 
 def retraining_of(record: Record) -> str | None:
-    """Return the schedule of the training after compression, and of how many rounds; None if there was none."""
+    """Return the schedule of the training after compression and its number of rounds; None if there was none."""
     schedule, rounds = record.config.get("retraining"), record.config.get("retraining_rounds", 1)
     if schedule is None:
         return None
@@ -213,9 +214,9 @@ _NO_SETTINGS = PLACES | {"seed", "run", "name", "out"}
 
 
 def _settings(record: Record, left_out: frozenset[str]) -> Settings:
-    # null, too, is what a setting is that did not exist yet when an older record was made
-    found = [pair for pair in flat(record.config) if pair[1] != "null"]
-    return frozenset(f"{name}={value}" for name, value in found if name.split(".")[-1] not in left_out)
+    # A setting that did not exist yet when an older record was made counts as null.
+    known = [pair for pair in flat(record.config) if pair[1] != "null"]
+    return frozenset(f"{name}={value}" for name, value in known if name.split(".")[-1] not in left_out)
 
 
 class Axis(NamedTuple):
@@ -226,7 +227,7 @@ class Axis(NamedTuple):
 
 
 def nonzero_share(record: Record) -> float:
-    """Return the share of the dense network's non-zero parameters (unrecorded: of all) that a record keeps."""
+    """Return the share of the dense network's non-zero parameters that a record keeps; of all, if unrecorded."""
     return record.nonzero / (record.nonzero_dense or record.params_dense)
 
 
@@ -254,9 +255,15 @@ class Panel(NamedTuple):
         """What the compressor does, in words."""
         family, _, variant = self.compressor.partition("-")
         row = COMPRESSORS.get(family)
-        title = "" if row is None else row.removed if self.removes else row.zeroed
+        title = self._recorded_title if row is None else row.removed if self.removes else row.zeroed
         title = title or (family if self.removes else f"{family}, zeroed")
         return ", ".join([title, *filter(None, variant.split("-"))])
+
+    @property
+    def _recorded_title(self) -> str:
+        """The title that the records of a compressor of another package carry; empty without one."""
+        titles = (record.extra.get(TITLE) for curve in self.curves for record in curve.records)
+        return next((title for title in titles if isinstance(title, str)), "")
 
     @property
     def chip(self) -> str:
@@ -265,7 +272,7 @@ class Panel(NamedTuple):
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """What the accuracy is shown against; the first is what sizes are chosen by."""
+        """What the accuracy is shown against; sizes are chosen by the first."""
         return _AXES_REMOVED if self.removes else _AXES_ZEROED
 
     @property
@@ -275,7 +282,7 @@ class Panel(NamedTuple):
 
     @property
     def patterned(self) -> bool:
-        """Whether the sizes are N:M patterns; between these there is nothing."""
+        """Whether the sizes are N:M patterns, which cannot be interpolated."""
         return any(record.pattern for curve in self.curves for record in curve.records)
 
     @property
@@ -289,14 +296,18 @@ def panels_of(section: Section) -> list[Panel]:
     placed = [(name, curve) for name, curves in section.views.items() for curve in curves]
     by_compressor = grouped(placed, lambda item: (item[1].compressor, item[1].removes))
     panels = [
-        Panel(compressor, removes, {n: [c for _, c in of] for n, of in grouped(found, lambda item: item[0]).items()})
-        for (compressor, removes), found in by_compressor.items()
+        Panel(
+            compressor,
+            removes,
+            {view: [curve for _, curve in pairs] for view, pairs in grouped(members, lambda item: item[0]).items()},
+        )
+        for (compressor, removes), members in by_compressor.items()
     ]
     return sorted(panels, key=lambda panel: (*_place(panel.compressor), not panel.removes))
 
 
 def _place(compressor: str) -> tuple[int, str]:
-    """Return by what compressors are sorted: the known families first, in the order of their rows."""
+    """Return what compressors are sorted by: the known families first, in the order of their rows."""
     families = list(COMPRESSORS)
     family = compressor.partition("-")[0]
     return families.index(family) if family in families else len(families), compressor
@@ -310,44 +321,5 @@ def points_of(records: Iterable[Record], axis: Axis, accuracy: str) -> list[tupl
         axis: what the share is of.
         accuracy: ``"top1"`` or ``"top1_raw"``.
     """
-    found = [(max(0.0, 1 - axis.share(record)), getattr(record, accuracy)) for record in records]
-    return found if any(share == 0 for share, _ in found) else [(0.0, next(iter(records)).top1_dense), *found]
-
-
-Item = TypeVar("Item")
-Key = TypeVar("Key")
-
-
-def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Return the items by key, in the order in which they came."""
-    found: dict[Key, list[Item]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return the entries of a nested dictionary as pairs (dotted name, value)."""
-    found = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found += flat(value, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
-    return found
-
-
-def run_of(record: Record) -> tuple[str, str]:
-    """Return what identifies a record's run: its name and its weights."""
-    return record.run, record.weights
-
-
-def steps_of(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return the records by what was asked of the compressor, "50%" or "2:4", from the dense end on."""
-    by_ratio = sorted(records, key=lambda record: record.ratio)
-    return grouped(by_ratio, step_of)
-
-
-def step_of(record: Record) -> str:
-    """Return what was asked of the compressor: "50%" or "2:4"."""
-    return record.pattern or f"{100 * record.ratio:.6g}%"
+    points = [(max(0.0, 1 - axis.share(record)), getattr(record, accuracy)) for record in records]
+    return points if any(share == 0 for share, _ in points) else [(0.0, next(iter(records)).top1_dense), *points]

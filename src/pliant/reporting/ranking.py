@@ -1,8 +1,8 @@
 """Standings: how the curves of a panel compare, the best first. Plain data, made of records alone.
 
-A standing has the area under the curve (``pliant.areas``) with its confidence interval over the seeds, the difference
-to the best *baseline*, a method that is neither ours nor retrained, and what is to be seen beside an area: the dense
-accuracy, the accuracy at four sizes, the area with the other BatchNorm statistics and what the training cost.
+A standing has the area under the curve (``area``) with its confidence interval over the seeds, the difference
+to the best *baseline*, a method that is neither ours nor retrained, and what should be seen beside an area: the dense
+accuracy, the accuracy at four sizes, the area with the other BatchNorm statistics and the cost of the training.
 Networks with retraining stand last and are never the best.
 """
 
@@ -14,8 +14,10 @@ from statistics import fmean
 from typing import NamedTuple
 
 from pliant.records import Record
-from pliant.reporting.area import Estimate, accuracy_at, area, difference, estimate, is_reached
-from pliant.reporting.curves import Axis, Curve, Panel, grouped, points_of, steps_of
+from pliant.reporting.area import accuracy_at, area, is_reached
+from pliant.reporting.curves import Axis, Curve, Panel, points_of
+from pliant.reporting.grouping import grouped, sizes_of
+from pliant.reporting.intervals import Estimate, difference, estimate
 
 KEPT = (0.5, 0.3, 0.2, 0.1)
 """The shares of the parameters at which accuracies are shown."""
@@ -24,11 +26,14 @@ ACCURACIES = {"top1": "re-estimated", "top1_raw": "raw"}
 
 
 class MeanCost(NamedTuple):
-    """What a training cost, mean over the runs: times as long and as much as SGD, and seconds."""
+    """What a training cost, mean over the runs."""
 
     step: float
+    """Time of a step, in units of SGD's."""
     memory: float
+    """In units of SGD's."""
     seconds: float
+    """Of the whole training."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,9 @@ class Standing:
 
     curve: Curve
     areas: tuple[Estimate, ...]
-    """Along each axis of the panel; the first one decides. For patterns, the mean accuracy of those that all have."""
+    """Along each axis of the panel; the first one decides. For patterns, the mean accuracy of those that all share."""
     other: Estimate
-    """As the first of the areas, with the other BatchNorm statistics."""
+    """The first of the areas, with the other BatchNorm statistics."""
     versus: Estimate | None
     """The first area minus that of the best baseline, by pairs of equal seeds; None if there is no baseline."""
     is_baseline: bool
@@ -55,9 +60,9 @@ def standings(panel: Panel, view: str, chance: float | None, accuracy: str = "to
     """Return the standings of a view of a panel; those with retraining last, then by falling area.
 
     Args:
-        panel: of the curves.
+        panel: what holds the curves.
         view: one of its views.
-        chance: accuracy of guessing, which counts where a curve does not reach; None counts as 0.
+        chance: accuracy of guessing, which counts at sizes that a curve does not reach; None counts as 0.
         accuracy: one of :data:`ACCURACIES`.
     """
     curves = panel.views[view]
@@ -101,17 +106,17 @@ def _scores(
 
 def _by_seed(curve: Curve, score: Callable[[list[Record]], float]) -> dict[int, float]:
     scored = [(run[0].seed, score(run)) for run in _whole_runs(curve)]
-    return {seed: fmean(value for _, value in found) for seed, found in grouped(scored, lambda item: item[0]).items()}
+    return {seed: fmean(value for _, value in pairs) for seed, pairs in grouped(scored, lambda pair: pair[0]).items()}
 
 
 def _whole_runs(curve: Curve) -> list[list[Record]]:
-    """Return the runs with as many sizes as any of the curve has: a sweep that is under way would look weak."""
-    sizes = {key: len(steps_of(run)) for key, run in curve.runs.items()}
+    """Return the runs with the most sizes of the curve: one whose sweep is not complete would look weak."""
+    sizes = {key: len(sizes_of(run)) for key, run in curve.runs.items()}
     return [run for key, run in curve.runs.items() if sizes[key] == max(sizes.values())]
 
 
 def _mean(run: list[Record], patterns: set[str], accuracy: str) -> float:
-    """Return the mean accuracy of some patterns; without any, of all that was measured."""
+    """Return the mean accuracy of a run over these patterns; if it has none of them, over all that was measured."""
     counted = [record for record in run if record.pattern in patterns] or run
     return fmean(getattr(record, accuracy) for record in counted)
 

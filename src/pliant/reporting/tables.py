@@ -1,7 +1,7 @@
 """Tables: records as text, for the terminal and as Markdown.
 
 :func:`summary_table` has the accuracies as they were measured. :func:`comparison_table` and :func:`comparison_markdown`
-have the standings of a comparison, ``pliant.standings``: the same rows, once for the terminal, once for documents.
+have the standings of a comparison (``ranking``): the same rows, once for the terminal, once for documents.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pliant.records import Record
-from pliant.reporting.area import Estimate
-from pliant.reporting.curves import TIME_SLACK, VIEWS, grouped, panels_of, sections_of, steps_of
+from pliant.reporting.curves import TIME_SLACK, VIEWS, panels_of, sections_of
+from pliant.reporting.formats import percent, spread
+from pliant.reporting.grouping import grouped, sizes_of
 from pliant.reporting.ranking import KEPT, Standing, standings
 
 NOTE = (
@@ -35,11 +36,6 @@ TIME_NOTE = (
 )
 
 
-def percent(fraction: float) -> str:
-    """Return a fraction in %, with one decimal."""
-    return f"{100 * fraction:.1f}"
-
-
 def summary_table(records: Iterable[Record]) -> Table:
     """Return the test accuracy of every curve at every ratio: in %, BatchNorm re-estimated, mean over the runs.
 
@@ -47,34 +43,34 @@ def summary_table(records: Iterable[Record]) -> Table:
     the dense accuracy, then one per removed share or N:M pattern. Ten of these fit into 100 characters.
     """
     sections = sections_of(records)
-    steps = steps_of(record for section in sections for record in section.records if record.ratio > 0)
+    sizes = sizes_of(record for section in sections for record in section.records if record.ratio > 0)
     table = _table("Test accuracy (%) by removed share", "BatchNorm re-estimated; mean over the runs.")
     table.add_column("training", overflow="fold")
-    for header in ("runs", "dense", *steps):
+    for header in ("runs", "dense", *sizes):
         table.add_column(header, justify="right", no_wrap=True)
     for section in sections:
-        for view, found in section.views.items():
+        for view, viewed in section.views.items():
             table.add_section()
             table.add_row(Text(_title(section.model, section.data, view, section.views), style="bold"))
-            for variant, curves in grouped(found, lambda curve: curve.variant).items():
+            for variant, curves in grouped(viewed, lambda curve: curve.variant).items():
                 table.add_row(Text(f"  {variant}", style="italic"))
                 for curve in curves:
-                    at = steps_of(curve.records)
-                    means = [percent(fmean(r.top1 for r in at[step])) if step in at else "-" for step in steps]
+                    at = sizes_of(curve.records)
+                    means = [percent(fmean(r.top1 for r in at[size])) if size in at else "-" for size in sizes]
                     cells = [f"    {curve.training}", str(len(curve.runs)), percent(curve.dense), *means]
                     table.add_row(*map(Text, cells))
     return table
 
 
 def comparison_table(records: Sequence[Record]) -> Group:
-    """Return the standings of every panel, the best first, in about 140 characters, and a note on the columns."""
+    """Return the standings of every panel, the best first, about 140 characters wide, and a note on the columns."""
     parts: list[RenderableType] = []
-    for group in _groups(records):
-        table = _table(group.title)
+    for panel in _panels(records):
+        table = _table(panel.title)
         table.add_column("training", overflow="fold")
         for name in _COLUMNS:
             table.add_column(name, justify="right")
-        for row in group.rows:
+        for row in panel.rows:
             style = "bold" if row.is_best else ""
             table.add_row(*(Text(cell, style=style) for cell in (row.name, *row.cells)))
         parts.append(table)
@@ -84,14 +80,14 @@ def comparison_table(records: Sequence[Record]) -> Group:
 def comparison_markdown(records: Sequence[Record], remarks: Sequence[str] = ()) -> str:
     """Return the standings as Markdown: for every panel a title and a table, the best first and bold, and notes."""
     parts = []
-    for group in _groups(records):
+    for panel in _panels(records):
         lines = [
-            f"**{_escaped(group.title)}**",
+            f"**{_escaped(panel.title)}**",
             "",
             f"| trained by | {' | '.join(_COLUMNS)} |",
             f"|---|{'---:|' * len(_COLUMNS)}",
         ]
-        for row in group.rows:
+        for row in panel.rows:
             name = f"**{_escaped(row.name)}**" if row.is_best else _escaped(row.name)
             lines.append(f"| {name} | {' | '.join(row.cells)} |")
         parts.append("\n".join(lines))
@@ -108,7 +104,7 @@ class _Row(NamedTuple):
     is_best: bool
 
 
-class _Panel(NamedTuple):
+class _Rows(NamedTuple):
     title: str
     rows: list[_Row]
 
@@ -120,8 +116,9 @@ _COLUMNS = (
 )
 
 
-def _groups(records: Iterable[Record]) -> list[_Panel]:
-    groups = []
+def _panels(records: Iterable[Record]) -> list[_Rows]:
+    """Return the standings of every panel of every view of every section, as text."""
+    panels = []
     for section in sections_of(records):
         for view in section.views:
             for panel in panels_of(section):
@@ -133,12 +130,12 @@ def _groups(records: Iterable[Record]) -> list[_Panel]:
                     _Row(named(standing, variants > 1), _cells(standing), standing.is_best)
                     for standing in standings(panel, view, section.chance)
                 ]
-                groups.append(_Panel(title, rows))
-    return groups
+                panels.append(_Rows(title, rows))
+    return panels
 
 
 def named(standing: Standing, with_variant: bool) -> str:
-    """Return the training of a standing, with the marks and, where several are compared, the allocation."""
+    """Return the name of a standing: its training, the allocation where there are several, and whether it is ours."""
     curve = standing.curve
     return f"{curve.training}{f', {curve.allocation}' if with_variant else ''}{' (ours)' if curve.ours else ''}"
 
@@ -156,12 +153,6 @@ def _cells(standing: Standing) -> list[str]:
         spread(others[0]) if others else "-",
         *(["-"] * 3 if cost is None else [f"{cost.step:.2f}", f"{cost.memory:.2f}", f"{cost.seconds:.0f}"]),
     ]
-
-
-def spread(value: Estimate, sign: str = "") -> str:
-    """Return an estimate in % with its confidence interval, if it has one."""
-    half = "" if value.half is None else f" ± {100 * value.half:.1f}"
-    return f"{100 * value.mean:{sign}.1f}{half}"
 
 
 def _title(model: str, data: str, view: str, views: Iterable[str]) -> str:

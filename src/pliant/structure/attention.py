@@ -1,7 +1,7 @@
 """Facts about attention: which layers make the heads of a module, and how many heads there are.
 
-An attention module is known by its projections: linear layers for queries, keys and values, apart or packed in
-one, or the packed weight of ``nn.MultiheadAttention``. Nothing else is assumed of its forward; whether it still
+An attention module is recognised by its projections: linear layers for queries, keys and values, apart or packed in
+one, or the packed weight of ``nn.MultiheadAttention``. Nothing else is assumed about its forward; whether it still
 computes the right thing without some of its heads is for the caller to try.
 """
 
@@ -29,11 +29,14 @@ _SIZES = {"dim", "size", "width", "channels", "features", "d"}
 class Projections:
     """The projections of an attention module and the number of heads in them.
 
-    ``query``, ``key``, ``value``: names of child layers, the same three times where one layer is packed, all ""
-    where the module holds the packed weight itself. ``heads``: number of heads of keys and values; each is read
-    by ``readers`` heads of queries (1 but for grouped-query attention) and can leave only together with them.
-    ``size``: number of channels of a head of queries. ``attributes``: (name, amount per head) of the module's
-    numbers that have to follow the number of heads.
+    Args:
+        query, key, value: names of child layers; the same three times where one layer is packed, all "" where the
+            module holds the packed weight itself.
+        heads: number of heads of keys and values. Each is read by ``readers`` heads of queries and can leave only
+            together with them.
+        readers: 1, more in grouped-query attention.
+        size: number of channels of a head of queries.
+        attributes: (name, amount per head) of the module's numbers that have to follow the number of heads.
     """
 
     query: str
@@ -51,7 +54,7 @@ class Projections:
 
 
 def projections(module: nn.Module) -> Projections | None:
-    """Return the projections of an attention module, or None if it is not known as one."""
+    """Return the projections of a module, or None if it is not recognised as attention."""
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module)
     children: dict[str, Layer] = {}
@@ -120,17 +123,17 @@ def _projections(
     """Return the projections with ``queries`` and ``heads`` (of keys) heads, unless the numbers do not fit."""
     if not heads or queries % heads or values % heads or _count(module) not in (None, queries):
         return None
-    found = []
+    attributes = []
     for name, value, words in _numbers(module):
-        of_keys = _of_keys(words)
-        counts = _counts_heads(words) and value == (heads if of_keys else queries)
-        if counts or (_is_width(words) and value == (heads if of_keys else queries) * size):
-            found.append((name, value // heads))
-    return Projections(*names, heads, queries // heads, size, tuple(found))
+        expected = heads if _of_keys(words) else queries
+        counts = _counts_heads(words) and value == expected
+        if counts or (_is_width(words) and value == expected * size):
+            attributes.append((name, value // heads))
+    return Projections(*names, heads, queries // heads, size, tuple(attributes))
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int, set[str]]]:
-    """Yield name, value and the words of the name of each whole positive number that the module keeps."""
+    """Yield each positive integer that the module keeps: its name, its value and the words of its name."""
     for name, value in vars(module).items():
         if type(value) is int and value > 0:
             yield name, value, set(name.lower().split("_"))

@@ -13,11 +13,14 @@ from pliant.structure.layers import AxisName
 class Slot:
     """The part of one axis of one layer that belongs to a channel group.
 
-    ``indices`` is an int64 tensor of shape (channels, width): row ``c`` holds the positions on the axis that
-    belong to channel ``c``. The width is 1, or H·W where a linear layer reads a flattened image, or the size of
-    an attention head. ``tensors`` are the (state_dict name, dim) pairs that lie along the axis; none for an
-    attention module that only counts its heads. ``norm`` names the BatchNorm that alone reads this layer's
-    output, if there is one.
+    Args:
+        module: name of the layer.
+        axis: which of its axes.
+        tensors: the (state_dict name, dim) pairs that lie along the axis; none for an attention module that only counts
+            its heads.
+        indices: int64 (channels, width); row ``c`` holds the positions on the axis that belong to channel ``c``. The
+            width is 1, or H·W where a linear layer reads a flattened image, or the size of an attention head.
+        norm: name of the BatchNorm that alone reads this layer's output, None without one.
     """
 
     module: str
@@ -29,10 +32,14 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """``channels`` channels that can be removed one by one, each from all ``producers`` and ``consumers``.
+    """Channels that can be removed one by one, each from all producers and consumers.
 
-    ``kind``: ``"channels"`` of convolutions, ``"neurons"`` of linear layers alone, or ``"heads"`` of attention,
-    where a channel of the group is a head.
+    Args:
+        channels: their number.
+        producers: where they are made.
+        consumers: where they are read.
+        kind: ``"channels"`` of convolutions, ``"neurons"`` of linear layers alone, or ``"heads"`` of attention, where a
+            channel of the group is a head.
     """
 
     channels: int
@@ -53,7 +60,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """All verified groups of a model, and every other convolution, linear and attention layer with the reason."""
+    """All verified groups of a model, and (layer, reason) for every other convolution, linear and attention layer."""
 
     groups: tuple[ChannelGroup, ...]
     refused: tuple[tuple[str, str], ...]

@@ -1,4 +1,4 @@
-"""Coupled channels as torch-pruning sees them: candidates, of which nothing is believed.
+"""Coupled channels as torch-pruning sees them: candidates; nothing about them is believed until it is verified.
 
 torch-pruning's dependency graph (Fang et al. 2023, "DepGraph") reads off the autograd graph which layers share
 their channels. Its groups are turned into our own plain data here, or into a reason why that cannot be done.
@@ -34,16 +34,18 @@ from pliant.structure.layers import (
 def channel_candidates(
     model: nn.Module, inputs: Inputs, calls: Counter[nn.Module]
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Return the groups that torch-pruning proposes and we can read, and a reason for each other layer.
+    """Return the groups that torch-pruning proposes and that can be read, and a reason for each other layer.
 
-    ``calls``: the result of :func:`~pliant.calling.count_calls` on this model. Its parameters all get a
-    gradient.
+    Args:
+        model: a copy; all its parameters are set to require a gradient.
+        inputs: what it is called on.
+        calls: the result of :func:`~pliant.calling.count_calls` on this model.
     """
     model.requires_grad_(True)  # torch-pruning traces along gradients; frozen layers would be invisible
     readable = _readable(model)
     try:
         graph = _dependency_graph(readable, inputs)
-    except Exception as error:  # torch-pruning raises whatever its tracing trips over
+    except Exception as error:  # torch-pruning's tracing raises any kind of error
         return [], {name: f"the model cannot be traced: {first_line(error)}" for name, _ in weighted_layers(model)}
     reader = _Reader(model, readable, graph, calls)
     layers = list(weighted_layers(readable))
@@ -123,14 +125,14 @@ def _is_opaque(module: nn.Module) -> bool:
     What leaves attention are heads, and those are found without the graph. A module that holds more layers than the
     projections and the output (a whole block, say) is looked into all the same.
     """
-    found = projections(module)
-    if found is None or isinstance(module, nn.MultiheadAttention):
+    attention = projections(module)
+    if attention is None or isinstance(module, nn.MultiheadAttention):
         return False
-    return sum(1 for _ in weighted_layers(module)) <= len({found.query, found.key, found.value}) + 1
+    return sum(1 for _ in weighted_layers(module)) <= len({attention.query, attention.key, attention.value}) + 1
 
 
 class _Opaque(torch.autograd.Function):
-    """Says of a result which tensors it came from, and nothing of how."""
+    """Tells the graph which tensors a result came from, and not how."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ def _hide(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
 
 
 class _Place(NamedTuple):
-    """Position ``idx`` on an axis belongs to channel ``root_idx`` of the group; names that torch-pruning reads."""
+    """Position ``idx`` on an axis belongs to channel ``root_idx`` of the group; torch-pruning reads these names."""
 
     idx: int
     root_idx: int
@@ -152,7 +154,7 @@ class _Place(NamedTuple):
 
 @dataclass(eq=False)
 class _Member:
-    """An axis of one node of the graph, named by the function that would prune it: position → channel."""
+    """An axis of one node of the graph, known by the function that would prune it; ``channels``: position → channel."""
 
     node: Any
     handler: Any
@@ -163,8 +165,8 @@ def _members(graph: Any, module: nn.Module) -> list[_Member]:
     """Return everything that shares the outputs of ``module``.
 
     torch-pruning's own walk visits a node again for every new list of positions. Where a tensor is split and its
-    parts are multiplied the positions run in circles and off the axis, and the walk does not end. This one carries
-    on only positions not seen before, and raises ValueError where they leave every axis there is.
+    parts are multiplied, the positions run in circles and off the axis, and the walk does not end. This walk carries
+    on only with positions that it has not seen before, and raises ValueError where they lie beyond every axis.
     """
     widest = max((axis.length for m in graph.model.modules() for axis in axes(m).values()), default=0)
     root = graph.module2node[module]
@@ -175,7 +177,7 @@ def _members(graph: Any, module: nn.Module) -> list[_Member]:
         node, handler, places = stack.pop()
         member = members.setdefault((node, handler), _Member(node, handler, {}))
         new = [place for place in places if place.idx not in member.channels]
-        if any(abs(place.idx) > 2 * widest for place in new):  # 2: room for a concatenation that nobody reads whole
+        if any(abs(place.idx) > 2 * widest for place in new):  # 2: a concatenation may be wider than what reads it
             raise ValueError("it is split into parts that are mixed with each other")
         member.channels.update((place.idx, place.root_idx) for place in new)
         for edge in node.dependencies if new else ():
@@ -217,7 +219,8 @@ class _Reader:
                     reasons.append(slot)
             elif type(module).__name__ == "_OutputOp":
                 at_end = True
-        if at_end:  # after the others: a convolution by a free parameter is taken for one that hands on its channels
+        if at_end:  # the last reason to give: torch-pruning takes a convolution by a free parameter for one that
+            # hands on its channels
             reasons.append("its channels are outputs of the model")
         if len({len(slot.indices) for slot in slots}) > 1:
             reasons.append("its channels do not map one to one to those of the layers that share them")

@@ -1,4 +1,4 @@
-"""Attention heads as candidates for removal, of which nothing is believed.
+"""Attention heads as candidates for removal; nothing about them is believed until it is verified.
 
 The head ``h`` of an attention module leaves as the rows of its queries, keys and values, and as the columns of
 the output projection that read it. Which rows these are depends on how a packed projection is laid out, and the
@@ -23,7 +23,7 @@ _MOST = 3  # output projections to try; the right one has always been the first 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An attention module, the layers that make its heads, and what may be one group of them."""
+    """An attention module, the layers that make its heads, and the groups that these may form, the likeliest first."""
 
     module: str
     layers: tuple[str, ...]
@@ -31,25 +31,27 @@ class Site:
 
 
 def attention_sites(model: nn.Module, calls: Counter[nn.Module]) -> tuple[list[Site], dict[str, str]]:
-    """Return the attention modules that may lose heads, and (layer, reason) for the projections of the others.
+    """Return the attention modules that may lose heads, and the reason by layer for the projections of the others.
 
-    ``calls``: the result of :func:`~pliant.calling.count_calls` on this model.
+    Args:
+        model: any module; not changed.
+        calls: the result of :func:`~pliant.calling.count_calls` on this model.
     """
     tied = tied_parameters(model)
     sites: list[Site] = []
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
-        found = projections(module)
-        if found is None:
+        attention = projections(module)
+        if attention is None:
             if isinstance(module, nn.MultiheadAttention):
                 reasons[name] = "keeps its projections apart or adds keys of its own"
             continue
-        layers = tuple(dict.fromkeys(_join(name, child) for child in (found.query, found.key, found.value)))
-        reason = _unfit(model, layers, tied, calls) or ("has a single head" if found.heads == 1 else None)
+        layers = tuple(dict.fromkeys(_join(name, child) for child in (attention.query, attention.key, attention.value)))
+        reason = _unfit(model, layers, tied, calls) or ("has a single head" if attention.heads == 1 else None)
         alternatives: list[ChannelGroup] = []
         if reason is None:
-            outputs = list(_outputs(model, name, found, tied))[:_MOST]
-            alternatives = [group for output in outputs for group in _groups(model, name, found, output)]
+            outputs = list(_outputs(model, name, attention, tied))[:_MOST]
+            alternatives = [group for output in outputs for group in _groups(model, name, attention, output)]
         if alternatives:
             sites.append(Site(name, layers, tuple(alternatives)))
         else:
@@ -61,9 +63,9 @@ def projection_layers(model: nn.Module) -> list[str]:
     """Return the names of all layers that make the heads of an attention module."""
     names: dict[str, None] = {}
     for name, module in model.named_modules():
-        found = projections(module)
-        if found is not None:
-            names |= dict.fromkeys(_join(name, child) for child in (found.query, found.key, found.value))
+        attention = projections(module)
+        if attention is not None:
+            names |= dict.fromkeys(_join(name, child) for child in (attention.query, attention.key, attention.value))
         elif isinstance(module, nn.MultiheadAttention):
             names[name] = None
     return list(names)
@@ -97,14 +99,14 @@ def _multihead_obstacle(module: nn.MultiheadAttention, tied: frozenset[int]) -> 
     return None
 
 
-def _outputs(model: nn.Module, name: str, found: Projections, tied: frozenset[int]) -> Iterator[str]:
+def _outputs(model: nn.Module, name: str, attention: Projections, tied: frozenset[int]) -> Iterator[str]:
     """Yield linear layers as wide as the heads together, those in the attention module first."""
     parent = name.rpartition(".")[0]
-    value = model.get_submodule(_join(name, found.value))
-    width = found.heads * found.readers * found.size
-    if not found.packed:
-        width = axis_length(value, "outputs") * found.readers
-    seen = {_join(name, child) for child in (found.query, found.key, found.value)}
+    value = model.get_submodule(_join(name, attention.value))
+    width = attention.heads * attention.readers * attention.size
+    if not attention.packed:
+        width = axis_length(value, "outputs") * attention.readers
+    seen = {_join(name, child) for child in (attention.query, attention.key, attention.value)}
     for place in (name, parent) if name else (name,):
         for child, module in model.get_submodule(place).named_modules():
             path = _join(place, child)
@@ -115,20 +117,20 @@ def _outputs(model: nn.Module, name: str, found: Projections, tied: frozenset[in
                 yield path
 
 
-def _groups(model: nn.Module, name: str, found: Projections, output: str) -> list[ChannelGroup]:
+def _groups(model: nn.Module, name: str, attention: Projections, output: str) -> list[ChannelGroup]:
     """Return the group of heads that ``output`` reads, for each way in which packed rows may be laid out."""
-    heads = found.heads
+    heads = attention.heads
     consumer = _slot(model, output, "inputs", _runs(heads, axis_length(model.get_submodule(output), "inputs")))
     # The module comes first: when channels are cut it is known by its projections, as long as they are whole.
-    counter = () if found.query == "" else (_slot(model, name, "outputs", _runs(heads, heads)),)
-    layers = [_join(name, child) for child in dict.fromkeys((found.query, found.key, found.value))]
-    if not found.packed:
+    counter = () if attention.query == "" else (_slot(model, name, "outputs", _runs(heads, heads)),)
+    layers = [_join(name, child) for child in dict.fromkeys((attention.query, attention.key, attention.value))]
+    if not attention.packed:
         layouts = [[_runs(heads, axis_length(model.get_submodule(layer), "outputs")) for layer in layers]]
     else:
-        queries, keys = heads * found.readers * found.size, heads * found.size
+        queries, keys = heads * attention.readers * attention.size, heads * attention.size
         parts = [_runs(heads, queries), queries + _runs(heads, keys), queries + keys + _runs(heads, keys)]
         stacked, interleaved = torch.cat(parts, 1), _runs(heads, queries + 2 * keys)
-        layouts = [[stacked], [interleaved]] if found.query else [[stacked]]
+        layouts = [[stacked], [interleaved]] if attention.query else [[stacked]]
     return [
         ChannelGroup(
             heads,

@@ -21,7 +21,7 @@ from pliant.structure.thin_attention import thin
 
 AxisName = Literal["outputs", "inputs"]
 
-# What is known of a layer holds for these classes and for subclasses that keep their forward.
+# Facts about a layer hold for these classes and for subclasses that keep their forward.
 _KNOWN: tuple[type[nn.Module], ...] = (
     nn.Linear,
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -36,8 +36,10 @@ _KNOWN: tuple[type[nn.Module], ...] = (
 class Axis:
     """One axis of a layer.
 
-    ``tensors``: the (tensor, dim) pairs that hold its entries. ``length``: their number. ``attributes``: (name,
-    amount per entry) of the layer's numbers that count them.
+    Args:
+        length: number of entries.
+        tensors: the (tensor, dim) pairs that hold them.
+        attributes: (name, amount per entry) of the layer's numbers that count them.
     """
 
     length: int
@@ -46,10 +48,10 @@ class Axis:
 
 
 def axes(module: nn.Module) -> dict[AxisName, Axis]:
-    """Return the axes along which channels can be taken out of ``module``; empty for layers not known.
+    """Return the axes along which channels can be taken out of ``module``; empty for layers of unknown types.
 
     A BatchNorm, a PReLU and a depthwise convolution hand each channel on: they have the outputs axis only.
-    Convolutions with other groups have none, because a channel is tied to its place in its group. An attention
+    Convolutions with other groups have no axis, because a channel is tied to its place in its group. An attention
     module counts its heads, which lie in its projections; ``nn.MultiheadAttention`` holds their rows itself.
     """
     outputs: AxisName = "outputs"
@@ -73,10 +75,10 @@ def axes(module: nn.Module) -> dict[AxisName, Axis]:
         return {outputs: _axis(module, ("num_features",), *tensors)}
     if isinstance(module, nn.PReLU) and module.num_parameters > 1:
         return {outputs: _axis(module, ("num_parameters",), ("weight", 0))}
-    found = projections(module)
-    if isinstance(module, nn.MultiheadAttention) and found is not None:  # rows of the packed weight, not heads
+    attention = projections(module)
+    if isinstance(module, nn.MultiheadAttention) and attention is not None:  # rows of the packed weight, not heads
         return {outputs: Axis(len(module.in_proj_weight), (("in_proj_weight", 0), ("in_proj_bias", 0)), ())}
-    return {} if found is None else {outputs: Axis(found.heads, (), found.attributes)}
+    return {} if attention is None else {outputs: Axis(attention.heads, (), attention.attributes)}
 
 
 def _axis(module: nn.Module, attributes: tuple[str, ...], *tensors: tuple[str, int]) -> Axis:
@@ -89,7 +91,7 @@ def axis_length(module: nn.Module, axis: AxisName) -> int:
 
 
 def tensors_along(module: nn.Module, name: str, axis: AxisName) -> tuple[tuple[str, int], ...]:
-    """Return (state_dict name, dim) of the tensors that lie along an axis, ``name`` being that of the module."""
+    """Return (state_dict name, dim) of the tensors that lie along an axis of the module called ``name``."""
     held = {**module._parameters, **module._buffers}
     prefix = f"{name}." if name else ""
     return tuple((prefix + tensor, dim) for tensor, dim in axes(module)[axis].tensors if held.get(tensor) is not None)
@@ -109,7 +111,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what :func:`named_layers` does, and the attention that only the removal of heads knows how to handle."""
+    """Yield what :func:`named_layers` does, and PyTorch's attention, of which only heads can leave."""
     for name, module in model.named_modules():
         if _is_layer(module) or isinstance(module, nn.MultiheadAttention):
             yield name, module
@@ -121,18 +123,18 @@ def _is_layer(module: nn.Module) -> bool:
 
 def other_matrices(model: nn.Module) -> list[tuple[str, str]]:
     """Return (name, reason) of every module that holds matrices but is no convolution or linear layer."""
-    found = []
+    others = []
     for name, module in model.named_modules():
         matrices = [child for child, p in module._parameters.items() if p is not None and p.dim() > 1]
         known = _is_layer(module) or isinstance(module, parametrize.ParametrizationList)  # the layer it is in is named
         if matrices and not known:
             kind = type(module).__name__
-            found.append((name, f"holds {', '.join(matrices)} as a {kind}, which is no convolution or linear layer"))
-    return found
+            others.append((name, f"holds {', '.join(matrices)} as a {kind}, which is no convolution or linear layer"))
+    return others
 
 
 def untransposed(module: nn.Module) -> nn.Module:
-    """Return ``module``, or for a ``Conv1D`` the linear layer that computes the same: its weight is a view."""
+    """Return ``module``, or for a ``Conv1D`` the linear layer that computes the same; its weight is a view."""
     if not is_conv1d(module):
         return module
     weight, bias = module._parameters["weight"], module._parameters["bias"]
@@ -145,9 +147,11 @@ def untransposed(module: nn.Module) -> nn.Module:
 
 
 def obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:
-    """Return why the weight of ``module`` is not simply its own, or None.
+    """Return why the weight of ``module`` may not be changed, or None.
 
-    ``tied``: the result of :func:`tied_parameters` on the whole model.
+    Args:
+        module: a layer that holds parameters.
+        tied: the result of :func:`tied_parameters` on the whole model.
     """
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "is parametrised: its weight is computed, fold the parametrisation in first"
@@ -179,16 +183,16 @@ def tied_parameters(model: nn.Module) -> frozenset[int]:
 
 def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
     """Reduce ``module`` in place to the positions ``keep`` (int64, ascending) of one axis."""
-    which = axes(module)[axis]
-    for name, dim in which.tensors:
+    shortened = axes(module)[axis]
+    for name, dim in shortened.tensors:
         old = getattr(module, name)
         if old is None:
             continue
         new = old.detach().index_select(dim, keep.to(old.device))
         is_parameter = isinstance(old, nn.Parameter)
         setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
-    for attribute, each in which.attributes:
-        setattr(module, attribute, each * len(keep))
+    for attribute, amount in shortened.attributes:
+        setattr(module, attribute, amount * len(keep))
     if isinstance(module, nn.MultiheadAttention):
         thin(module)
 

@@ -13,21 +13,24 @@ def largest_sound(
 ) -> tuple[list[Item], list[tuple[Item, str]]]:
     """Split ``items`` into a list that is sound as a whole and the rest, each with its fault.
 
-    ``fault(items)`` returns None for a sound list and a reason otherwise. One call where all is well; a single
-    bad item among n costs about 2·log2(n) calls.
+    Where all is well there is one trial; a single bad item among n costs about 2·log2(n) trials.
+
+    Args:
+        items: in the order of preference.
+        fault: from a list of items to the reason why they do not hold together, None if they do.
     """
     failed: list[tuple[Item, str]] = []
 
-    def extend(sound: list[Item], more: Sequence[Item]) -> list[Item]:
-        if not more:
+    def extend(sound: list[Item], candidates: Sequence[Item]) -> list[Item]:
+        if not candidates:
             return sound
-        reason = fault([*sound, *more])
+        reason = fault([*sound, *candidates])
         if reason is None:
-            return [*sound, *more]
-        if len(more) == 1:
-            failed.append((more[0], reason))
+            return [*sound, *candidates]
+        if len(candidates) == 1:
+            failed.append((candidates[0], reason))
             return sound
-        half = len(more) // 2
-        return extend(extend(sound, more[:half]), more[half:])
+        half = len(candidates) // 2
+        return extend(extend(sound, candidates[:half]), candidates[half:])
 
     return extend([], items), failed

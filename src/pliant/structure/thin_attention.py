@@ -1,6 +1,6 @@
 """Attention that has lost heads: ``nn.MultiheadAttention`` whose heads together are narrower than its inputs.
 
-Attention modules with projections of their own only need smaller projections. PyTorch's needs another forward pass.
+An attention module with layers as projections works on with smaller layers. PyTorch's own needs another forward pass.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ class ThinAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose heads together are narrower than its inputs.
 
     PyTorch's own forward takes the number of channels of all heads to be the ``embed_dim`` of the inputs. Here
-    they are ``num_heads · head_dim``, with in_proj_weight (3·num_heads·head_dim, embed_dim) and out_proj from
-    num_heads·head_dim to embed_dim channels. Calls, results and the names in the state_dict are the same, but
-    that weights are the mean over the heads that are left.
+    it is ``num_heads · head_dim``, with in_proj_weight (3·num_heads·head_dim, embed_dim) and out_proj from
+    num_heads·head_dim to embed_dim channels. Calls, results and the names in the state_dict are the same, except
+    that attention weights are the mean over the heads that are left.
 
     Made by :func:`thin`, never constructed.
     """
@@ -43,9 +43,9 @@ class ThinAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        weights = self.in_proj_weight.chunk(3)
+        weights = self.in_proj_weight.chunk(3)  # each (num_heads·head_dim, embed_dim)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (
+        q, k, v = (  # (batch, num_heads, tokens, head_dim)
             F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
@@ -53,13 +53,13 @@ class ThinAttention(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         shares = None
         if need_weights:
-            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5  # (batch, num_heads, queries, keys)
             shares = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
             heads = shares @ v
             shares = shares.mean(1) if average_attn_weights else shares
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        # Not called, as in the dense module: nn.TransformerEncoder reads its weight, so nobody may replace the layer.
+        # Not called, as in the dense module: nn.TransformerEncoder reads its weight, so the layer must not be replaced.
         output = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(0), None if shares is None else shares.squeeze(0)

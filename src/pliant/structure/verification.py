@@ -9,11 +9,11 @@ this for all channels, neurons or heads of one such set of layers, as plain data
 
     coupled_channels(model, example_inputs) -> Structure(groups, refused)
 
-Where the candidates come from (``coupling`` reads torch-pruning's graph, ``heads`` looks for attention modules)
-does not matter, since nothing of them is believed: every group is tried on a copy of the model in float64 with
-random weights and BatchNorm statistics. Without half of the channels, the small network must equal its *masked
-twin*, the network of the old shape in which only the consumers' input columns are zero. (A zeroed filter is no
-twin: the BatchNorm shift behind it still flows.) What fails is refused by name with the reason.
+Where the candidates come from (``channels`` reads torch-pruning's graph, ``heads`` looks for attention modules)
+does not matter, because every group is tried on a copy of the model in float64 with random weights and BatchNorm
+statistics. Without half of the channels, the small network must equal its *masked twin*, the network of the old shape
+in which only the consumers' input columns are zero. (A zeroed filter makes no twin: the BatchNorm shift behind it still
+flows.) What fails is refused by name with the reason.
 """
 
 from __future__ import annotations
@@ -41,26 +41,30 @@ _TOLERANCE = 1e-8  # relative; float64 networks of a hundred layers agree to abo
 def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
     """Find and verify the groups of channels, neurons and heads that can be removed from ``model``.
 
-    ``example_inputs``: a tensor, a tuple of tensors, or a dict of keyword arguments that the model accepts in eval
-    mode. The model, its gradients and the random number generators are left as they are. A model that cannot be
-    traced gives no groups but of heads, and a reason per layer.
+    The model, its gradients and the random number generators are left as they are. A model that cannot be traced gives
+    no groups except those of heads, and a reason for each other layer.
 
-    Raises BadInput if the model cannot be called with the example.
+    Args:
+        model: any module.
+        example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments that the model takes in eval mode.
+
+    Raises:
+        BadInput: the model cannot be called with the example.
     """
     inputs = as_inputs(example_inputs)
     probe = copy.deepcopy(model).eval()
     calls = count_calls(probe, inputs)
     inputs = _first_two(probe, inputs)
     sites, headless = attention_sites(probe, calls)
-    candidates, found = channel_candidates(probe, inputs, calls)
+    candidates, reasons = channel_candidates(probe, inputs, calls)
     _randomise(probe)
-    trial = _random_like(inputs)
-    heads, stuck = _sound_heads(probe, sites, trial)
+    noise = _random_like(inputs)
+    heads, stuck = _sound_heads(probe, sites, noise)
     places = {place for group in heads for place in _places(group)}
     apart = [group for group in candidates if not places & _places(group)]
-    channels, failed = largest_sound(apart, lambda groups: _fault(probe, [*heads, *groups], trial))
+    channels, failed = largest_sound(apart, lambda groups: _fault(probe, [*heads, *groups], noise))
     accepted = [*channels, *heads]
-    reasons = found | {name: "is not reached through its forward" for name, m in weighted_layers(probe) if not calls[m]}
+    reasons |= {name: "is not reached through its forward" for name, m in weighted_layers(probe) if not calls[m]}
     failed += [(group, "shares its channels with attention heads") for group in candidates if group not in apart]
     reasons |= {slot.module: why for group, why in failed for slot in group.producers}
     reasons |= headless | stuck
@@ -72,10 +76,10 @@ def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
 def positions(groups: Sequence[ChannelGroup], channels: Sequence[Tensor]) -> dict[tuple[str, AxisName], Tensor]:
     """Return the positions on each axis of each layer that belong to the given channels (int64) of each group."""
     parts: dict[tuple[str, AxisName], list[Tensor]] = {}
-    for group, some in zip(groups, channels, strict=True):
+    for group, chosen in zip(groups, channels, strict=True):
         for slot in group.slots:
-            parts.setdefault((slot.module, slot.axis), []).append(slot.indices[some].flatten())
-    return {place: torch.cat(found) for place, found in parts.items()}
+            parts.setdefault((slot.module, slot.axis), []).append(slot.indices[chosen].flatten())
+    return {place: torch.cat(indices) for place, indices in parts.items()}
 
 
 def _places(group: ChannelGroup) -> set[tuple[str, AxisName]]:
@@ -86,32 +90,32 @@ def _places(group: ChannelGroup) -> set[tuple[str, AxisName]]:
 
 
 def _sound_heads(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Return for each site the first alternative that is sound, or (layer, reason) where none is."""
+    """Return the first alternative of each site that is sound, and the reason by layer where no alternative is."""
     sound: list[ChannelGroup] = []
     reasons: dict[str, str] = {}
-    rest = list(sites)
+    open_sites = list(sites)
     attempt = 0
 
     def fault(groups: Sequence[ChannelGroup]) -> str | None:
         return _fault(model, [*sound, *groups], inputs)
 
-    while rest:
-        offers = {site.alternatives[attempt]: site for site in rest}
-        more, failed = largest_sound(list(offers), fault)
-        sound += more
-        rest = []
+    while open_sites:
+        offers = {site.alternatives[attempt]: site for site in open_sites}
+        accepted, failed = largest_sound(list(offers), fault)
+        sound += accepted
+        open_sites = []
         for group, why in failed:
             site = offers[group]
             for layer in site.layers:  # the reason of the first alternative, the most likely one
                 reasons.setdefault(layer, f"its heads cannot leave: {why}")
             if attempt + 1 < len(site.alternatives):
-                rest.append(site)
+                open_sites.append(site)
         attempt += 1
     return sound, reasons
 
 
 def _first_two(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Return a batch of two, where the model takes it: two images prove as much as two hundred."""
+    """Return the first two samples, where the model takes them: two images prove as much as two hundred."""
     tensors = tensors_of(inputs)
     if any(x.dim() == 0 or len(x) <= 2 or len(x) != len(tensors[0]) for x in tensors):
         return inputs
@@ -124,7 +128,7 @@ def _first_two(model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def _random_like(inputs: Inputs) -> Inputs:
-    """Return float64 noise for every floating-point input; indices, and what is named a mask, keep their values."""
+    """Return float64 noise for every floating-point input; integers, and what is named a mask, keep their values."""
 
     def noise(x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -141,7 +145,7 @@ def _random_like(inputs: Inputs) -> Inputs:
 
 
 def _randomise(model: nn.Module) -> None:
-    """Turn ``model`` to float64 and draw its known layers anew, in place.
+    """Turn ``model`` to float64 and draw the weights of its known layers anew, in place.
 
     Trained weights may be sparse, and a mistake among zeros would not show.
     """

@@ -5,45 +5,25 @@ norms nor balls nor SFW, so that a mistake there cannot help or harm both sides 
 nothing of the compressors.
 """
 
-from pliant.experiments.baselines.base import MatrixSGD
-from pliant.experiments.baselines.cat import CAT
-from pliant.experiments.baselines.condlr import Conditioned, CondLR
-from pliant.experiments.baselines.cram import CrAM
-from pliant.experiments.baselines.glt import GLT
-from pliant.experiments.baselines.lorita import Composition
-from pliant.experiments.baselines.muon import Muon
-from pliant.experiments.baselines.nuc import NUC
-from pliant.experiments.baselines.numuon import NuMuon
-from pliant.experiments.baselines.pat import pat_optimizer
-from pliant.experiments.baselines.products import Product, factorise, merged
-from pliant.experiments.baselines.q3r import Q3R
-from pliant.experiments.baselines.retraining import cycles, rates, retrain
-from pliant.experiments.baselines.scion import Scion
-from pliant.experiments.baselines.spectral_decay import SpectralDecay
-from pliant.experiments.baselines.ssl import SSL
-from pliant.experiments.baselines.trp import TRP
-
-__all__ = [
-    "CAT",
-    "GLT",
-    "NUC",
-    "Q3R",
-    "SSL",
-    "TRP",
-    "Composition",
-    "CondLR",
-    "Conditioned",
-    "CrAM",
-    "MatrixSGD",
-    "Muon",
-    "NuMuon",
-    "Product",
-    "Scion",
-    "SpectralDecay",
-    "cycles",
-    "factorise",
-    "merged",
-    "pat_optimizer",
-    "rates",
-    "retrain",
-]
+from pliant.experiments.baselines.base import MatrixSGD as MatrixSGD
+from pliant.experiments.baselines.cat import CAT as CAT
+from pliant.experiments.baselines.condlr import Conditioned as Conditioned
+from pliant.experiments.baselines.condlr import CondLR as CondLR
+from pliant.experiments.baselines.cram import CrAM as CrAM
+from pliant.experiments.baselines.glt import GLT as GLT
+from pliant.experiments.baselines.lorita import Composition as Composition
+from pliant.experiments.baselines.muon import Muon as Muon
+from pliant.experiments.baselines.nuc import NUC as NUC
+from pliant.experiments.baselines.numuon import NuMuon as NuMuon
+from pliant.experiments.baselines.pat import pat_optimizer as pat_optimizer
+from pliant.experiments.baselines.products import Product as Product
+from pliant.experiments.baselines.products import factorise as factorise
+from pliant.experiments.baselines.products import merged as merged
+from pliant.experiments.baselines.q3r import Q3R as Q3R
+from pliant.experiments.baselines.retraining import cycles as cycles
+from pliant.experiments.baselines.retraining import rates as rates
+from pliant.experiments.baselines.retraining import retrain as retrain
+from pliant.experiments.baselines.scion import Scion as Scion
+from pliant.experiments.baselines.spectral_decay import SpectralDecay as SpectralDecay
+from pliant.experiments.baselines.ssl import SSL as SSL
+from pliant.experiments.baselines.trp import TRP as TRP

@@ -6,7 +6,7 @@ suite has grown, goes on.
 
 FOLDER/suite.yaml    the suite
        trials.jsonl  one line per trial and family: the settings, the validation curve and its area
-       records.jsonl the measurements of the chosen settings, for `pliant report`
+       records.jsonl the measurements of the chosen settings, for `pliant report`; records.jsonl.gz if packed
        runs/         the trainings
 """
 
@@ -29,11 +29,12 @@ from pliant.experiments.comparison.workers import Performer
 from pliant.experiments.sweep import describe
 from pliant.files import sha256, write_text
 from pliant.jsonl import append_line, read_lines
-from pliant.records import Record, append_record, read_records
-from pliant.reporting.curves import TIME_SLACK, grouped, step_ratio
+from pliant.records import Record, append_record, read_records, records_file
+from pliant.reporting.curves import TIME_SLACK, step_ratio
+from pliant.reporting.grouping import grouped
 from pliant.storage import WEIGHTS
 
-TRIALS, RECORDS = "trials.jsonl", "records.jsonl"
+TRIALS = "trials.jsonl"
 
 
 class Comparison:
@@ -52,7 +53,8 @@ class Comparison:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         trials = folder / TRIALS
         self.trials = read_lines(trials, Outcome.from_dict, "trials") if trials.exists() else []
-        self.records = read_records(folder / RECORDS) if (folder / RECORDS).exists() else []
+        self.records_file = records_file(folder)
+        self.records = read_records(self.records_file) if self.records_file.exists() else []
 
     def run(self) -> None:
         """Do what is missing: the search, then the chosen settings with every seed, then what needs these."""
@@ -192,7 +194,7 @@ class Comparison:
         for job in jobs:
             done = measured.get(job.name, [])
             for record in done:
-                job.check(record.config, self.folder / RECORDS)
+                job.check(record.config, self.records_file)
             keys = {(r.compressor, r.allocation, 0.0 if r.pattern else round(r.ratio, 6), r.pattern) for r in done}
             rest = job.without(keys)
             if rest.families and job.training not in diverged:
@@ -246,7 +248,7 @@ class Comparison:
 
     def _keep(self, line: Line) -> None:
         if isinstance(line, Record):
-            append_record(self.folder / RECORDS, line)
+            append_record(self.records_file, line)
             self.records.append(line)
             self._say(describe(line))
             return

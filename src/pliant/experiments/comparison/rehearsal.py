@@ -17,10 +17,10 @@ from pliant.errors import Diverged
 from pliant.experiments.comparison.job import Job, Line, Outcome
 from pliant.experiments.comparison.performing import perform
 from pliant.experiments.comparison.suite import Entrant, Measure, Suite
-from pliant.experiments.data.images import ImageData, Split
+from pliant.experiments.data.base import Split
+from pliant.experiments.data.data_sets import data_set
+from pliant.experiments.data.images import ImageData
 
-# Classes and image shape of the data sets that have a name; others are taken to have these of CIFAR-10.
-SHAPES = {"digits": (10, 1, 8), "fashion-mnist": (10, 1, 28), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32)}
 IMAGES, BATCH = 12, 4
 
 
@@ -49,17 +49,19 @@ def rehearse(suite: Suite) -> None:
 
 
 def noise(name: str, image_size: int | None) -> ImageData:
-    """Return images of uniform noise with the shape and the classes of a data set."""
-    classes, channels, size = SHAPES.get(name, SHAPES["cifar10"])
+    """Return uniform noise with the image shape and the classes of a data set; if unknown, those of CIFAR-10."""
+    row = data_set(name)
+    classes, shape = row.num_classes or 10, row.shape or (3, 32, 32)
+    if image_size is not None:
+        shape = (shape[0], image_size, image_size)
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
-        shape = (count, channels, image_size or size, image_size or size)
-        images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        images = torch.randint(256, (count, *shape), dtype=torch.uint8, generator=generator)
         return Split(images, torch.arange(count) % classes)
 
     names = tuple(map(str, range(classes)))
-    mean = std = (0.5,) * channels
+    mean = std = (0.5,) * shape[0]
     return ImageData(name, split(IMAGES), split(BATCH), split(BATCH), names, mean, std, flip=True, pad=1)
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from pliant.experiments.baselines.retraining import rates, retrain
 from pliant.experiments.comparison.job import Job
-from pliant.experiments.data.images import ImageData, Loader
+from pliant.experiments.data.images import ImageData
+from pliant.experiments.data.loader import Loader
 from pliant.experiments.training.onednn import sound_convolutions
 from pliant.experiments.training.schedules import learning_rate
 from pliant.experiments.training.settings import Settings

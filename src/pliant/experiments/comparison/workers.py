@@ -10,7 +10,7 @@ from typing import Any
 from pliant.errors import BadInput
 from pliant.experiments.comparison.job import Job, Line
 from pliant.experiments.comparison.performing import perform
-from pliant.reporting.curves import grouped
+from pliant.reporting.grouping import grouped
 
 Performer = Callable[[list[Job], Path], Iterator[tuple[Job, Iterable[Line]]]]
 """Performs jobs in the folder of a comparison and gives the lines of each, in any order."""

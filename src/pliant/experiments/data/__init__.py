@@ -1,5 +1,17 @@
-"""Image data sets and the loader that feeds them to a network."""
+"""Image data sets and the loader that feeds them to a network.
 
+- ``images``: `load_data`, from a name to an `ImageData`; ``loader``: the batches of one split
+- ``data_sets``: a row for each data set; ``named``: where digits, Fashion-MNIST and CIFAR are found
+- ``outside``: the data sets of other packages
+- ``idx``, ``tables``, ``folders``: the formats of files, parquet and the hub among the tables
+- ``decoding``: encoded images as tensors; ``streaming``: the same batch by batch, for those that stay in their files
+- ``base``: what a data set is, what its reader is asked for and gives back
+"""
+
+from pliant.experiments.data.base import DataSet as DataSet
+from pliant.experiments.data.base import Raw as Raw
+from pliant.experiments.data.base import Request as Request
+from pliant.experiments.data.base import Split as Split
 from pliant.experiments.data.images import ImageData as ImageData
-from pliant.experiments.data.images import Loader as Loader
 from pliant.experiments.data.images import load_data as load_data
+from pliant.experiments.data.loader import Loader as Loader

@@ -1,30 +1,38 @@
-"""What a reader is asked for, what it gives back, and what the readers share."""
+"""What a data set is: the request to its reader, what the reader gives back; and what the readers share."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from pliant.errors import BadInput
+from pliant.errors import BadInput, shown
 
-if TYPE_CHECKING:
-    from pliant.experiments.data.streaming import ImageFiles
+
+class Stored(Protocol):
+    """Images that do not fit in memory and stay where they are: `ImageFiles`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, H, W), as of a tensor."""
+
+    def part(self, mask: Tensor) -> Self:
+        """Return the images of a boolean mask (N,)."""
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the images (B, C, H, W) of each tensor of row numbers (B,)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels of one split: uint8 images (N, C, H, W) in 0..255, int64 labels (N,).
+    """Images and labels of one split: uint8 images (N, C, H, W) in 0..255, int64 labels (N,)."""
 
-    Images that do not fit in memory stay in their files: `ImageFiles`, which has the same ``shape``.
-    """
-
-    images: Tensor | ImageFiles
+    images: Tensor | Stored
     labels: Tensor
 
     def __len__(self) -> int:
@@ -50,23 +58,69 @@ class Split:
 
 
 class Request(NamedTuple):
-    """What a reader is asked for: the data set's full name, its folder, the image size (None: as it is)."""
+    """What a reader is asked for."""
 
     name: str
+    """The data set's full name."""
     folder: Path | None
+    """Where its files lie; None if the user gave no folder."""
     image_size: int | None
+    """Side of the square images; None leaves them as they are. What a reader does not resize is resized afterwards."""
+    num_classes: int | None = None
+    """How many classes a data set of this name has; None if its files decide."""
 
 
 class Raw(NamedTuple):
-    """What a reader returns: all training images, the test images (None: there is no such split), class names."""
+    """What a reader returns."""
 
     train: Split
+    """All training images; those of the validation are held out afterwards."""
     test: Split | None
+    """The test images. If it is None, a fifth of the training images take their place."""
     classes: tuple[str, ...]
+    """The names of the classes, in the order of the labels."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that has a name: how it is read and what holds for its images."""
+
+    name: str
+    """What ``--data`` calls it."""
+    read: Callable[[Request], Raw]
+    """Its reader."""
+    num_classes: int | None = None
+    """Number of classes; None if its files decide."""
+    shape: tuple[int, int, int] | None = None
+    """Shape (C, H, W) of an image; None if its files decide."""
+    flip: bool = True
+    """Whether a mirrored image still belongs to its class."""
+    pad: float = 1 / 8
+    """By which share of its shorter side a random crop may shift an image, less than 1."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.read):
+            raise BadInput(f"read must be a callable that takes a Request and returns a Raw, got {shown(self.read)}")
+        if self.num_classes is not None and not _is_count(self.num_classes, 2):
+            raise BadInput(f"num_classes must be an integer of at least 2, got {shown(self.num_classes)}")
+        if self.shape is not None and not _is_shape(self.shape):
+            raise BadInput(f"shape must be (channels, height, width), each at least 1, got {shown(self.shape)}")
+        if not isinstance(self.flip, bool):
+            raise BadInput(f"flip must be True or False, got {shown(self.flip)}")
+        if not isinstance(self.pad, float | int) or not 0 <= self.pad < 1:
+            raise BadInput(f"pad must be a share of the shorter side, from 0 to below 1, got {shown(self.pad)}")
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and value >= least  # not isinstance: True is no count
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(_is_count(length, 1) for length in value)
 
 
 def extra(module: str) -> Any:
-    """Import a module of the extra ``pliant[data]``."""
+    """Import a module of the extra ``pliant[data]``; raises BadInput if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""From encoded images (PNG, JPEG and what else Pillow reads) to one uint8 tensor per split."""
+"""From encoded images (PNG, JPEG, whatever Pillow reads) to one uint8 tensor per split."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ from pliant.experiments.data.base import Raw, Split, extra
 
 
 def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | None) -> Tensor:
-    """Decode ``count`` (what to call it, {bytes, path}) into uint8 (count, C, H, W): C is 1 if all are grey, else 3.
+    """Decode images into one uint8 tensor (count, C, H, W): C is 1 if all are grey, else 3.
 
-    One thread: 60,000 images of 32x32 take some 7 s, and a pool of threads was slower in measurement.
+    One thread: 60,000 images of 32x32 take about 7 s, and a pool of threads was slower in measurement.
+
+    Args:
+        rows: what to call an image in an error, and the image as {bytes, path}.
+        count: number of rows.
+        size: side of the square images; None leaves them as they are.
+
+    Raises:
+        BadInput: the images differ in size, or one does not have 8 bits.
+        DamagedFile: an image cannot be decoded.
     """
     picture = decoder(size)
     pixels = np.empty((0, 0, 0, 1), np.uint8)
@@ -25,21 +34,24 @@ def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | N
         image = picture(origin, value)
         if row == 0:
             pixels = np.empty((count, image.height, image.width, len(image.mode)), np.uint8)
-        found, expected = (image.height, image.width), pixels.shape[1:3]
-        if found != expected:
+        shape, expected = (image.height, image.width), pixels.shape[1:3]
+        if shape != expected:
             raise BadInput(
-                f"{origin} is {_shape(found)} pixels, the images before {_shape(expected)}: give an image_size"
+                f"{origin} is {_times(shape)} pixels, the images before {_times(expected)}: give an image_size"
             )
         if image.mode == "RGB" and pixels.shape[3] == 1:
             pixels = np.repeat(pixels, 3, axis=3)  # all were grey so far
-        pixels[row] = np.asarray(image).reshape(*found, -1)
+        pixels[row] = np.asarray(image).reshape(*shape, -1)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def decoder(size: int | None) -> Callable[[str, dict[str, Any]], Any]:
-    """Return what makes a {bytes, path} an image of Pillow, grey ("L") or "RGB"; ``size`` makes it a square.
+    """Return a function that makes of {bytes, path} an image of Pillow, grey ("L") or "RGB".
 
-    It takes what to call the image in an error and the image. Several threads may use it.
+    It takes what to call the image in an error, and the image. Several threads may use it.
+
+    Args:
+        size: side of the square that the image becomes; None leaves it as it is.
     """
     decode_example, pillow = extra("datasets").Image().decode_example, extra("PIL.Image")
     pillow.init()  # all formats now: Pillow would look for them when it meets one, which threads may do at once
@@ -59,7 +71,7 @@ def decoder(size: int | None) -> Callable[[str, dict[str, Any]], Any]:
 
 
 def encoded(file: str) -> dict[str, Any]:
-    """Return a file as {bytes, path}; an image opened by its path that cannot be decoded would leave its file open."""
+    """Return a file as {bytes, path}: opened by its path, an image that cannot be decoded would leave its file open."""
     try:
         return {"bytes": Path(file).read_bytes(), "path": None}
     except OSError as error:
@@ -67,10 +79,10 @@ def encoded(file: str) -> dict[str, Any]:
 
 
 def matched(name: str, splits: list[Split], classes: tuple[str, ...]) -> Raw:
-    """Bring train and, if there, test to the same number of channels and refuse different sizes."""
+    """Bring the training and, if there are any, the test images to one number of channels; refuse different sizes."""
     sizes = {tuple(split.images.shape[2:]) for split in splits}
     if len(sizes) > 1:
-        raise BadInput(f"{name}: training and test images are {' and '.join(map(_shape, sizes))}: give an image_size")
+        raise BadInput(f"{name}: training and test images are {' and '.join(map(_times, sizes))}: give an image_size")
     channels = max(split.images.shape[1] for split in splits)
     train, *test = [_coloured(split, channels) for split in splits]
     return Raw(train, test[0] if test else None, classes)
@@ -82,5 +94,5 @@ def _coloured(split: Split, channels: int) -> Split:
     return Split(split.images.expand(-1, channels, -1, -1), split.labels)
 
 
-def _shape(size: Sequence[int]) -> str:
+def _times(size: Sequence[int]) -> str:
     return "x".join(str(length) for length in size)

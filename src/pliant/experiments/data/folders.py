@@ -12,17 +12,16 @@ from torch import Tensor
 from pliant.errors import BadInput, DamagedFile
 from pliant.experiments.data.base import Raw, Request, Split
 from pliant.experiments.data.decoding import decode, decoder, encoded, matched
-from pliant.experiments.data.streaming import ImageFiles
+from pliant.experiments.data.streaming import IN_MEMORY, ImageFiles
 
-IN_MEMORY = 2 * 2**30  # bytes of decoded images; more of them stay in their files
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def read_image_folder(request: Request) -> Raw:
     """Read the images under ``train/`` and ``test/``, or all of them where there are only class folders.
 
-    Where there is no ``test/``, ``val/`` counts as such, as ImageNet has it. Images that take more than `IN_MEMORY`
-    bytes stay in their files until a batch asks for them.
+    Without ``test/``, ``val/`` takes its place, as in ImageNet. Images that take more than `IN_MEMORY` bytes stay in
+    their files until a batch asks for them.
     """
     root = request.folder
     if root is None:
@@ -34,12 +33,12 @@ def read_image_folder(request: Request) -> Raw:
         raise DamagedFile(
             f"{root} holds {parts[0]}/ alone: expected train/ and test/ (or val/), or one folder per class"
         )
-    found = [_class_files(root / part) for part in parts] if parts else [_class_files(root)]
-    classes = tuple(sorted({name for files in found for name, _ in files}))
+    folders = [_class_files(root / part) for part in parts] if parts else [_class_files(root)]
+    classes = tuple(sorted({name for files in folders for name, _ in files}))
     number = {name: label for label, name in enumerate(classes)}
-    left_at = _size_in_files(root, [file for files in found for _, file in files], request.image_size)
+    left_at = _size_in_files(root, [file for files in folders for _, file in files], request.image_size)
     splits = []
-    for files in found:
+    for files in folders:
         paths = [file for _, file in files]
         images: Tensor | ImageFiles
         if left_at is None:
@@ -54,7 +53,7 @@ def read_image_folder(request: Request) -> Raw:
 def _size_in_files(root: Path, files: list[str], size: int | None) -> int | None:
     """Return the image size if the images take too much memory and stay in their files, else None.
 
-    With a size they count as RGB, which is not known before they are read; without, as what the first one is.
+    With a size they count as RGB, because their colours are not known before they are read; without one, as the first.
     """
     if size is not None:
         return size if len(files) * 3 * size**2 > IN_MEMORY else None
@@ -69,7 +68,7 @@ def _size_in_files(root: Path, files: list[str], size: int | None) -> int | None
 
 
 def _class_files(folder: Path) -> list[tuple[str, str]]:
-    """Return (class, file) for every image file under the class folders of ``folder``; other files do not count."""
+    """Return (class, file) for every image file under the class folders of ``folder``; other files are ignored."""
     files = [
         (child.name, file)
         for child in sorted(folder.iterdir())
@@ -82,7 +81,7 @@ def _class_files(folder: Path) -> list[tuple[str, str]]:
 
 
 def _image_files(folder: str) -> Iterator[str]:
-    # The folders of ImageNet hold a million files: nothing is asked of the file system that it has not told already.
+    # The folders of ImageNet hold a million files: their lists say what each one is, and no file is asked by itself.
     try:
         with os.scandir(folder) as entries:
             for entry in entries:

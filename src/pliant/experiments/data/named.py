@@ -46,22 +46,13 @@ def read_fashion_mnist(request: Request) -> Raw:
         folder = DEBIAN_FASHION_MNIST
     if folder is None:
         needs = "train-images-idx3-ubyte.gz and the three other IDX files"
-        return from_hub("zalando-datasets/fashion_mnist", request, 10, f"pass --data_dir, a folder with {needs}")
+        return from_hub("zalando-datasets/fashion_mnist", request, f"pass --data_dir, a folder with {needs}")
     return Raw(idx_split(folder, "train"), idx_split(folder, "t10k"), FASHION_CLASSES)
 
 
-def read_cifar10(request: Request) -> Raw:
-    """Read CIFAR-10 from parquet files or the hub."""
-    return _read_cifar(request, 10)
-
-
-def read_cifar100(request: Request) -> Raw:
-    """Read CIFAR-100 with its fine labels from parquet files or the hub."""
-    return _read_cifar(request, 100)
-
-
-def _read_cifar(request: Request, num_classes: int) -> Raw:
+def read_cifar(request: Request) -> Raw:
+    """Read CIFAR-10, or CIFAR-100 with its fine labels, from parquet files or the hub."""
     if request.folder is not None:
-        return from_parquet(request.folder, request, num_classes)
+        return from_parquet(request.folder, request)
     instead = f"pass --data_dir, a folder with train*.parquet and test*.parquet of {request.name}"
-    return from_hub(f"uoft-cs/{request.name}", request, num_classes, instead)
+    return from_hub(f"uoft-cs/{request.name}", request, instead)

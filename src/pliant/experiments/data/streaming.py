@@ -15,14 +15,15 @@ from torch import Tensor
 
 from pliant.experiments.data.decoding import decoder, encoded
 
+IN_MEMORY = 2 * 2**30  # bytes of decoded images; more of them stay in their files
 AHEAD = 2  # batches that are decoded while one is in use
 
 
 class ImageFiles:
-    """Stands for uint8 images (N, 3, size, size) that are decoded when a batch asks for them.
+    """Images (N, 3, size, size), uint8, that are decoded when a batch asks for them.
 
-    Grey images become RGB here, for no more than the names of the files is known. A file that is missing, damaged or
-    no image of 8 bits is found out when its turn comes: `DamagedFile` or `BadInput`, with its name.
+    Grey images become RGB, because only the names of the files are known. A file that is missing, damaged or not an
+    image of 8 bits raises `DamagedFile` or `BadInput`, with its name, when its turn comes.
     """
 
     def __init__(self, files: Sequence[str], size: int) -> None:
@@ -47,7 +48,7 @@ class ImageFiles:
                     yield _joined(waiting.popleft())
             while waiting:
                 yield _joined(waiting.popleft())
-        finally:  # also where nobody asks for the rest
+        finally:  # also if nobody asks for the rest
             pool.shutdown(cancel_futures=True)
 
     def _pixels(self, picture: Callable[[str, dict[str, Any]], Any], rows: list[int]) -> NDArray[np.uint8]:
@@ -60,6 +61,6 @@ def _joined(shares: list[Future[NDArray[np.uint8]]]) -> Tensor:
 
 
 def _threads() -> int:
-    """Return how many cores this process may use, its share where torchrun started several on the machine."""
+    """Return how many cores this process may use: its share if torchrun started several on the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

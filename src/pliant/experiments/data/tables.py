@@ -24,7 +24,7 @@ def read_parquet(request: Request) -> Raw:
     """Read train*.parquet and test*.parquet of any data set of images."""
     if request.folder is None:
         raise BadInput("parquet needs --data_dir, a folder with train*.parquet and test*.parquet")
-    return from_parquet(request.folder, request, None)
+    return from_parquet(request.folder, request)
 
 
 def read_hub(request: Request) -> Raw:
@@ -35,7 +35,7 @@ def read_hub(request: Request) -> Raw:
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise BadInput(f"a data set of the hub is called hub:OWNER/NAME, not {request.name!r}")
     instead = "pass a folder with train*.parquet and test*.parquet as --data_dir of the data set 'parquet'"
-    return from_hub(repository, request, None, instead)
+    return from_hub(repository, request, instead)
 
 
 class _Piece(NamedTuple):
@@ -44,7 +44,7 @@ class _Piece(NamedTuple):
     origin: str
     images: Any  # pyarrow.ChunkedArray
     labels: NDArray[Any]
-    names: tuple[str, ...] | None  # of the classes, where the table knows them
+    names: tuple[str, ...] | None  # of the classes, if the table has them
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what to call each image in an error and the image as {bytes, path}."""
@@ -53,9 +53,9 @@ class _Piece(NamedTuple):
             yield f"{self.origin}, row {row}", value if isinstance(value, dict) else {"bytes": value, "path": None}
 
 
-def from_parquet(folder: Path, request: Request, num_classes: int | None) -> Raw:
-    """Read train*.parquet and test*.parquet in ``folder``; ``num_classes`` as in `_from_pieces`."""
-    return _from_pieces(request, [_read_parquet_files(folder, part) for part in ("train", "test")], num_classes)
+def from_parquet(folder: Path, request: Request) -> Raw:
+    """Read train*.parquet and test*.parquet in ``folder``."""
+    return _from_pieces(request, [_read_parquet_files(folder, part) for part in ("train", "test")])
 
 
 def _read_parquet_files(folder: Path, part: str) -> list[_Piece]:
@@ -74,19 +74,19 @@ def _read_parquet_files(folder: Path, part: str) -> list[_Piece]:
     return pieces
 
 
-def from_hub(repository: str, request: Request, num_classes: int | None, instead: str) -> Raw:
-    """Read ``repository`` from the hub; ``num_classes`` as in `_from_pieces`, ``instead`` is the advice in errors."""
+def from_hub(repository: str, request: Request, instead: str) -> Raw:
+    """Read ``repository`` from the hub; ``instead`` is the advice in errors."""
     datasets = extra("datasets")
     try:
-        found = datasets.load_dataset(repository)
+        splits = datasets.load_dataset(repository)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = first_line(error)
         raise BadInput(f"{repository!r} cannot be loaded from the Hugging Face hub ({reason}): {instead}") from error
-    if "train" not in found:
-        raise BadInput(f"{repository!r} has no split 'train', only {', '.join(found)}: {instead}")
-    parts = ["train", *[part for part in ("test", "validation") if part in found][:1]]
-    tables = [(f"{repository}, {part}", found[part].with_format("arrow")[:]) for part in parts]
-    return _from_pieces(request, [[_piece(*table, follow_paths=True)] for table in tables], num_classes)
+    if "train" not in splits:
+        raise BadInput(f"{repository!r} has no split 'train', only {', '.join(splits)}: {instead}")
+    parts = ["train", *[part for part in ("test", "validation") if part in splits][:1]]
+    tables = [(f"{repository}, {part}", splits[part].with_format("arrow")[:]) for part in parts]
+    return _from_pieces(request, [[_piece(*table, follow_paths=True)] for table in tables])
 
 
 def _piece(origin: str, table: Any, *, follow_paths: bool) -> _Piece:
@@ -134,8 +134,8 @@ def _pick(origin: str, what: str, candidates: list[str], preferred: Sequence[str
     return chosen[0]
 
 
-def _from_pieces(request: Request, parts: list[list[_Piece]], num_classes: int | None) -> Raw:
-    """Decode the pieces of train and, if there, test; ``num_classes`` is given where the data set's name fixes it."""
+def _from_pieces(request: Request, parts: list[list[_Piece]]) -> Raw:
+    """Decode the pieces of the training and, if there are any, the test images."""
     pieces = [piece for part in parts for piece in part]
     if len({(piece.labels.dtype.kind == "O", piece.names) for piece in pieces}) > 1:
         raise BadInput(f"{request.name}: the classes of {' and '.join(piece.origin for piece in pieces)} differ")
@@ -144,8 +144,8 @@ def _from_pieces(request: Request, parts: list[list[_Piece]], num_classes: int |
         raise BadInput(f"{parts[counts.index(0)][0].origin} holds no images")
     values = np.concatenate([piece.labels for piece in pieces])
     names = pieces[0].names
-    if names is None and num_classes is not None:
-        names = tuple(str(label) for label in range(num_classes))
+    if names is None and request.num_classes is not None:
+        names = tuple(str(label) for label in range(request.num_classes))
     if names is None:
         distinct, labels = np.unique(values, return_inverse=True)
         if values.dtype.kind == "i" and distinct[0] < 0:
@@ -155,8 +155,8 @@ def _from_pieces(request: Request, parts: list[list[_Piece]], num_classes: int |
         raise BadInput(f"{request.name}: expected labels from 0 to {len(names) - 1}, found strings as {values[0]!r}")
     else:
         labels = values
-    if num_classes not in (None, len(names)):
-        raise BadInput(f"{request.name} has {num_classes} classes, but {pieces[0].origin} has {len(names)}")
+    if request.num_classes not in (None, len(names)):
+        raise BadInput(f"{request.name} has {request.num_classes} classes, but {pieces[0].origin} has {len(names)}")
     splits = []
     for part, count, numbers in zip(parts, counts, np.split(labels, np.cumsum(counts)[:-1]), strict=True):
         images = decode((row for piece in part for row in piece.rows()), count, request.image_size)

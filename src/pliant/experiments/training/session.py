@@ -27,7 +27,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from pliant.calling import eval_mode
 from pliant.errors import BadInput, Diverged, one_line
 from pliant.experiments.baselines import merged
-from pliant.experiments.data.images import ImageData, Loader, load_data
+from pliant.experiments.data.images import ImageData, load_data
+from pliant.experiments.data.loader import Loader
 from pliant.experiments.methods import find_method, make_optimizer, resolved
 from pliant.experiments.models import build_model
 from pliant.experiments.training.checkpoint import CHECKPOINT, Progress, Stateful, load_checkpoint, save_checkpoint

@@ -1,13 +1,13 @@
 // Draws the page from `data`:
 //   {trainings: [{name, ours, retrained}], slack, kept: [share], sections: [{top, panels: [panel], layers: [layers]}]}
-//   panel:    {compressor, title, removes, patterned, axes: [title], variants: [name], steps: [label],
+//   panel:    {compressor, title, removes, patterned, axes: [title], variants: [name], sizes: [label],
 //              views: {epochs or time: {curves: [curve], standings: {top1: [standing], top1_raw: [standing]}}}}
 //   curve:    {training, variant, runs, dense, networks: [{run, command: [word] or null, points: [point]}],
-//              steps: [{label, pattern, shares: [per axis], top1: {mean, low, high}, top1_raw: {...}, tip}]}
+//              sizes: [{label, pattern, shares: [per axis], top1: {mean, low, high}, top1_raw: {...}, tip}]}
 //   point:    {removed, top1, top1_raw, val, ratio, pattern}, val null if it is not known
 //   standing: {curve: index, areas: [estimate per axis], other: estimate, versus: estimate or null, is_baseline,
 //              is_best, kept: [accuracy or null], cost: {step, memory, seconds} or null}; estimate: {mean, half, n}
-//   layers:   {title, steps: [label], layers: [{name, kind, cells: [[kept, total, params, params_dense] or null]}]}
+//   layers:   {title, sizes: [label], layers: [{name, kind, cells: [[kept, total, params, params_dense] or null]}]}
 // Accuracies and shares are fractions. All text goes into the page as text, never as HTML.
 "use strict";
 
@@ -16,7 +16,7 @@ const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", 
 const SIGNS = ["●", "■", "◆", "▲", "✚", "★", "▼", "✖"];
 const DASHES = ["solid", "dot", "dashdot", "longdashdot"];
 const STROKES = ["", "2 3", "7 3 2 3", "12 3 2 3"];
-const FEW = 6; // so many curves may have bands and dense networks before they hide each other
+const FEW = 6; // with more curves, bands and dense networks would hide each other
 const CONFIG = {
   displaylogo: false,
   responsive: true,
@@ -85,7 +85,7 @@ function traces(curve, panel, at, ends, few) {
   const colour = css(`--tone-${toneOf(curve.training)}`);
   const several = panel.variants.length > 1;
   const dash = DASHES[(several ? panel.variants.indexOf(curve.variant) : rowOf(curve.training)) % DASHES.length];
-  const value = (step, kind) => 100 * step[shown.accuracy][kind];
+  const value = (size, kind) => 100 * size[shown.accuracy][kind];
   const drawn = [];
   if (few) {
     drawn.push({
@@ -94,40 +94,40 @@ function traces(curve, panel, at, ends, few) {
     });
   }
   // Different N:M patterns are different things: no line leads from one to the next.
-  const steps = curve.steps.filter((step) => !step.pattern);
+  const sizes = curve.sizes.filter((size) => !size.pattern);
   if (few && curve.runs > 1) {
-    const back = [...steps].reverse();
+    const back = [...sizes].reverse();
     drawn.push({
-      x: [...steps, ...back].map(at),
-      y: [...steps.map((step) => value(step, "high")), ...back.map((step) => value(step, "low"))],
+      x: [...sizes, ...back].map(at),
+      y: [...sizes.map((size) => value(size, "high")), ...back.map((size) => value(size, "low"))],
       mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: css(`--tone-${toneOf(curve.training)}`, 0.15), hoverinfo: "skip",
     });
   }
   drawn.push({
-    x: steps.map(at), y: steps.map((step) => value(step, "mean")),
+    x: sizes.map(at), y: sizes.map((size) => value(size, "mean")),
     mode: "lines", line: { color: colour, width: few ? 2.2 : 1.6, dash }, hoverinfo: "skip",
   });
-  const patterns = curve.steps.filter((step) => step.pattern);
+  const patterns = curve.sizes.filter((size) => size.pattern);
   drawn.push({
-    x: curve.steps.map(at), y: curve.steps.map((step) => value(step, "mean")),
+    x: curve.sizes.map(at), y: curve.sizes.map((size) => value(size, "mean")),
     mode: "markers", marker: { color: colour, size: few ? 8 : 7, symbol: SYMBOLS[markOf(curve.training)] },
     // Patterns have no band, so they have bars.
     ...(few && patterns.length > 0 && curve.runs > 1 ? {
       error_y: {
         type: "data", symmetric: false, color: colour, thickness: 1.2, width: 4,
-        array: curve.steps.map((step) => value(step, "high") - value(step, "mean")),
-        arrayminus: curve.steps.map((step) => value(step, "mean") - value(step, "low")),
+        array: curve.sizes.map((size) => value(size, "high") - value(size, "mean")),
+        arrayminus: curve.sizes.map((size) => value(size, "mean") - value(size, "low")),
       },
     } : {}),
-    hovertext: curve.steps.map((step) => step.tip), hoverinfo: "text",
+    hovertext: curve.sizes.map((size) => size.tip), hoverinfo: "text",
   });
   return drawn;
 }
 
 function context(curves, at) {
-  const steps = curves.flatMap((curve) => [...curve.steps.filter((step) => !step.pattern), null]);
+  const sizes = curves.flatMap((curve) => [...curve.sizes.filter((size) => !size.pattern), null]);
   return {
-    x: steps.map((step) => (step ? at(step) : null)), y: steps.map((step) => (step ? 100 * step[shown.accuracy].mean : null)),
+    x: sizes.map((size) => (size ? at(size) : null)), y: sizes.map((size) => (size ? 100 * size[shown.accuracy].mean : null)),
     mode: "lines", line: { color: css("--muted", 0.3), width: 1 }, hoverinfo: "skip", connectgaps: false,
   };
 }
@@ -136,21 +136,21 @@ function drawFigure(where, section, panel, axis) {
   const every = viewOf(panel).curves.filter((curve) => !shown.hidden.has(curve.variant));
   const curves = every.filter((curve) => isShown(curve.training));
   const others = every.filter((curve) => !isShown(curve.training));
-  const steps = every.flatMap((curve) => curve.steps);
-  // Ratios stand at the share that is left. N:M patterns stand side by side, for several have the same share; and
-  const right = 2 + 100 * Math.max(1, ...steps.map((step) => step.shares[axis]));
-  // so that equal ones do not hide each other, the trainings of a pattern stand side by side, too.
+  const sizes = every.flatMap((curve) => curve.sizes);
+  // Ratios stand at the share that is left. N:M patterns stand side by side, because several have the same share, and
+  // so do the trainings of a pattern, because equal accuracies would hide each other.
+  const right = 2 + 100 * Math.max(1, ...sizes.map((size) => size.shares[axis]));
   const aside = (curve) => (curves.length > 1 ? 0.6 * (curves.indexOf(curve) / (curves.length - 1) - 0.5) : 0);
   const at = panel.patterned
-    ? (step, curve) => panel.steps.indexOf(step.label) + aside(curve)
-    : (step) => 100 * step.shares[axis];
-  const ends = panel.patterned ? [-0.5, panel.steps.length - 0.5] : [right, -2];
+    ? (size, curve) => panel.sizes.indexOf(size.label) + aside(curve)
+    : (size) => 100 * size.shares[axis];
+  const ends = panel.patterned ? [-0.5, panel.sizes.length - 0.5] : [right, -2];
   const title = (text) => ({ text, font: { size: 13 } });
   const lines = { gridcolor: css("--line"), linecolor: css("--line"), zeroline: false };
   const shares = { title: title(panel.axes[axis]), range: ends, ticksuffix: "%" };
-  const names = { title: title("N:M pattern"), range: ends, tickvals: [...panel.steps.keys()], ticktext: panel.steps, showgrid: false };
+  const names = { title: title("N:M pattern"), range: ends, tickvals: [...panel.sizes.keys()], ticktext: panel.sizes, showgrid: false };
   const few = curves.length <= FEW;
-  const drawn = curves.flatMap((curve) => traces(curve, panel, (step) => at(step, curve), ends, few));
+  const drawn = curves.flatMap((curve) => traces(curve, panel, (size) => at(size, curve), ends, few));
   Plotly.react(where, others.length > 0 && !panel.patterned ? [context(others, at), ...drawn] : drawn, {
     xaxis: { ...lines, ...(panel.patterned ? names : shares) },
     yaxis: { ...lines, title: title("test accuracy"), range: [0, section.top + 1], ticksuffix: "%" },
@@ -334,7 +334,7 @@ async function copy(button, code, section) {
     button.textContent = "copied";
     setTimeout(() => { button.textContent = "copy"; }, 1500);
   } catch {
-    // Without permission the person copies: the text is selected for that.
+    // Without permission the reader has to copy: the text is selected.
     code.focus();
     getSelection().selectAllChildren(code);
     say(section, "The command is selected: copy it with the keyboard.");
@@ -397,9 +397,9 @@ function drawChoices(s) {
 // ------------------------------------------------------------------------------------------------- other tables
 
 function drawMeans(table, panel) {
-  const labels = panel.steps;
+  const labels = panel.sizes;
   const curves = viewOf(panel).curves.filter((curve) => isShown(curve.training) && !shown.hidden.has(curve.variant));
-  const spreadAt = (curve, label) => curve.steps.find((step) => step.label === label)?.[shown.accuracy];
+  const spreadAt = (curve, label) => curve.sizes.find((size) => size.label === label)?.[shown.accuracy];
   const rivals = curves.filter((curve) => !trainings.get(curve.training).retrained);
   const best = labels.map((label) => Math.max(...rivals.map((curve) => spreadAt(curve, label)?.mean ?? -1)));
   const several = panel.variants.length > 1;
@@ -420,7 +420,7 @@ function drawMeans(table, panel) {
 }
 
 function drawLayers(table, view) {
-  const head = element("tr", {}, heading("Layer", ""), heading("Kept", ""), ...view.steps.map((label) => heading(label)));
+  const head = element("tr", {}, heading("Layer", ""), heading("Kept", ""), ...view.sizes.map((label) => heading(label)));
   const rows = view.layers.map((layer) => element("tr", {},
     element("td", {}, element("code", { textContent: layer.name })),
     cell(layer.kind, ""),
@@ -502,7 +502,7 @@ function showTrainings() {
   document.querySelectorAll(".legend [data-training]").forEach((button) =>
     button.setAttribute("aria-pressed", String(isShown(button.dataset.training))));
   document.querySelectorAll(".legend .all").forEach((button) => { button.disabled = shown.alone.size === 0; });
-  // The tables were drawn anew: give the keyboard its place back.
+  // The tables were drawn anew: the keyboard gets its place back.
   if (table && picked) [...document.getElementById(table).querySelectorAll("[data-training]")].find((button) => button.dataset.training === picked)?.focus();
 }
 

@@ -1,0 +1,47 @@
+"""Putting records in order: by any key, by run, by the size that was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from pliant.records import Record
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Return the items by key, in the order in which they came."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return the entries of a nested dictionary as pairs (dotted name, value)."""
+    entries = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            entries += flat(value, f"{prefix}{name}.")
+        else:
+            entries.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
+    return entries
+
+
+def run_of(record: Record) -> tuple[str, str]:
+    """Return what identifies a record's run: its name and its weights."""
+    return record.run, record.weights
+
+
+def sizes_of(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return the records by what was asked of the compressor, "50%" or "2:4", from the dense end on."""
+    by_ratio = sorted(records, key=lambda record: record.ratio)
+    return grouped(by_ratio, size_of)
+
+
+def size_of(record: Record) -> str:
+    """Return what was asked of the compressor: "50%" or "2:4"."""
+    return record.pattern or f"{100 * record.ratio:.6g}%"
