@@ -450,6 +450,21 @@ def test_k_falls_from_start_to_end_and_goes_on_after_loading() -> None:
             assert torch.equal(p, r)
 
 
+def test_steps_can_be_skipped_to_a_later_k() -> None:
+    p, q = parameter(8, 9), parameter(8, 9)
+    q.data.copy_(p)
+    skipping = NuMuon([group(p, k=2, k_start=8, k_steps=4)], lr=0.1)
+    later = NuMuon([group(q)], lr=0.1)
+    for k in (8, 4):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+        later.param_groups[0]["k"] = k
+        skipping.step()
+        later.step()
+        skipping.skip(2)  # 7 and 5
+    assert torch.equal(p, q)
+
+
 # --- CrAM -------------------------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error of the user's with one line on stderr."""
+    """Run the command line; return the exit code: 0, or 2 after an error that the user can mend, one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with warnings.catch_warnings():
@@ -106,7 +106,7 @@ def _run(arguments: list[str]) -> int:
     _check_files(rest, verb)
     parser = make_parser(name, rest)
     switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
-    # Without the defaults, but in a file of settings to fill in: a function may want to know what was given.
+    # Without the defaults, because a function may want to know what was given; a printed file of settings has them.
     defaults = any(argument.startswith("--print_config") for argument in rest)
     given = vars(parser.parse_args(_with_values(rest, switches), defaults=defaults))
     path = _function(verb)(**{name: value for name, value in given.items() if name != "config"})
@@ -116,7 +116,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _check_files(arguments: list[str], verb: Verb) -> None:
-    """Raise BadInput for a file of settings that is no mapping in YAML: the parser would not name the file."""
+    """Raise BadInput for a file of settings that is not a mapping in YAML: the parser would not name the file."""
     for index, argument in enumerate(arguments):
         flag, _, name = argument.partition("=")
         name = name or (arguments[index + 1] if index + 1 < len(arguments) else "")
@@ -126,7 +126,7 @@ def _check_files(arguments: list[str], verb: Verb) -> None:
             settings = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
-            raise BadInput(f"--config {name} is no YAML file in UTF-8: {' '.join(reason.split())}") from None
+            raise BadInput(f"--config {name} is not a YAML file in UTF-8: {' '.join(reason.split())}") from None
         if not isinstance(settings, dict):
             raise BadInput(f"--config {name}: expected settings such as 'seed: 1', got {type(settings).__name__}")
         given = settings.get(verb.positional, "") if verb.positional else ""
@@ -144,7 +144,7 @@ def make_parser(name: str, arguments: Sequence[str] = ()) -> Parser:
 
     Args:
         name: of the verb.
-        arguments: what it will read; some flags depend on others.
+        arguments: those that it will parse; some flags depend on others.
     """
     verb = VERBS[name]
     function = _function(verb)
@@ -169,8 +169,8 @@ def make_parser(name: str, arguments: Sequence[str] = ()) -> Parser:
 
 
 def _peek(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the values that arguments and files of settings seem to give, before a parser reads them."""
-    found: dict[str, Any] = {}
+    """Return the values that arguments and files of settings seem to give, before a parser has read them."""
+    values: dict[str, Any] = {}
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if not equals:
@@ -178,14 +178,14 @@ def _peek(arguments: Sequence[str]) -> dict[str, Any]:
             if value.startswith("--"):
                 continue
         if flag == "--config" and Path(value).is_file():
-            found |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            values |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))
         elif flag.startswith("--"):
-            found[flag[2:]] = value
-    return found
+            values[flag[2:]] = value
+    return values
 
 
 class Help(jsonargparse.DefaultHelpFormatter):
-    """Help that keeps lines as they are in texts of several lines, and shows what a flag's method decides."""
+    """Help that keeps the lines of tables, and shows the defaults that a method decides."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" not in text:
@@ -208,7 +208,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _one_line(message: str, known: list[str]) -> str:
-    """Say jsonargparse's and argparse's messages in one line of a user's words."""
+    """Put a message of jsonargparse or argparse into one line and into the user's words."""
     if stray := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         flag = stray[1].partition("=")[0]
         kind = "unknown flag" if flag.startswith("-") else "unexpected argument"
@@ -218,22 +218,22 @@ def _one_line(message: str, known: list[str]) -> str:
         expected = re.findall(r"Expected (?:an? )?([^.\n]+)", message)
         kinds = " or ".join(dict.fromkeys(_kind(kind) for kind in expected))
         if value and kinds:
-            # From the command line any text is text; in YAML 2:4 is the number 124, of minutes and seconds.
+            # On the command line 2:4 is text; in YAML it is the number 124, minutes and seconds.
             hint = "; in a YAML file, put text such as 2:4 in quotes" if "text" in kinds else ""
             return f"--{wrong[1]} expects {kinds}, got {value[1].strip()!r}{hint}"
     if missing := re.search(r"File does not exist: '?([^']+)'?", message):
         return f"--config: there is no file {missing[1]}"
-    if other := re.search(r"Path is not a file: '?([^']+)'?", message):
-        return f"--config expects a YAML file, got {other[1]}"
-    if alone := re.search(r"argument (--\w+)\S*: expected one argument", message):
-        return f"{alone[1]} expects a value, got none"
+    if folder := re.search(r"Path is not a file: '?([^']+)'?", message):
+        return f"--config expects a YAML file, got {folder[1]}"
+    if bare := re.search(r"argument (--\w+)\S*: expected one argument", message):
+        return f"{bare[1]} expects a value, got none"
     return " ".join(message.split())
 
 
 def _kind(text: str) -> str:
     names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-    found = re.search(r"<class '(\w+)'>", text)
-    return names.get(found[1], found[1]) if found else text.strip()
+    name = re.search(r"<class '(\w+)'>", text)
+    return names.get(name[1], name[1]) if name else text.strip()
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:

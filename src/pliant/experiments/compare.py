@@ -47,52 +47,57 @@ def compare(
     """
     whole = Suite.open(suite)
     folder = Path(out or f"comparisons/{whole.name}")
-    chosen_methods = None if methods is None else _method_names(whole, methods)
-    whole = join(whole, [*([] if dry_run else _still_found(joined_before(folder))), *(chosen_methods or [])])
-    read = whole if chosen_methods is None else _only_methods(whole, chosen_methods)
+    labels = None if methods is None else _method_names(whole, methods)
+    earlier = [] if dry_run else _still_there(joined_before(folder))
+    whole = join(whole, [*earlier, *(labels or [])])
+    part = whole if labels is None else _only_methods(whole, labels)
     if tasks is not None:
-        chosen = _chosen("task", tasks, read.tasks)
-        read = dataclasses.replace(read, tasks={name: read.tasks[name] for name in chosen})
+        part = dataclasses.replace(part, tasks={name: part.tasks[name] for name in _names("task", tasks, part.tasks)})
     if data_dir is not None:
         place = str(Path(data_dir).expanduser().resolve())
-        read = dataclasses.replace(read, tasks={name: {**t, "data_dir": place} for name, t in read.tasks.items()})
+        part = dataclasses.replace(part, tasks={name: {**t, "data_dir": place} for name, t in part.tasks.items()})
     if dry_run:
-        rehearse(read)
+        rehearse(part)
         return None
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder}: it is a file, but the folder of the comparison is expected")
-    each = here if ray is None else on_ray(ray)
-    for task in read.tasks:
-        data_of(read.task_settings(task))  # for its errors, before anything is written
+    performer = here if ray is None else on_ray(ray)
+    for task in part.tasks:
+        data_of(part.task_settings(task))  # for its errors, before anything is written
     make_folders(folder)
     with locked(folder):
-        Comparison(read, folder, each).run()
-        done = Comparison(whole, folder, each)
-        found, remarks, page = done.current(), done.diverged(), folder / "report.html"
-        if not found:
-            raise Diverged(f"{folder}: there is nothing to report. {' '.join(remarks)}")
-        write_report(found, page, markdown=folder / "report.md", runs=str(folder / "runs"), remarks=remarks)
-        return page
+        Comparison(part, folder, performer).run()
+        return _report(Comparison(whole, folder, performer))
+
+
+def _report(comparison: Comparison) -> Path:
+    """Write the report of all that a comparison has; raises Diverged if that is nothing."""
+    folder, records, remarks = comparison.folder, comparison.current(), comparison.diverged()
+    if not records:
+        raise Diverged(f"{folder}: there is nothing to report. {' '.join(remarks)}")
+    page = folder / "report.html"
+    write_report(records, page, markdown=folder / "report.md", runs=str(folder / "runs"), remarks=remarks)
+    return page
 
 
 def _method_names(suite: Suite, text: str) -> list[str]:
-    """Return the names between the commas; raise BadInput if one is neither of the suite nor of a method."""
+    """Return the names between the commas; raises BadInput for one that the suite does not have and no method has."""
     labels = [entrant.label for entrant in suite.methods]
     known = {*labels, *names("method", METHODS)}
-    return _chosen("method", text, labels, lambda name: name in known or ":" in name)
+    return _names("method", text, labels, lambda name: name in known or ":" in name)
 
 
-def _still_found(methods: list[str]) -> list[str]:
-    """Return the methods that there are; warn of others, which joined when their package was here."""
-    found = []
+def _still_there(methods: list[str]) -> list[str]:
+    """Return those of the methods that can be found; warn of the others, whose packages are gone or broken."""
+    there = []
     for name in methods:
         try:
             find_method(name)
         except BadInput as error:
             warnings.warn(f"left out of the comparison: {error}", stacklevel=2)
         else:
-            found.append(name)
-    return found
+            there.append(name)
+    return there
 
 
 def _only_methods(suite: Suite, labels: list[str]) -> Suite:
@@ -101,10 +106,10 @@ def _only_methods(suite: Suite, labels: list[str]) -> Suite:
     return dataclasses.replace(suite, methods=methods, retraining=retraining)
 
 
-def _chosen(what: str, text: str, names: Collection[str], known: Callable[[str], bool] | None = None) -> list[str]:
-    """Return the names between the commas; raise BadInput for one that is not known, by default if not in ``names``."""
-    chosen = text.split(",")
-    for name in chosen:
-        if not (name in names if known is None else known(name)):
-            raise unknown(f"{what} of this suite", name, names)
-    return chosen
+def _names(what: str, text: str, known: Collection[str], fits: Callable[[str], bool] | None = None) -> list[str]:
+    """Return the names between the commas; raises BadInput for one that does not fit, by default if it is not known."""
+    parts = text.split(",")
+    for name in parts:
+        if not (name in known if fits is None else fits(name)):
+            raise unknown(f"{what} of this suite", name, known)
+    return parts

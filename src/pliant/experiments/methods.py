@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.constraints import filters, rank, weights
-from pliant.errors import BadInput, unknown
+from pliant.errors import BadInput, shown, unknown
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
 from pliant.experiments.training.optimizers import Build, condlr, lorita, matrix_sgd, nm_preset, pat, sfw, sgd
@@ -40,7 +40,7 @@ from pliant.experiments.training.settings import (
 from pliant.extensions import find
 
 RESERVED = ("out", "resume", "config", "print_config", "help", "others")
-"""Names that are no settings, but flags or keywords."""
+"""Names of flags and keywords that are not settings."""
 _FIELDS: dict[str, Any] = {
     "summary": str,
     "build": Callable,
@@ -58,14 +58,14 @@ class Method:
 
     Args:
         summary: what it is, in a few words.
-        build: from the model, all settings and some images to the optimizer; may parametrise weights of the model.
-        lr: learning rate; None where it follows from ``turnover`` and the length of the training.
-        own: the settings that not every method has, with this one's defaults; None where it has one but needs none. A
-            setting that no other method has needs a default other than None, or a
-            :class:`~pliant.experiments.training.settings.Setting` in its place.
-        docs: what its own settings are, where it is not what all methods understand by that name.
+        build: makes the optimizer from the model, the settings and some images; may parametrise weights of the model.
+        lr: learning rate; None if it follows from ``turnover`` and the length of the training.
+        own: defaults of the settings that not every method has, by name; None if the setting may be left out. In the
+            place of a default, :class:`~pliant.experiments.training.settings.Setting` also states the kind, the range
+            and the meaning of a setting that only this method has.
+        docs: what its own settings mean, if that is not what they mean for other methods.
         passes: forward and backward passes per step.
-        cut_by: the compressors that its networks are made for; none for all.
+        cut_by: the compressors that its networks are made for; empty for all.
         trials: settings to choose from in a comparison whose suite does not name the method.
     """
 
@@ -80,13 +80,13 @@ class Method:
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
-        """Its own settings, with its defaults and what they are, in the order of run folders."""
+        """Its own settings, with its defaults and what they mean, in the order of run folders."""
         names = [name for name in SETTINGS if name in self.own] + self.others
         return {name: self._setting(name, self.own[name]) for name in names}
 
     @property
     def others(self) -> list[str]:
-        """The names of those settings that it alone has."""
+        """The names of the settings that only this method has."""
         return [name for name in self.own if name not in SETTINGS]
 
     def _setting(self, name: str, value: Any) -> Setting:
@@ -129,14 +129,14 @@ def matrix_method(
     trials: tuple[Mapping[str, Any], ...] = (),
     **fixed: Any,
 ) -> Method:
-    """Return the method of an optimizer: its options, but the fixed ones, are its own settings.
+    """Return the method of an optimizer, whose options, except the fixed ones, are the method's own settings.
 
     Args:
         summary: what it is, in a few words.
         optimizer: a subclass of :class:`~pliant.experiments.baselines.MatrixSGD`.
-        cut_by, lr, passes, docs, trials: as of :class:`Method`.
-        own: settings beside the options, and other defaults of these.
-        fixed: options that are no settings.
+        cut_by, lr, passes, docs, trials: as in :class:`Method`.
+        own: more settings, or other defaults of the options.
+        fixed: options that are not settings, with their values.
     """
     options = {name: value for name, value in optimizer.options.items() if name not in fixed}
     build = matrix_sgd(optimizer, **fixed)
@@ -146,15 +146,14 @@ def matrix_method(
 def find_method(name: str) -> Method:
     """Return the method of a name: ours, of an installed package, or ``package.module:name``.
 
-    Raises BadInput if there is none, or it is not what a method should be.
+    Raises BadInput if nothing has this name, or it is not a method.
     """
     return find("method", name, METHODS, _fault, lambda _, thing: _as_method(thing))
 
 
 def _fault(thing: Any) -> str | None:
     if not isinstance(thing, Method) and not (isinstance(thing, type) and issubclass(thing, MatrixSGD)):
-        kind = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
-        return f"expected a Method or a subclass of MatrixSGD, got {kind}"
+        return f"expected a Method or a subclass of MatrixSGD, got {shown(thing)}"
     return _as_method(thing).fault()
 
 
@@ -166,7 +165,7 @@ def _as_method(thing: Any) -> Method:
 
 
 def settings_from(given: Mapping[str, Any]) -> Settings:
-    """Return the settings that names and values say; raises BadInput for a wrong one."""
+    """Return settings from names and values; raises BadInput for an unknown name or a wrong value."""
     settings = Settings(**{name: value for name, value in given.items() if name in SETTINGS})
     rest = {name: value for name, value in given.items() if name not in SETTINGS}
     own = find_method(settings.method).settings if rest else {}
@@ -177,7 +176,7 @@ def settings_from(given: Mapping[str, Any]) -> Settings:
 
 
 def resolved(settings: Settings) -> Resolved:
-    """Return the settings that a training runs with: the method's own where they are None.
+    """Return the settings that a training runs with: the method's own values in the place of None.
 
     Raises BadInput for an unknown method, or a setting that it does not have.
     """
@@ -205,15 +204,15 @@ def resolved(settings: Settings) -> Resolved:
 
 def _gradient_recipe(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a method that the recipe "gradient" decides."""
-    decided = {name: value for name, value in GRADIENT.items() if name in defaults}
+    values = {name: value for name, value in GRADIENT.items() if name in defaults}
     if "k" in defaults and defaults["k"] is None:
-        del decided["k"]  # the pattern tells it
-    return decided
+        del values["k"]  # the pattern decides it
+    return values
 
 
 def _turnover(settings: Settings, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return turnover and lr: one of them decides the steps."""
-    if values["lr"] is None and values["rescale"] == "none":
+    if values["lr"] is None and values.get("rescale", "none") == "none":
         return {}
     if settings.turnover is not None:
         raise BadInput("--turnover is for --rescale none without --lr, which it decides")
@@ -221,7 +220,7 @@ def _turnover(settings: Settings, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_convex(settings: Settings) -> dict[str, Any]:
-    """Return the settings that only convex steps have: their length is known."""
+    """Return what the settings of convex steps are for steps of another length, which is not known before."""
     for name in ("strength", "persistence"):
         if settings[name]:
             raise BadInput(f"--{name} of --method {settings.method} needs --rescale none")
@@ -229,7 +228,7 @@ def _not_convex(settings: Settings) -> dict[str, Any]:
 
 
 def _without_k(settings: Settings) -> dict[str, Any]:
-    """Return the settings that only norms with a k have: one of another package need not have one."""
+    """Return what the settings of a norm with a k are for one without."""
     for name in ("k", "k_start"):
         if settings[name] is not None:
             raise BadInput(f"--{name} is for norms that have a k, unlike --vertices {settings.vertices}")
@@ -241,8 +240,8 @@ def make_optimizer(model: nn.Module, settings: Resolved, images: Tensor | None =
 
     Args:
         model: some methods parametrise its weights; otherwise it is left as it is.
-        settings: what the training runs with.
-        images: two or more, to find coupled channels with.
+        settings: of the training.
+        images: two or more, from which coupled channels are found.
 
     Raises:
         BadInput: a value out of range, or a model without a weight that the method is about.

@@ -36,15 +36,15 @@ def train(settings: Settings, /, *, out: str | None = None, resume: bool = False
 def train(*first: Any, out: str | None = None, resume: bool = False, **settings: Any) -> Path:
     """Train one network and return its run folder.
 
-    ``pliant train --help`` lists all settings with their defaults, and so does the page on the command line;
-    ``pliant train --method NAME --help`` lists those of a method, too. In Python each is a keyword of the same name::
+    ``pliant train --help`` and the page on the command line list the settings and their defaults; with ``--method
+    NAME`` the help lists those of this method too. In Python each is a keyword of the same name::
 
         pliant.train("digits", model="resnet8", method="sfw-rank", k=0.1, epochs=10)
 
     Args:
-        data: the data set; also as a keyword. Or all settings in the place of keywords, as
+        data: the data set, which may be a keyword too; or all settings in the place of keywords, as
             :class:`~pliant.experiments.training.settings.Settings`.
-        settings: the others; None is what the method decides. What is decided stands in config.yaml of the run folder.
+        settings: the others; the method decides what is None. The run folder's config.yaml has what was decided.
         out: run folder; by default runs/DATA-MODEL-METHOD-seedN.
         resume: go on from the last checkpoint of the run folder, with its settings.
 
@@ -55,13 +55,13 @@ def train(*first: Any, out: str | None = None, resume: bool = False, **settings:
         Busy: another process trains in this folder.
     """
     given = _given(first, settings)
-    wanted = settings_from(given)
-    folder = Path(out or _default_folder(wanted))
-    if not is_empty(folder):
-        if not resume:
-            raise BadInput(f"--out: {folder} exists: go on with --resume, or choose another one")
-        wanted = resumable(folder, given)
-    return train_run(wanted, folder)
+    requested = settings_from(given)
+    folder = Path(out or _default_folder(requested))
+    if is_empty(folder):
+        return train_run(requested, folder)
+    if not resume:
+        raise BadInput(f"--out: {folder} exists: go on with --resume, or choose another one")
+    return train_run(resumable(folder, given), folder)
 
 
 def resumable(folder: Path, given: Mapping[str, Any]) -> Settings:
@@ -69,10 +69,10 @@ def resumable(folder: Path, given: Mapping[str, Any]) -> Settings:
 
     Args:
         folder: the run folder.
-        given: settings that were asked for; None and "auto" ask for nothing.
+        given: settings that were asked for; None and "auto" agree with any value.
 
     Raises:
-        BadInput: the folder is not of a training, or the settings are others.
+        BadInput: the folder does not hold a training, or it has other settings.
         DamagedFile: it cannot be read.
     """
     if (folder / PLAN).exists():
@@ -91,16 +91,16 @@ def train_run(settings: Settings, folder: Path, data: ImageData | None = None) -
     """Train in a folder, going on from its checkpoint if there is one; do nothing if the training is complete.
 
     Args:
-        settings: what is wanted; a folder with a checkpoint has the same.
+        settings: of the training; a folder with a checkpoint has the same.
         folder: the run folder; made if needed.
-        data: what ``settings`` name, if it is in memory already.
+        data: the data set that ``settings`` name, if it is in memory already.
     """
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINT).exists():
         return folder  # complete, and its checkpoint was deleted
     fresh = is_empty(folder)
     session = Session(settings, data)
     processes = session.accelerator
-    processes.wait_for_everyone()  # until now all have looked at the folder, from now on the main process writes to it
+    processes.wait_for_everyone()  # all have looked at the folder, before the main process writes to it
     main = processes.is_main_process
     make_folders(folder.parent)
     lock = locked(folder) if main else contextlib.nullcontext()
@@ -144,7 +144,7 @@ def _default_folder(settings: Settings) -> str:
 
 
 def _saved_settings(folder: Path) -> Settings:
-    """Return the settings of a run; those that came after it was made are as they were by default."""
+    """Return the settings of a run; those that did not exist when it was made have their defaults."""
     config = Run.open(folder).config
     try:
         method = find_method(config["method"])

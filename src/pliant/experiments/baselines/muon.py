@@ -22,7 +22,7 @@ from pliant.linalg import polar
 
 
 class Directed(MatrixSGD):
-    """Base of the methods that take matrices along a direction of their own, without momentum of the SGD step.
+    """Base of the methods that move matrices along a direction of their own, without the momentum of the SGD step.
 
     Their ``momentum`` averages gradients; the matrices of a group hold it as ``"beta"``.
     """

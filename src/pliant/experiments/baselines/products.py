@@ -51,7 +51,7 @@ def factorise(layer: nn.Module, product: Product) -> list[tuple[str, nn.Paramete
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """Return a copy of the model with every product multiplied out; the model itself where there is none."""
+    """Return a copy of the model with every product multiplied out; the model itself if there is none."""
     if not any(isinstance(module, Product) for module in model.modules()):
         return model
     model = copy.deepcopy(model)

@@ -1,8 +1,8 @@
-"""A comparison: a suite, and what is there of it in a folder.
+"""A comparison: a suite, and a folder with its results so far.
 
 For every task and method of the suite: train all trials, choose for each family the one with the largest area under its
-validation curve, train that with every seed, measure. What is complete is kept: a comparison that was stopped, or whose
-suite has grown, goes on.
+validation curve, train that with every seed, measure. Complete results are kept: a comparison that was stopped, or
+whose suite has grown, goes on.
 
 FOLDER/suite.yaml    the suite
        trials.jsonl  one line per trial and family: the settings, the validation curve and its area
@@ -38,18 +38,18 @@ TRIALS = "trials.jsonl"
 
 
 class Comparison:
-    """A suite and what is already there of it.
+    """A suite and its results so far.
 
     Args:
         suite: what to compare.
-        folder: where.
-        each: performs jobs and gives their lines, in any order.
+        folder: of the comparison.
+        performer: performs jobs and gives their lines, in any order.
     """
 
-    def __init__(self, suite: Suite, folder: Path, each: Performer) -> None:
+    def __init__(self, suite: Suite, folder: Path, performer: Performer) -> None:
         self.suite = suite
         self.folder = folder
-        self.each = each
+        self.performer = performer
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         trials = folder / TRIALS
         self.trials = read_lines(trials, Outcome.from_dict, "trials") if trials.exists() else []
@@ -57,7 +57,7 @@ class Comparison:
         self.records = read_records(self.records_file) if self.records_file.exists() else []
 
     def run(self) -> None:
-        """Do what is missing: the search, then the chosen settings with every seed, then what needs these."""
+        """Do what is missing: the search, then the chosen trials with every seed, then what depends on them."""
         search = [job for job in self._search() if not self._searched(job)]
         self._missing(self._wanted())  # refuses what was measured otherwise, before anything is written or trained
         write_text(self.folder / SUITE, self.suite.text)
@@ -68,17 +68,17 @@ class Comparison:
             self._perform("equal time", self._missing(self._equal_time()))
 
     def current(self) -> list[Record]:
-        """Return the records of what the suite wants now.
+        """Return the records that the suite asks for now.
 
-        Where another trial was chosen once, before the suite grew, its records stay in the file; reported beside those
-        of the choice of today, test images would decide between them.
+        If another trial was chosen before the suite grew, its records stay in the file. In a report beside those of the
+        present choice, test images would decide between the two.
         """
         wanted = {job.name for job in self._wanted()}
         latest = {record.key(): record for record in self.records if record.run in wanted}
         return list(latest.values())
 
     def diverged(self) -> list[str]:
-        """Return a sentence that tells what is missing in the records, for it diverged; none if nothing did."""
+        """Return sentences that name what the records lack because it diverged; none if nothing did."""
         runs = dict.fromkeys(outcome.run for outcome in self.trials if outcome.area is None)
         wanted = {job.training for job in self._wanted()}
         lost = [run for run in runs if run in wanted]
@@ -100,10 +100,12 @@ class Comparison:
     # --- what is to be done ---
 
     def _search(self) -> Iterator[Job]:
-        for task in self.suite.tasks:
-            for entrant in self.suite.methods:
-                for trial in entrant.trials:
-                    yield self._job(task, entrant, trial, self.suite.seeds[0], entrant.families, search=True)
+        for task, entrant in itertools.product(self.suite.tasks, self.suite.methods):
+            yield from self._trials_of(task, entrant)
+
+    def _trials_of(self, task: str, entrant: Entrant) -> Iterator[Job]:
+        for trial in entrant.trials:
+            yield self._job(task, entrant, trial, self.suite.seeds[0], entrant.families, search=True)
 
     def _chosen(self, seed: int) -> Iterator[Job]:
         """Yield the runs of the best trials; one for several families where they agree."""
@@ -116,25 +118,26 @@ class Comparison:
                         yield self._job(task, entrant, trial, seed, families)
 
     def _retrainings(self) -> Iterator[Job]:
-        """Yield the reference with retraining, under each schedule, at the suite's sizes for it."""
-        wanted = self.suite.retraining
-        if wanted is None:
+        """Yield the jobs of the reference with retraining, under each schedule, at the sizes that the suite names."""
+        plan = self.suite.retraining
+        if plan is None:
             return
-        for seed in self.suite.seeds:
-            for job in self._chosen(seed):
-                if job.label == wanted.method:
-                    again = dataclasses.replace(job, retraining_epochs=wanted.epochs)
-                    for rounds, schedule in itertools.product(wanted.rounds, wanted.schedules):
-                        families = {family: wanted.measures(of, rounds) for family, of in job.families.items()}
-                        yield dataclasses.replace(
-                            again, families=families, retraining=schedule, retraining_rounds=rounds
-                        )
+        for job in (job for seed in self.suite.seeds for job in self._chosen(seed) if job.label == plan.method):
+            for rounds, schedule in itertools.product(plan.rounds, plan.schedules):
+                families = {name: plan.measures(family, rounds) for name, family in job.families.items()}
+                yield dataclasses.replace(
+                    job,
+                    families=families,
+                    retraining=schedule,
+                    retraining_epochs=plan.epochs,
+                    retraining_rounds=rounds,
+                )
 
     def _equal_time(self) -> Iterator[Job]:
         """Yield runs of fewer epochs for the methods whose steps take longer than SGD's.
 
-        They have as many as do not take longer than SGD's time and TIME_SLACK; those of an earlier seed, once there
-        is one, for the times of steps are never quite the same.
+        They have as many epochs as fit into SGD's time and TIME_SLACK. Once a seed has been measured, the others take
+        its number of epochs, because the times of steps are never quite the same.
         """
         for seed in self.suite.seeds:
             for job in self._chosen(seed):
@@ -165,21 +168,22 @@ class Comparison:
     # --- what is there ---
 
     def _searched(self, job: Job) -> bool:
-        found = [outcome for outcome in self.trials if outcome.run == job.training]
-        for outcome in found:
+        """Return whether all families of a trial have their outcome."""
+        outcomes = [outcome for outcome in self.trials if outcome.run == job.training]
+        for outcome in outcomes:
             job.check(outcome.config, self.folder / TRIALS)
             if outcome.family in job.families:
                 self._check_measure(outcome, job)
-        return {outcome.family for outcome in found} >= set(job.families)
+        return {outcome.family for outcome in outcomes} >= set(job.families)
 
     def _check_measure(self, outcome: Outcome, job: Job) -> None:
         """Raise BadInput if the search was by another measure than the first one of the family is now."""
         first = job.families[outcome.family][0]
-        # Files from before the name was kept are also from before there was another scheme.
+        # Files without the name are from before there was another scheme.
         compressor = outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name
-        told = {"compressor": compressor, **outcome.measure}
+        measure = {"compressor": compressor, **outcome.measure}
         for name, now in {"compressor": first.name, **job.chosen_by(outcome.family)}.items():
-            before = told.get(name, now)  # files from before a thing was kept do not tell it
+            before = measure.get(name, now)  # files of earlier versions do not have everything
             if before != now:
                 raise BadInput(
                     f"{self.folder / TRIALS} has chosen {outcome.label} with {name} {shown(before)}, the first measure "
@@ -202,13 +206,13 @@ class Comparison:
         return missing
 
     def _is_here(self, job: Job, done: list[Record]) -> bool:
-        """Return whether the network that the records are of lies here; without it, it is trained again."""
+        """Return whether the network of the records is in the folder; if not, it is trained again."""
         path = self.folder / "runs" / job.training
         return (path / WEIGHTS).exists() and {record.weights for record in done} <= {sha256(path / WEIGHTS)}
 
     def _best(self, task: str, entrant: Entrant, family: str) -> dict[str, Any] | None:
         """Return the trial with the largest area under its validation curve; None if all diverged."""
-        jobs = {job.training: job for job in self._search() if (job.task, job.label) == (task, entrant.label)}
+        jobs = {job.training: job for job in self._trials_of(task, entrant)}
         areas = {
             outcome.run: outcome.area
             for outcome in self.trials
@@ -222,7 +226,7 @@ class Comparison:
         return step_ratio(record for record in self.records if record.run in runs)
 
     def _epochs_in_time(self, job: Job) -> int | None:
-        """Return how many epochs the runs at equal time have that are there; None without one."""
+        """Return how many epochs the runs at equal time have that were measured; None if there are none."""
         lengths = range(1, job.settings.epochs + 1)
         names = {_shortened(run, epochs).name: epochs for run in self._of_all_seeds(job) for epochs in lengths}
         return next((names[record.run] for record in self.records if record.run in names), None)
@@ -239,7 +243,7 @@ class Comparison:
             return
         self._say(f"{stage}: {len(jobs)} trainings")
         started = time.perf_counter()
-        for done, (job, lines) in enumerate(self.each(jobs, self.folder), start=1):
+        for done, (job, lines) in enumerate(self.performer(jobs, self.folder), start=1):
             for line in lines:
                 self._keep(line)
             seconds = time.perf_counter() - started
@@ -254,8 +258,8 @@ class Comparison:
             return
         append_line(self.folder / TRIALS, line.to_dict())
         self.trials.append(line)
-        found = line.error if line.area is None else f"area {line.area:.1%} on the validation images"
-        self._say(f"{line.run}  {line.family}: {found}")
+        result = line.error if line.area is None else f"area {line.area:.1%} on the validation images"
+        self._say(f"{line.run}  {line.family}: {result}")
 
     def _say(self, text: str) -> None:
         self.console.print(text)

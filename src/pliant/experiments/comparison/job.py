@@ -1,7 +1,7 @@
-"""What a comparison does and what comes of it, as plain data: it travels to other machines and into files.
+"""What a comparison does, and its results, as plain data that travel to other machines and into files.
 
-A :class:`Job` is a training and what is to be measured of it; an :class:`Outcome` is what a trial came to in the search
-for settings, which sees validation images only. The other measurements are records, :class:`~pliant.records.Record`.
+A :class:`Job` is a training and what to measure of it. An :class:`Outcome` is the result of a trial in the search for
+settings, which sees validation images only. All other results are records, :class:`~pliant.records.Record`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Job:
-    """A training and what is to be measured of it.
+    """A training and what to measure of it.
 
     Args:
         task: name of the task.
         label: name of the method in the comparison.
         trial: the settings that tell the method's trials apart.
-        settings: those of the training.
+        settings: all settings of the training.
         families: what to measure, by family.
         calibration: images for whitening and the BatchNorm re-estimation.
         search: whether the first measure of each family is taken on the validation images, nothing else.
-        equal: what the training is granted as much of as SGD: "epochs" or "time".
-        retraining: schedule by which each compressed network is trained again; empty for none.
-        retraining_epochs: for how long.
+        equal: "epochs" or "time": the training has as much of it as SGD.
+        retraining: schedule under which each compressed network is trained again; empty if it is not.
+        retraining_epochs: how long it is trained again.
         retraining_rounds: how many times, each after a part of the compression.
         rounds: how many steps are timed in each part of the training.
     """
@@ -59,10 +59,10 @@ class Job:
     def training(self) -> str:
         """Name of the training's run folder."""
         parts = [part for part in (self.task, self.label) if part]
-        shown = [f"{name}={value}" for name, value in self.trial.items()]
+        values = [f"{name}={value}" for name, value in self.trial.items()]
         if self.equal == "time":
-            shown.append(f"epochs={self.settings.epochs}")
-        return ",".join(["-".join(parts), *shown, f"seed={self.settings.seed}"]).replace("/", "_").replace(":", "_")
+            values.append(f"epochs={self.settings.epochs}")
+        return ",".join(["-".join(parts), *values, f"seed={self.settings.seed}"]).replace("/", "_").replace(":", "_")
 
     @property
     def name(self) -> str:
@@ -82,13 +82,13 @@ class Job:
         if settings.precision == "auto":
             free |= {"precision"}  # a run has what its machine is good at
         expected = {name: value for name, value in settings.to_config().items() if name not in free}
-        # How it was measured, where the results tell that.
+        # How it was measured, if the results say so.
         expected |= {name: value for name, value in self._measured().items() if name in config}
         for name, value in expected.items():
-            found = config.get(name)  # None, too, for a setting that did not exist yet
-            if differ(name, found, value):
+            before = config.get(name)  # None, too, for a setting that did not exist yet
+            if differ(name, before, value):
                 raise BadInput(
-                    f"{where} holds {self.training} with {name} {shown(found)}, the suite says {value!r}: "
+                    f"{where} holds {self.training} with {name} {shown(before)}, the suite says {value!r}: "
                     "choose another --out, or remove what is there"
                 )
 
@@ -96,17 +96,17 @@ class Job:
         return {"calibration": self.calibration, "retraining_epochs": self.retraining_epochs}
 
     def chosen_by(self, family: str) -> dict[str, Any]:
-        """Return what the area of a trial depends on beside its training and compressor, as plain data."""
+        """Return, as plain data, what the area of a trial depends on beside its training and its compressor."""
         first = self.families[family][0]
         points = [list(point) for point in first.points]
         return {"allocation": first.allocation, "points": points, "calibration": self.calibration}
 
     def without(self, done: set[tuple[str, str, float, str]], anew: bool = False) -> Job:
-        """Return the job without what is measured.
+        """Return the job without the points that are measured already.
 
         Args:
-            done: as (compressor, allocation, ratio, pattern), as records have them.
-            anew: a measure of which something is missing is taken at all its points, for it will be of another network.
+            done: (compressor, allocation, ratio, pattern) of each, as records have them.
+            anew: take a measure of which a point is missing at all its points, because it will be of another network.
         """
         families = {}
         for family, measures in self.families.items():
@@ -121,17 +121,18 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A trial of the search in one family: the validation curve of its network.
+    """The result of a trial in one family: the validation curve of its network.
 
     Args:
-        task, label, family, run: which it is.
+        task, label, family: of which task, method and family.
+        run: name of the training.
         trial: the settings that tell the method's trials apart.
         config: all settings of the training.
         points: pairs (removed share of all parameters or of the non-zeros, validation accuracy).
         area: under that curve; None for a training that diverged.
-        error: what diverged.
-        compressor: what cut it, as records name it; empty in files from before this was kept.
-        measure: what else the area depends on, see :meth:`Job.chosen_by`; empty in files from before this was kept.
+        error: of a training that diverged.
+        compressor: what cut the network, as records name it; empty in files of earlier versions.
+        measure: what else the area depends on, see :meth:`Job.chosen_by`; empty in files of earlier versions.
     """
 
     task: str
@@ -152,7 +153,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Outcome:
-        """Return the outcome that :meth:`to_dict` made ``values`` of; raises BadInput if they are none."""
+        """Return the outcome of the data that :meth:`to_dict` returned; raises BadInput for other data."""
         values = {"compressor": "", "measure": {}, **values}
         kinds: dict[str, Any] = {
             **dict.fromkeys(("task", "label", "family", "run", "error", "compressor"), str),

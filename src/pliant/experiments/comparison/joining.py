@@ -1,8 +1,8 @@
 """Methods that join a comparison whose suite does not name them, such as those of other packages.
 
-Each takes part in the families whose first compressor its networks are made for, with as many trials as the others: its
-own :attr:`~pliant.experiments.methods.Method.trials`, then a grid over its learning rate, the default times 1, 1/2, 2,
-1/4, 4 and so on (over ``turnover`` where the learning rate follows from it).
+Each takes part in the families whose first compressor its networks are made for, and has as many trials as the others:
+its own :attr:`~pliant.experiments.methods.Method.trials`, then a grid over its learning rate, the default times 1, 1/2,
+2, 1/4, 4 and so on (over ``turnover`` if the learning rate follows from that).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pliant.experiments.comparison.suite import Suite
 from pliant.experiments.methods import Method, find_method
 
 SUITE = "suite.yaml"
-"""The suite of a comparison in its folder; its ``joined`` names the methods that joined it."""
+"""The suite in the folder of a comparison; its entry ``joined`` names the methods that joined."""
 
 
 def join(suite: Suite, names: Sequence[str]) -> Suite:
-    """Return a suite with some methods more.
+    """Return a suite with some more methods.
 
     Raises BadInput if one cannot be found, or is made for none of the suite's families.
     """
@@ -34,8 +34,7 @@ def join(suite: Suite, names: Sequence[str]) -> Suite:
     count = len(suite.methods[0].trials)
     for name in names:
         method = find_method(name)
-        entry = {"families": _families(suite, name, method), "trials": trials_of(method, count)}
-        content["methods"][name] = entry
+        content["methods"][name] = {"families": _families(suite, name, method), "trials": trials_of(method, count)}
     content["joined"] = [*suite.joined, *names]
     return Suite.from_dict(suite.name, content)
 
@@ -53,7 +52,7 @@ def joined_before(folder: Path) -> list[str]:
 
 
 def trials_of(method: Method, count: int) -> list[dict[str, Any]]:
-    """Return that many different settings of a method to choose from."""
+    """Return ``count`` different trials of a method."""
     name = "turnover" if method.lr is None else "lr"
     default = method.settings["turnover"].default if method.lr is None else method.lr
     grid = ({name: float(f"{default * factor:.6g}")} for factor in _factors())

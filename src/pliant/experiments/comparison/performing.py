@@ -1,4 +1,4 @@
-"""Performing a job: train what it describes, unless that is done, and take its measurements."""
+"""Performing a job: train what it describes, unless that is done already, and measure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pliant.reporting.area import area
 
 
 def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[Line]:
-    """Train in ``folder``/runs, unless that is done, and yield the measurements one by one.
+    """Train in ``folder``/runs, unless that is done already, and yield the measurements one by one.
 
     A training that diverges yields an :class:`Outcome` that says so, for each family; a job without a family raises
     Diverged.
@@ -35,7 +35,7 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
     Args:
         job: what to train and to measure.
         folder: of the comparison.
-        data: what the settings name, if it is in memory already, or something in its place.
+        data: the data set that the settings name, if it is in memory already, or another one in its place.
     """
     data = data or data_of(job.settings)
     path = folder / "runs" / job.training
@@ -72,7 +72,7 @@ def _search(job: Job, run: Run) -> Iterator[Outcome]:
 
 
 def _measure(job: Job, run: Run) -> Iterator[Record]:
-    """Yield the records of a network at every point of every measure, retrained where the job says so."""
+    """Yield the records of a network at every point of every measure, retrained if the job says so."""
     cost = step_cost(job, run.data, run.seconds)
     retrained = retraining(job, run.data, Settings.from_config(run.config)) if job.retraining else None
     extra: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Rehearsing a comparison: every method and measure of a suite once, for a few steps, on images made of noise.
 
-What would fail after hours on a large machine fails here in minutes: a method that does not fit a network, a compressor
-that finds nothing to remove. Nothing is kept.
+It takes minutes to find what would fail after hours on a large machine: a method that does not fit a network, a
+compressor that finds nothing to remove. Nothing is kept.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ IMAGES, BATCH = 12, 4
 def rehearse(suite: Suite) -> None:
     """Train each method of each task for three steps on noise, and take each measure at one size.
 
-    Compressors know nothing of how a network was trained: the first method of a family takes its measures, the others
-    are trained. Raises whatever error the comparison itself would meet.
+    Compressors do not depend on how a network was trained: of each family only the first method is measured, the others
+    are trained. Raises the errors that the comparison itself would raise.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     with tempfile.TemporaryDirectory(prefix="pliant-") as folder:
         for task in suite.tasks:
             settings = suite.task_settings(task)
             data = noise(settings.data, settings.image_size)
-            seen: set[str] = set()
+            families: set[str] = set()  # of which a method was measured
             for entrant in suite.methods:
                 job = _job(suite, task, entrant)
-                new = {family: measures for family, measures in job.families.items() if family not in seen}
-                seen |= set(new)
+                new = {family: measures for family, measures in job.families.items() if family not in families}
+                families |= set(new)
                 search = dataclasses.replace(job, families=new, search=True)
-                for one in (search, *([dataclasses.replace(job, families=new)] if new else []), *_again(suite, job)):
-                    lines = _performed(one, Path(folder), data)
-                    told = f"{len(lines)} measurements" if one.families else "trained"
-                    console.print(f"{one.name}: {told}" + (", search" if one.search and one.families else ""))
+                measured = [dataclasses.replace(job, families=new)] if new else []
+                for part in (search, *measured, *_retrainings(suite, job)):
+                    lines = _perform(part, Path(folder), data)
+                    result = f"{len(lines)} measurements" if part.families else "trained"
+                    console.print(f"{part.name}: {result}" + (", search" if part.search and part.families else ""))
     console.print("Everything runs; nothing is kept.")
 
 
@@ -78,8 +79,8 @@ def _job(suite: Suite, task: str, entrant: Entrant) -> Job:
     )
 
 
-def _performed(job: Job, folder: Path, data: ImageData) -> list[Line]:
-    """Return what a job yields; raises Diverged, where a comparison would go on without that training."""
+def _perform(job: Job, folder: Path, data: ImageData) -> list[Line]:
+    """Return the lines of a job; raises Diverged, where a comparison would go on without that training."""
     try:
         lines = list(perform(job, folder, data))
     except Diverged as error:
@@ -94,17 +95,17 @@ def _few(measure: Measure) -> Measure:
     return dataclasses.replace(measure, points=measure.points[:1] + measure.points[-1:])
 
 
-def _again(suite: Suite, job: Job) -> list[Job]:
+def _retrainings(suite: Suite, job: Job) -> list[Job]:
     """Return the jobs that train again: the first schedule after each compressor, the others after one."""
-    wanted = suite.retraining
-    if wanted is None or wanted.method != job.label:
+    plan = suite.retraining
+    if plan is None or plan.method != job.label:
         return []
-    again = []
-    for rounds in wanted.rounds:
-        measures = {family: tuple(map(_few, wanted.measures(of, rounds))) for family, of in job.families.items()}
+    jobs = []
+    for rounds in plan.rounds:
+        measures = {name: tuple(map(_few, plan.measures(family, rounds))) for name, family in job.families.items()}
         families = {family: few for family, few in measures.items() if few}
         first = dict(list(families.items())[:1])
-        again += [
+        jobs += [
             dataclasses.replace(
                 job,
                 families=first if index else families,
@@ -112,7 +113,7 @@ def _again(suite: Suite, job: Job) -> list[Job]:
                 retraining_epochs=1,
                 retraining_rounds=rounds,
             )
-            for index, schedule in enumerate(wanted.schedules)
+            for index, schedule in enumerate(plan.schedules)
             if families
         ]
-    return again
+    return jobs

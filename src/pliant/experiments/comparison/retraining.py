@@ -1,4 +1,4 @@
-"""The reference that may train again: compressed networks, trained for some epochs more under a schedule."""
+"""The reference that may train again: compressed networks, trained for some more epochs under a schedule."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pliant.experiments.workbench import Refine
 
 
 def retraining(job: Job, data: ImageData, settings: Settings) -> Refine:
-    """Return what trains a compressed network again, with the batches and the settings of its training."""
+    """Return a function that trains a compressed network again, with the batches and the settings of its training."""
     lr = settings.lr
     assert lr is not None, "a training that has ended has a learning rate"
 
-    def retrained(model: nn.Module, rounds_before: int) -> nn.Module:
+    def retrain_network(model: nn.Module, rounds_before: int) -> nn.Module:
         loader = Loader(data, "train", settings.batch_size, shuffle=True, augment=settings.augment, seed=settings.seed)
         steps = len(loader) * settings.epochs
         factor = learning_rate(settings.schedule, settings.warmup, steps)
@@ -43,4 +43,4 @@ def retraining(job: Job, data: ImageData, settings: Settings) -> Refine:
             retrain(model, batches(), lrs, momentum=settings.momentum, weight_decay=settings.weight_decay)
         return model
 
-    return retrained
+    return retrain_network

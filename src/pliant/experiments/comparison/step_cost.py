@@ -16,7 +16,7 @@ from pliant.optim import SFW
 from pliant.records import Cost
 
 PHASES = 4
-"""In how many parts of a training steps are timed: k may change on the way."""
+"""In how many parts of a training steps are timed, because k may change on the way."""
 
 
 def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
@@ -24,8 +24,8 @@ def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
 
     Args:
         job: the training of the method.
-        data: its data.
-        seconds: what the training took.
+        data: its data set.
+        seconds: how long the training took.
     """
     sessions = [Session(job.settings, data), Session(job.settings.by("sgd"), data)]
     steppers = [_stepper(session) for session in sessions]
@@ -34,11 +34,11 @@ def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
         if phase:
             _skip(sessions[0], sessions[0].steps // PHASES)
         for round_ in range(job.rounds + 1):
-            for step, taken in zip(steppers, times, strict=True):
-                started = benchmark.timer()  # waits for a GPU
+            for step, durations in zip(steppers, times, strict=True):
+                start = benchmark.timer()  # waits for a GPU
                 step()
-                if round_:  # the first one allocates, and k may have changed
-                    taken.append(benchmark.timer() - started)
+                if round_:  # the first step allocates, and k may have changed
+                    durations.append(benchmark.timer() - start)
     (step_s, step_s_sgd), (memory, memory_sgd) = map(median, times), map(_memory, sessions)
     return {
         "equal": job.equal,
@@ -72,6 +72,6 @@ def _memory(session: Session) -> int:
     state = [value for entry in session.optimizer.state.values() for value in entry.values()]
     if isinstance(session.optimizer, SFW):
         state += session.optimizer.scratch
-    kept = [*session.model.parameters(), *session.model.buffers(), *state]
+    tensors = [*session.model.parameters(), *session.model.buffers(), *state]
     gradients = [p.grad for p in session.model.parameters() if p.grad is not None]
-    return sum(t.nbytes for t in [*kept, *gradients] if isinstance(t, torch.Tensor))
+    return sum(t.nbytes for t in [*tensors, *gradients] if isinstance(t, torch.Tensor))

@@ -1,4 +1,4 @@
-"""Suites: what a comparison trains, searches and measures, read from YAML; the shipped ones lie in suites/.
+"""Suites: what a comparison trains, searches and measures, read from YAML; those shipped are in suites/.
 
 A suite names *tasks* (a data set and a network), *families* of compressors, and *methods*, each with the families it
 takes part in and its *trials*: the settings to choose from on the validation images, as many for every method.
@@ -41,7 +41,7 @@ from pliant.extensions import names
 
 SHIPPED = Path(__file__).parent / "suites"
 EQUAL = ("epochs", "time")
-# What a comparison decides itself, so no setting may.
+# The comparison decides these, so no setting may.
 _RESERVED = ("seed", "method")
 
 
@@ -92,7 +92,8 @@ class Entrant:
 class Retraining:
     """The references that may train again: networks of ``method``, compressed, then trained for some epochs more.
 
-    In one round of both; where weights become zeros also in several, those of ``rounds``: iterative magnitude pruning.
+    Compression and training take one round; if weights become zeros also several, those of ``rounds``: iterative
+    magnitude pruning.
     """
 
     method: str
@@ -102,7 +103,7 @@ class Retraining:
     rounds: tuple[int, ...] = (1,)
 
     def measures(self, family: tuple[Measure, ...], rounds: int = 1) -> tuple[Measure, ...]:
-        """Return the first measure of a family at the ratios of the retraining; none if it cannot be made so."""
+        """Return the first measure of a family at the ratios of the retraining; none if it takes no such ratios."""
         compressor = family[0].compressor
         if takes_pattern(compressor) or (rounds > 1 and compressor != "weights"):
             return ()
@@ -110,7 +111,7 @@ class Retraining:
         return (dataclasses.replace(family[0], points=points),)
 
     def check(self, epochs: int) -> None:
-        """Raise BadInput if a schedule goes back further than a training of so many epochs is long."""
+        """Raise BadInput if a schedule goes back further than a training of ``epochs`` epochs is long."""
         if "LRW" in self.schedules and self.epochs > epochs:
             raise BadInput(
                 f"retraining.epochs: LRW goes back at most the {epochs} epochs of the training, got {self.epochs}"
@@ -123,9 +124,9 @@ class Suite:
 
     name: str
     text: str
-    """As it was read."""
+    """The YAML that it was read from."""
     tasks: dict[str, dict[str, Any]]
-    """What the suite and the task set, by the name of the task; a training has a method and a seed, too."""
+    """The settings that the suite and a task name, by the name of the task; all but method and seed."""
     seeds: tuple[int, ...]
     families: dict[str, tuple[Measure, ...]]
     methods: tuple[Entrant, ...]
@@ -177,7 +178,7 @@ class Suite:
         methods = tuple(
             _entrant(label, entry, families) for label, entry in _mapping("methods", suite["methods"]).items()
         )
-        made = cls(
+        result = cls(
             name=name,
             text=yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
             tasks=tasks,
@@ -189,14 +190,14 @@ class Suite:
             calibration=suite.get("calibration", CALIBRATION),
             joined=_joined(suite.get("joined", []), methods),
         )
-        made._check()
-        return made
+        result._check()
+        return result
 
     def _check(self) -> None:
         counts = {entrant.label: len(entrant.trials) for entrant in self.methods}
         if len(set(counts.values())) != 1:
-            told = ", ".join(f"{label} {count}" for label, count in counts.items())
-            raise BadInput(f"a fair comparison gives every method the same number of trials; here: {told}")
+            numbers = ", ".join(f"{label} {count}" for label, count in counts.items())
+            raise BadInput(f"a fair comparison gives every method the same number of trials; here: {numbers}")
         for value in self.equal:
             check_choice("equal", value, EQUAL)
         if self.equal[:1] != ("epochs",):
@@ -220,7 +221,7 @@ class Suite:
         return settings_from({**self.tasks[task], **trial, "method": entrant.method, "seed": seed})
 
     def task_settings(self, task: str) -> Settings:
-        """Return the settings of a task, which say its data and its network."""
+        """Return the settings of a task, which name its data set and its network."""
         return settings_from(self.tasks[task])
 
 
@@ -242,17 +243,17 @@ def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entra
     fields = _mapping(where, entry, {"method": False, "families": True, "trials": False})
     method = str(fields.get("method", label))
     own = _method(where, method).others
-    chosen = tuple(_list(f"{where}.families", fields["families"]))
-    for family in chosen:
+    measured_in = tuple(_list(f"{where}.families", fields["families"]))
+    for family in measured_in:
         check_choice(f"family of {where}", family, tuple(families))
     trials = fields.get("trials", [{}])
     if isinstance(trials, dict):
-        values = [_list(f"{where}.trials.{name}", of) for name, of in trials.items()]
+        values = [_list(f"{where}.trials.{name}", options) for name, options in trials.items()]
         trials = [dict(zip(trials, combination, strict=True)) for combination in itertools.product(*values)]
     checked = tuple(_settings(f"{where}.trials", trial, own) for trial in _list(f"{where}.trials", trials))
     if any(trial in checked[:i] for i, trial in enumerate(checked)):
         raise BadInput(f"{where}.trials holds the same settings twice")
-    return Entrant(_name("method", label, also=":"), method, chosen, checked)
+    return Entrant(_name("method", label, also=":"), method, measured_in, checked)
 
 
 def _method(where: str, name: str) -> Method:
@@ -331,7 +332,7 @@ def _settings(where: str, value: object, own: Collection[str] = ()) -> dict[str,
 
 
 def _mapping(where: str, value: object, known: Mapping[str, bool] | None = None) -> dict[str, Any]:
-    """Return a mapping; ``known`` tells the names it may have and which of them it must have."""
+    """Return a mapping; ``known`` has the names that it may have, and whether it must."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise BadInput(f"expected names and values for {where}, got {value!r:.60}")
     if known is not None:

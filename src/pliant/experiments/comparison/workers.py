@@ -23,7 +23,7 @@ def here(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
 
 
 def on_ray(address: str) -> Performer:
-    """Return what performs jobs on a Ray cluster, whose machines train in folders of their own."""
+    """Return a function that performs jobs on a Ray cluster, whose machines train in folders of their own."""
     try:
         import ray
     except ImportError:
@@ -35,31 +35,31 @@ def on_ray(address: str) -> Performer:
     except (ConnectionError, ValueError) as error:
         raise BadInput(f"--ray {address}: {' '.join(str(error).split())}") from None
 
-    def performed(job: Job, folder: Path) -> list[Line]:
+    def perform_whole(job: Job, folder: Path) -> list[Line]:
         return list(perform(job, folder))
 
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0  # one for each training, where there are any
-    remote = ray.remote(max_retries=3, num_gpus=gpus)(performed)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0  # one for each training, if there are any
+    remote = ray.remote(max_retries=3, num_gpus=gpus)(perform_whole)
 
-    def each(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
+    def perform_all(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
         # Jobs of the same training take turns: only one of them can train it.
         queues = grouped(jobs, lambda job: job.training)
-        waiting: dict[Any, Job] = {}
+        running: dict[Any, Job] = {}
 
         def start(queue: list[Job]) -> None:
             job = queue.pop(0)
-            waiting[remote.remote(job, folder.resolve())] = job
+            running[remote.remote(job, folder.resolve())] = job
 
         for queue in queues.values():
             start(queue)
         errors = []
-        while waiting:
-            (done, *_), _ = ray.wait(list(waiting), num_returns=1)
-            job = waiting.pop(done)
+        while running:
+            (reference, *_), _ = ray.wait(list(running), num_returns=1)
+            job = running.pop(reference)
             if queues[job.training]:
                 start(queues[job.training])
             try:
-                lines = ray.get(done)
+                lines = ray.get(reference)
             except Exception as error:  # what the others measure is kept first
                 errors.append(error)
             else:
@@ -67,7 +67,7 @@ def on_ray(address: str) -> Performer:
         if errors:
             raise errors[0]
 
-    return each
+    return perform_all
 
 
 def _check_reachable(address: str) -> None:

@@ -76,7 +76,7 @@ def load_checkpoint(path: Path, parts: Mapping[str, Stateful | None], *, epochs:
 
     Args:
         path: the file.
-        parts: as they were saved; what is None has no state.
+        parts: those that were saved; one that is None has no state.
         epochs: of the training.
         batches: per epoch.
 
@@ -85,8 +85,8 @@ def load_checkpoint(path: Path, parts: Mapping[str, Stateful | None], *, epochs:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not look at the checksums
-                raise ValueError(f"checksum of {damaged}")
+            if name := archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"checksum of {name}")
         state = _of_today(torch.load(path, map_location="cpu", weights_only=True), parts)
         for name, part in parts.items():
             if part is not None:
@@ -104,7 +104,7 @@ def load_checkpoint(path: Path, parts: Mapping[str, Stateful | None], *, epochs:
 def _of_today(state: dict[str, Any], parts: Mapping[str, Stateful | None]) -> dict[str, Any]:
     """Return a checkpoint as it would be written today.
 
-    Those of numuon once held the k of the moment in the groups, and how many steps it had gone in a schedule beside.
+    Those of numuon once held the current k in the groups, and its number of steps in a schedule beside them.
     """
     optimizer = parts["optimizer"]
     if not isinstance(optimizer, NuMuon) or state["k_schedule"] is None:

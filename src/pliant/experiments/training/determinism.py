@@ -13,7 +13,10 @@ from pliant.errors import BadInput
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Let torch use deterministic algorithms alone for a while, and say which operation has none."""
+    """Let torch use only deterministic algorithms; as a context manager.
+
+    Raises BadInput with the name of an operation that has none.
+    """
     if not wanted:
         yield
         return

@@ -15,7 +15,7 @@ class Display:
         title: name of the run.
         steps: steps of the whole training.
         done: steps done before.
-        quiet: show nothing, as all processes of a training but one.
+        quiet: show nothing; of several processes only one shows their progress.
     """
 
     def __init__(self, title: str, steps: int, *, done: int = 0, quiet: bool = False) -> None:

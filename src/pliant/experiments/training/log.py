@@ -1,4 +1,4 @@
-"""The log of a run: a line per epoch in train.jsonl, and in the trackers that are wanted."""
+"""The log of a run: a line per epoch in train.jsonl, and in the trackers that its settings name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pliant.files import sync, write_text
 
 
 class Log:
-    """train.jsonl, one line per epoch, and the trackers that are wanted.
+    """train.jsonl, one line per epoch, and the trackers of a run.
 
     Args:
         folder: the run folder.
-        keep: keep the lines of this many epochs, when a training is resumed.
+        keep: for how many epochs the lines stay when a training is resumed.
         settings: of the run; ``tracker`` names the trackers.
     """
 

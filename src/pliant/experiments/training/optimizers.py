@@ -1,7 +1,7 @@
 """Optimizers over a model's parameters: what the methods of :mod:`pliant.experiments.methods` train with.
 
-A method is about the *matrices*: the weights of all convolutions and linear layers but the classifier. The SFW methods
-put one structured ball on each of them, the baselines do theirs to them; biases, normalisations and the classifier
+A method is about the *matrices*: the weights of all convolutions and linear layers except the classifier. The SFW
+methods put one structured ball on each of them, the baselines act on them; biases, normalisations and the classifier
 take the steps of SGD under every method, with the same weight decay.
 """
 
@@ -34,9 +34,15 @@ Build = Callable[[nn.Module, Resolved, Tensor | None], Optimizer]
 
 
 def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSchedule | None:
-    """Let k fall from ``k_start`` to its final value in a training of that many steps.
+    """Let k fall from ``k_start`` to its final value.
 
-    Returns the schedule to step beside the optimizer; None where k is constant, or the optimizer has it in its groups.
+    Args:
+        optimizer: of the method.
+        settings: of the training.
+        steps: of the whole training.
+
+    Returns:
+        The schedule to step beside the optimizer; None if k is constant, or the optimizer anneals it by itself.
     """
     start = settings.k_start
     if start is None:
@@ -44,15 +50,15 @@ def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSc
     steps = max(1, math.floor(settings.anneal * steps))
     if isinstance(optimizer, SFW):
         return KSchedule(optimizer, start, steps=steps)
-    assert isinstance(optimizer, baselines.NuMuon), f"{settings.method} has no k to anneal"
-    for group in optimizer.param_groups:
-        if group["row_dim"] is not None:
-            group |= {"k_start": _count(start, group), "k_steps": steps}
+    if isinstance(optimizer, baselines.NuMuon):
+        for group in optimizer.param_groups:
+            if group["row_dim"] is not None:
+                group |= {"k_start": _count(start, group), "k_steps": steps}
     return None
 
 
 def make_threshold(optimizer: Optimizer, settings: Resolved) -> SoftThreshold | None:
-    """Return what takes the parts off the weights that SFW's vertices do not agree on, None without one."""
+    """Return the soft threshold of a training with SFW; None if it has none."""
     if not isinstance(optimizer, SFW) or not settings.strength:
         return None
     every = {} if settings.every is None else {"every": settings.every}
@@ -63,7 +69,7 @@ def make_threshold(optimizer: Optimizer, settings: Resolved) -> SoftThreshold | 
 
 
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers, by name, whose weights a method is about: all convolutions and linear ones but the last."""
+    """Return the layers, by name, whose weights a method is about: convolutions and linear layers but the last one."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     layers = {
         name: module
@@ -90,8 +96,9 @@ def _matrix_groups(model: nn.Module, settings: Resolved) -> list[dict[str, Any]]
     return [*groups, *_rest(model, settings, {id(group["params"][0][1]) for group in groups})]
 
 
-def _rest(model: nn.Module, settings: Resolved, taken: set[int]) -> list[dict[str, Any]]:
-    rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken]
+def _rest(model: nn.Module, settings: Resolved, matrices: set[int]) -> list[dict[str, Any]]:
+    """Return the group of all trainable parameters but those with these ids; no group if there are none."""
+    rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in matrices]
     lr = {} if settings.other_lr is None else {"lr": settings.other_lr}
     return [{"params": rest, **lr}] if rest else []
 
@@ -125,7 +132,7 @@ def sgd(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
 
 
 def sfw(preset: Callable[[Resolved], Preset]) -> Build:
-    """Return what builds SFW with the balls of a preset on the matrices."""
+    """Return the function that builds SFW with the balls of a preset on the matrices."""
 
     def build(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optimizer:
         rest = l2(settings.radius) if settings.recipe == "paper" else None
@@ -144,7 +151,7 @@ def sfw(preset: Callable[[Resolved], Preset]) -> Build:
 
 
 def _constrained(model: nn.Module, settings: Resolved) -> Callable[[str, Tensor], bool]:
-    """Return the predicate that tells the weights with a ball."""
+    """Return the predicate that is true of the weights with a ball."""
     # The dimension of the input channels of every matrix.
     inputs = {f"{name}.weight": 1 - layout_of(module).dim for name, module in matrix_layers(model).items()}
     m = 1 if settings.pattern is None else parse_pattern(settings.pattern)[1]
@@ -166,7 +173,7 @@ def nm_preset(settings: Resolved) -> Preset:
 
 
 def matrix_sgd(method: type[MatrixSGD], **fixed: Any) -> Build:
-    """Return what builds a subclass of MatrixSGD; its options are settings, but for the fixed ones."""
+    """Return the function that builds a subclass of MatrixSGD; its options are settings, except the fixed ones."""
 
     def build(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
         # k is a count for each matrix, so it is in its group.
@@ -177,7 +184,7 @@ def matrix_sgd(method: type[MatrixSGD], **fixed: Any) -> Build:
 
 
 def pat(part: str) -> Build:
-    """Return what builds torchao's proximal optimizer, for "filters" or for "rank"."""
+    """Return the function that builds torchao's proximal optimizer, for "filters" or for "rank"."""
 
     def build(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
         groups = _matrix_groups(model, settings)
@@ -187,7 +194,7 @@ def pat(part: str) -> Build:
 
 
 def _untied(model: nn.Module, settings: Resolved) -> list[tuple[str, nn.Module]]:
-    """Return the layers whose weight is theirs alone: a factor must not change two of them."""
+    """Return the layers that share their weight with no other one: a factor must not change two of them."""
     tied = tied_parameters(model)
     layers = [
         (name, module)
@@ -222,5 +229,5 @@ def condlr(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
         product = baselines.Conditioned(weight.shape, layout.dim, layout.groups, k=k, condition=condition)
         factors = [(f"{name}.{factor}", p) for factor, p in baselines.factorise(module, product)]
         groups.append({"params": factors, "condition": condition})
-    taken = {id(p) for group in groups for _, p in group["params"]}
-    return baselines.CondLR([*groups, *_rest(model, settings, taken)], **_common(settings))
+    in_groups = {id(p) for group in groups for _, p in group["params"]}
+    return baselines.CondLR([*groups, *_rest(model, settings, in_groups)], **_common(settings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-LARGEST_STEP = 0.1  # lr of a training so short that it cannot replace its weights as often as wanted
+LARGEST_STEP = 0.1  # lr of a training that is too short to replace its weights as often as ``turnover`` says
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
     "linear": lambda t: 1 - t,

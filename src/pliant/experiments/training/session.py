@@ -42,8 +42,8 @@ from pliant.measuring import evaluate, resolve_precision
 from pliant.optim import SFW
 from pliant.storage import WEIGHTS, save_weights
 
-# How long a process waits for another one before it takes that one to hang: all do the same work, and only the main one
-# writes files. (One that ends breaks its connections, and torchrun ends the others.)
+# How long a process waits for another one before it assumes that the other one hangs: all do the same work, and only
+# the main one writes files. (One that ends breaks its connections, and torchrun ends the others.)
 PATIENCE = timedelta(minutes=1)
 
 
@@ -51,8 +51,8 @@ class Session:
     """One training: what is saved in a checkpoint, and the loop over it.
 
     Args:
-        settings: what is wanted; None is what the method decides.
-        data: what they name, if it is in memory already.
+        settings: of the training; the method decides what is None.
+        data: the data set that they name, if it is in memory already.
     """
 
     def __init__(self, settings: Settings, data: ImageData | None = None) -> None:
@@ -121,7 +121,7 @@ class Session:
                     "seconds": time.perf_counter() - started,
                 }
                 if log is not None:
-                    # Before the checkpoint: resuming drops a line too many, but could not make up for one.
+                    # Before the checkpoint: a resumed training drops a line too many, but cannot write a missing one.
                     log.write(entry)
                 self.save(folder / CHECKPOINT)
                 display.epoch(entry, settings.epochs)
@@ -203,8 +203,8 @@ class Session:
     def _own_part(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
         """Return this process's part of a batch and whether it counts (1 or 0).
 
-        A batch with less than two images for each process has fewer parts; the others compute the first one, too, so
-        that all take part in the sums, but theirs does not count.
+        A batch with fewer than two images for each process has fewer parts. The other processes compute the first part
+        too, so that all take part in the sums, but it does not count.
         """
         parts = min(self.accelerator.num_processes, max(1, len(labels) // 2))
         index = self.accelerator.process_index
@@ -238,7 +238,7 @@ class Session:
         return round(correct) / count
 
     def _second_pass(self, network: nn.Module, optimizer: Any, images: Tensor, labels: Tensor) -> float:
-        """Compute the gradients anew at other weights; BatchNorm's statistics stay those of the true ones."""
+        """Compute the gradients anew at other weights; BatchNorm keeps the statistics of the first pass."""
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         optimizer.zero_grad()
         loss, _ = self._gradients(network, images, labels)
@@ -304,8 +304,8 @@ def _try_out(model: nn.Module, data: ImageData, name: str) -> None:
         raise BadInput(f"{where}: {one_line(error)}") from error
     expected = (len(images), data.num_classes)
     if not isinstance(scores, Tensor) or scores.shape != expected:
-        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise BadInput(f"model {name!r} must give scores of shape {expected} (images, classes), got {found}")
+        result = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise BadInput(f"model {name!r} must give scores of shape {expected} (images, classes), got {result}")
 
 
 def _precision(settings: Settings, passes: int) -> str:

@@ -1,7 +1,7 @@
 """The settings of a training: one schema for ``pliant train``, suites, run folders and the documentation.
 
-:class:`Settings` holds what is wanted; None is what a method decides. :class:`Resolved` holds what a training runs
-with: :func:`pliant.experiments.methods.resolved` puts the method's own in the place of None.
+:class:`Settings` holds what was asked for; the method decides what is None. :class:`Resolved` holds what a training
+runs with: :func:`pliant.experiments.methods.resolved` puts the method's own values in the place of None.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ Rule = Callable[[str, Any], None]
 """From the name and the value of a setting, which is not None; raises BadInput for a value out of range."""
 
 
-# --- what is known of one setting -------------------------------------------------------------------------------------
+# --- one setting ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting.
+    """A setting: its kind, its range, what it is for.
 
     Args:
-        default: its value where none is given.
-        doc: what it is, for its flag's help.
-        kind: its type, such as ``int | None``; None for that of the default.
-        rule: its range.
-        group: under which title it is listed.
+        default: its value if none is given.
+        doc: what it is, for the help of its flag.
+        kind: its type, such as ``int | None``; None is the type of the default.
+        rule: raises BadInput for a value that is out of range.
+        group: the title under which it is listed.
     """
 
     default: Any
@@ -74,7 +74,7 @@ def differ(name: str, one: object, other: object) -> bool:
 
 
 def in_range(text: str, holds: Callable[[Any], bool]) -> Rule:
-    """Return the rule that a value must satisfy; ``text`` says it: "must be positive"."""
+    """Return the rule that a value must satisfy; ``text`` states it, such as "must be positive"."""
 
     def rule(name: str, value: Any) -> None:
         if not holds(value):
@@ -160,7 +160,7 @@ def _check_tracker(_: str, value: Any) -> None:
 
 
 def _in(group: str) -> Callable[..., Any]:
-    """Return what makes the fields of a group."""
+    """Return a function that makes the fields of a group."""
 
     def make(default: Any, doc: str, rule: Rule | None = None) -> Any:
         return field(default=default, metadata={"doc": doc, "rule": rule, "group": group})
@@ -173,12 +173,13 @@ _data, _network, _method, _schedule, _machine = map(_in, ("data", "network", "me
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All settings of a training, checked: ``SETTINGS`` in the same module says what each is.
+    """All settings of a training, checked: ``SETTINGS`` in the same module says what each of them is.
 
-    Those of the group "method" belong to some methods only; None is the method's own value, and so is None for ``lr``.
+    Those of the group "method" belong to some methods only. None in one of them, and in ``lr``, is the method's own
+    value.
 
     Args:
-        others: settings that the method alone declares, by name.
+        others: settings that only this method has, by name.
 
     Raises:
         BadInput: a value of the wrong kind, or out of range.
@@ -248,36 +249,37 @@ class Settings:
     every: int | None = _method(None, "steps between two decompositions or thresholds.", at_least(1))
     persistence: float | None = _method(
         None,
-        "how much the length that a filter has already counts when the vertices choose filters: its power; needs "
-        "rescale none.",
+        "power of a filter's own length in the choice of the filters of a vertex: how much the filters that are there "
+        "count; needs rescale none.",
         from_number(0),
     )
-    energy: float | None = _method(None, "share of the squared singular values that may be left out.", SHARE)
+    energy: float | None = _method(None, "share of the sum of squared singular values that may be left out.", SHARE)
     factors: int | None = _method(None, "how many matrices are multiplied for a weight.", at_least(2))
     condition: float | None = _method(None, "largest ratio of the singular values of a weight.", from_number(1))
     other_lr: float | None = _method(
-        None, "learning rate of what trains without a ball or direction; without it, lr.", POSITIVE
+        None, "learning rate of the parameters that have no ball or direction of their own; without it, lr.", POSITIVE
     )
     epochs: int = _schedule(30, "passes over the training images.", at_least(1))
     batch_size: int = _schedule(128, "images per step.", at_least(1))
     accumulate: int = _machine(1, "compute each batch in this many parts, to save memory.", at_least(1))
     lr: float | None = _schedule(None, "largest learning rate; without it, the method's own.", POSITIVE)
     schedule: str = _schedule(
-        "cosine", "of the learning rate after the warm-up: cosine, linear, step or constant.", one_of(SCHEDULES)
+        "cosine", "how the learning rate falls after the warm-up: cosine, linear, step or constant.", one_of(SCHEDULES)
     )
     warmup: float = _schedule(0.05, "share of the training during which lr rises linearly.", SHARE)
-    momentum: float = _schedule(0.9, "of SGD, SFW and all others.", SHARE)
+    momentum: float = _schedule(0.9, "momentum of all methods.", SHARE)
     weight_decay: float = _schedule(
-        5e-4, "of all weights; not of those with a ball, nor of those with a direction.", from_number(0)
+        5e-4,
+        "decay of all weights, except those with a ball and those that move along a direction of their own.",
+        from_number(0),
     )
     augment: bool = _data(True, "random crops, and flips where the data set allows them.")
     precision: str = _machine("auto", "fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware has it.")
     channels_last: bool = _machine(True, "memory format of the network and the images.")
-    seed: int = _schedule(0, "of the initialisation, the order of the images and the augmentation.", SEED)
+    seed: int = _schedule(0, "seed of the initialisation, the order of the images and the augmentation.", SEED)
     deterministic: bool = _machine(
         False,
-        "refuse operations whose result may differ from run to run on the same machine. Without it, only some on a GPU "
-        "do.",
+        "refuse operations whose result may differ from run to run on the same machine; without it, some on a GPU do.",
     )
     checkpoint_steps: int | None = _machine(
         None, "also write a checkpoint after this many steps within an epoch, for long epochs.", at_least(1)
@@ -299,11 +301,11 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], others: Collection[str] = ()) -> Settings:
-        """Return the settings of a run; those that came after it was made are as they are by default.
+        """Return the settings of a run; those that did not exist when it was made have their defaults.
 
         Args:
             config: what :meth:`to_config` returned, or an earlier version.
-            others: names of the settings that the method alone declares.
+            others: names of the settings that only the run's method has.
 
         Raises:
             BadInput: a value of the wrong kind, or out of range.
@@ -317,7 +319,7 @@ class Settings:
         return dataclasses.replace(self, method=method, lr=None, others={}, **unset)
 
     def to_config(self) -> dict[str, Any]:
-        """Return the settings as plain data, in the order in which run folders have them."""
+        """Return the settings as plain data, in the order of run folders."""
         return {**{name: getattr(self, name) for name in SETTINGS}, **self.others}
 
 
@@ -337,12 +339,13 @@ OWN = tuple(name for name, setting in SETTINGS.items() if setting.group == "meth
 
 
 class Resolved(Settings):
-    """Settings with the method's own in the place of None; the kinds below are those that its method has.
+    """Settings with the method's own values in the place of None.
 
-    ``lr`` alone stays None where it follows from ``turnover`` and the length of the training.
+    The annotations below hold for settings that the method has. ``lr`` stays None if it follows from ``turnover`` and
+    the length of the training.
     """
 
-    k: Any  # None for N:M by its pattern
+    k: Any  # None if the pattern N:M decides it
     radius: float
     turnover: float  # where lr is None
     vertices: Any

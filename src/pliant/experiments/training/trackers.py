@@ -1,8 +1,8 @@
 """Trackers: the lines of train.jsonl, sent to TensorBoard, Weights & Biases, MLflow or Trackio through Accelerate.
 
-None of them is asked for more than it does on one machine without a network: Weights & Biases writes below the run
-folder unless WANDB_MODE says otherwise; MLflow and Trackio write where their own settings say. None writes to stdout,
-where the run folder is told to programs.
+All of them work on one machine without a network: Weights & Biases writes below the run folder unless WANDB_MODE says
+otherwise; MLflow and Trackio write where their own settings say. None writes to stdout, from which programs read the
+run folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGES = {  # what to install
     "mlflow": "mlflow",
     "trackio": "trackio",
 }
-FOLDER_TAG = "folder"  # of a run in MLflow: by it a resumed run finds its own
+FOLDER_TAG = "folder"  # of a run in MLflow: a resumed run finds its own by this tag
 
 
 def tracker_names(setting: str | None) -> list[str]:
@@ -75,7 +75,7 @@ def start_trackers(names: list[str], folder: Path, settings: dict[str, Any], *, 
         for name in names:
             tracker = LOGGER_TYPE_TO_CLASS[name](**arguments[name])
             tracker.start()
-            if name != "trackio":  # has them; Accelerate would add a setting "allow_val_change"
+            if name != "trackio":  # it has them already; Accelerate would add a setting "allow_val_change"
                 tracker.store_init_configuration(configuration)
             if name == "mlflow":
                 import mlflow
@@ -98,7 +98,7 @@ def finish_trackers(trackers: list[Any]) -> None:
 
 
 def _mlflow_run(folder: Path) -> str | None:
-    """Return the last run that was logged from this folder, None if the store has none."""
+    """Return the last run that was logged from this folder; None if the store has no such run."""
     import mlflow
 
     tag = f"tags.{FOLDER_TAG} = '{folder.resolve().as_uri()}'"  # a URI has no quotation marks
