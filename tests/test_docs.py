@@ -52,7 +52,7 @@ GIVEN = {
     "budgets.md": ["pliant train --method sfw-rank --k 0.05 --radius 3 --epochs 4 --out runs/rank"],
     "export.md": ["pliant train --model mlp --method sfw-filters --epochs 1 --out runs/filters"],
 }
-SHOWN_ONLY = {"", "text", "yaml", "json"}
+SHOWN_ONLY = {"", "text", "yaml", "json", "toml"}
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,8 @@ def test_a_package_extends_pliant_as_described(tmp_path: Path) -> None:
             path = tmp_path / file[1]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.code.partition("\n")[2], encoding="utf-8")
+        elif file := re.match(r"# (\w+\.py)\n", block.code):
+            (tmp_path / file[1]).write_text(block.code, encoding="utf-8")
         elif block.language == "python":
             programs.append(block.code)
     (tmp_path / "my_package/src/my_package/__init__.py").touch()
@@ -261,7 +263,7 @@ def test_a_package_extends_pliant_as_described(tmp_path: Path) -> None:
     assert len(programs) == 2
     for program in programs:
         run("-W", "error", "-c", program)
-    assert [line[1] for line in lines] == ["train", "train", "sweep", "report", "compare"]
+    assert [line[1] for line in lines] == ["train", "train", "train", "sweep", "report", "compare"]
     for line in lines:
         run("-m", *line)
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -269,6 +271,24 @@ def test_a_package_extends_pliant_as_described(tmp_path: Path) -> None:
         ("stripes", "patches", method, "kernels") for method in ("l1", "sfw-weights")
     }
     assert "Kernels zeroed" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def own_settings() -> str:
+    """Return the table of methods in docs/baselines.md, as the methods say it."""
+
+    def default(value: object) -> str:
+        return "" if value is None else f" {str(value).lower() if isinstance(value, bool) else f'{value}'}"
+
+    rows = ["| method | cut by | `lr` | own settings and their defaults |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        own = ", ".join(f"`{flag}`{default(setting.default)}" for flag, setting in method.settings.items())
+        lr = "by `turnover`" if method.lr is None else str(method.lr)
+        rows.append(f"| `{name}` | {', '.join(method.cut_by) or 'all'} | {lr} | {own} |")
+    return "".join(f"{row}\n" for row in rows)
+
+
+def test_the_table_of_own_settings_is_that_of_the_methods() -> None:
+    assert own_settings() in (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
 
 
 # --- the pages as a site ----------------------------------------------------------------------------------------------

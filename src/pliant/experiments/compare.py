@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from pliant.errors import BadInput, Diverged, unknown
 from pliant.experiments.comparison.comparison import Comparison
+from pliant.experiments.comparison.joining import join, joined_before
 from pliant.experiments.comparison.performing import data_of
 from pliant.experiments.comparison.rehearsal import rehearse
 from pliant.experiments.comparison.suite import Suite
 from pliant.experiments.comparison.workers import here, on_ray
+from pliant.experiments.methods import METHODS, find_method
+from pliant.extensions import names
 from pliant.files import locked, make_folders
 from pliant.reporting.page import write_report
 
@@ -31,7 +35,7 @@ def compare(
         suite: a YAML file, or a shipped one: tiny, fashion, cifar16, cifar or paper.
         out: folder of the comparison; by default comparisons/NAME. What it holds already is not made again.
         data_dir: folder of the data files; digits needs none.
-        methods: only these of the suite, separated by commas.
+        methods: only these of the suite, separated by commas; or other methods, which join it.
         tasks: only these of the suite, separated by commas; needed where tasks have different data folders.
         ray: address of a Ray cluster to train on, or auto; without it, train here, one run after the other.
         dry_run: only a few steps of every method on images made of noise, to see that everything runs; nothing is kept.
@@ -41,9 +45,11 @@ def compare(
         DamagedFile: the suite, data or earlier results cannot be read.
         Diverged: every training did.
     """
-    whole = read = Suite.open(suite)
-    if methods is not None:
-        read = _only_methods(read, methods)
+    whole = Suite.open(suite)
+    folder = Path(out or f"comparisons/{whole.name}")
+    chosen_methods = None if methods is None else _method_names(whole, methods)
+    whole = join(whole, [*([] if dry_run else _still_found(joined_before(folder))), *(chosen_methods or [])])
+    read = whole if chosen_methods is None else _only_methods(whole, chosen_methods)
     if tasks is not None:
         chosen = _chosen("task", tasks, read.tasks)
         read = dataclasses.replace(read, tasks={name: read.tasks[name] for name in chosen})
@@ -53,7 +59,6 @@ def compare(
     if dry_run:
         rehearse(read)
         return None
-    folder = Path(out or f"comparisons/{read.name}")
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder}: it is a file, but the folder of the comparison is expected")
     each = here if ray is None else on_ray(ray)
@@ -70,17 +75,36 @@ def compare(
         return page
 
 
-def _only_methods(suite: Suite, names: str) -> Suite:
-    labels = _chosen("method", names, [entrant.label for entrant in suite.methods])
+def _method_names(suite: Suite, text: str) -> list[str]:
+    """Return the names between the commas; raise BadInput if one is neither of the suite nor of a method."""
+    labels = [entrant.label for entrant in suite.methods]
+    known = {*labels, *names("method", METHODS)}
+    return _chosen("method", text, labels, lambda name: name in known or ":" in name)
+
+
+def _still_found(methods: list[str]) -> list[str]:
+    """Return the methods that there are; warn of others, which joined when their package was here."""
+    found = []
+    for name in methods:
+        try:
+            find_method(name)
+        except BadInput as error:
+            warnings.warn(f"left out of the comparison: {error}", stacklevel=2)
+        else:
+            found.append(name)
+    return found
+
+
+def _only_methods(suite: Suite, labels: list[str]) -> Suite:
     retraining = suite.retraining if suite.retraining and suite.retraining.method in labels else None
     methods = tuple(entrant for entrant in suite.methods if entrant.label in labels)
     return dataclasses.replace(suite, methods=methods, retraining=retraining)
 
 
-def _chosen(what: str, names: str, known: Collection[str]) -> list[str]:
-    """Return the names between the commas; raise BadInput if the suite lacks one of them."""
-    chosen = names.split(",")
+def _chosen(what: str, text: str, names: Collection[str], known: Callable[[str], bool] | None = None) -> list[str]:
+    """Return the names between the commas; raise BadInput for one that is not known, by default if not in ``names``."""
+    chosen = text.split(",")
     for name in chosen:
-        if name not in known:
-            raise unknown(f"{what} of this suite", name, known)
+        if not (name in names if known is None else known(name)):
+            raise unknown(f"{what} of this suite", name, names)
     return chosen

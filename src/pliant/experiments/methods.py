@@ -5,12 +5,17 @@ How a method may take part in a training:
 * add a penalty, choose another direction, act after each step: inside its optimizer, whose state a checkpoint keeps;
 * take a second pass through the network in each step: ``passes=2``, the optimizer's ``step`` calls a closure;
 * change the model before the training: in ``build``; :func:`~pliant.experiments.baselines.merged` undoes it at the end.
+
+A method of another package is a :class:`Method` or a subclass of ``MatrixSGD``, named ``package.module:name`` or by an
+entry point of the group ``pliant.methods``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +28,28 @@ from pliant.errors import BadInput, unknown
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
 from pliant.experiments.training.optimizers import Build, condlr, lorita, matrix_sgd, nm_preset, pat, sfw, sgd
-from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Setting, Settings
+from pliant.experiments.training.settings import (
+    OWN,
+    SETTINGS,
+    Resolved,
+    Setting,
+    Settings,
+    has_k,
+    vertices_of,
+)
+from pliant.extensions import find
+
+RESERVED = ("out", "resume", "config", "print_config", "help", "others")
+"""Names that are no settings, but flags or keywords."""
+_FIELDS: dict[str, Any] = {
+    "summary": str,
+    "build": Callable,
+    "own": Mapping,
+    "docs": Mapping,
+    "passes": int,
+    "cut_by": tuple,
+    "trials": tuple,
+}
 
 
 @dataclass(frozen=True)
@@ -35,11 +61,12 @@ class Method:
         build: from the model, all settings and some images to the optimizer; may parametrise weights of the model.
         lr: learning rate; None where it follows from ``turnover`` and the length of the training.
         own: the settings that not every method has, with this one's defaults; None where it has one but needs none. A
-            setting that pliant does not know needs a default other than None, or a
+            setting that no other method has needs a default other than None, or a
             :class:`~pliant.experiments.training.settings.Setting` in its place.
         docs: what its own settings are, where it is not what all methods understand by that name.
         passes: forward and backward passes per step.
         cut_by: the compressors that its networks are made for; none for all.
+        trials: settings to choose from in a comparison whose suite does not name the method.
     """
 
     summary: str
@@ -49,19 +76,45 @@ class Method:
     docs: Mapping[str, str] = field(default_factory=dict)
     passes: int = 1
     cut_by: tuple[str, ...] = ()
+    trials: tuple[Mapping[str, Any], ...] = ()
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
         """Its own settings, with its defaults and what they are, in the order of run folders."""
-        names = [name for name in SETTINGS if name in self.own] + [name for name in self.own if name not in SETTINGS]
+        names = [name for name in SETTINGS if name in self.own] + self.others
         return {name: self._setting(name, self.own[name]) for name in names}
 
+    @property
+    def others(self) -> list[str]:
+        """The names of those settings that it alone has."""
+        return [name for name in self.own if name not in SETTINGS]
+
     def _setting(self, name: str, value: Any) -> Setting:
-        if isinstance(value, Setting):
-            setting = value
-        else:
-            setting = dataclasses.replace(SETTINGS.get(name, Setting(value, kind=type(value))), default=value)
-        return dataclasses.replace(setting, doc=self.docs.get(name, setting.doc))
+        given = value if isinstance(value, Setting) else Setting(value)
+        known = SETTINGS.get(name, given)
+        doc = self.docs.get(name) or given.doc or known.doc or "a setting of this method."
+        kind = type(given.default) if known.kind is None else known.kind
+        rule = known.rule if given.rule is None else given.rule
+        return dataclasses.replace(known, default=given.default, doc=doc, kind=kind | None, rule=rule)
+
+    def fault(self) -> str | None:
+        """Return what is wrong with its fields, None if nothing is."""
+        for name, kind in _FIELDS.items():
+            if not isinstance(getattr(self, name), kind):
+                return f"{name} is a {kind.__name__.lower()}, got {getattr(self, name)!r}"
+        if self.lr is None and "turnover" not in self.own:
+            return "lr is None, and there is no turnover that it follows from"
+        for name in self.own:
+            if not name.isidentifier() or name in RESERVED or (name in SETTINGS and name not in OWN):
+                return f"{name!r} cannot be a setting of its own"
+        try:
+            for name, setting in {"lr": SETTINGS["lr"], **self.settings}.items():
+                if name in self.others and setting.kind in (None, types.NoneType):
+                    return f"its setting {name} has neither a default nor a kind"
+                setting.check(name, self.lr if name == "lr" else setting.default)
+        except BadInput as error:
+            return f"its default of {error}"
+        return None
 
 
 def matrix_method(
@@ -73,27 +126,54 @@ def matrix_method(
     passes: int = 1,
     own: Mapping[str, Any] | None = None,
     docs: Mapping[str, str] | None = None,
+    trials: tuple[Mapping[str, Any], ...] = (),
     **fixed: Any,
 ) -> Method:
-    """Return the method of a subclass of :class:`MatrixSGD`: its options, but the fixed ones, are its own settings."""
+    """Return the method of an optimizer: its options, but the fixed ones, are its own settings.
+
+    Args:
+        summary: what it is, in a few words.
+        optimizer: a subclass of :class:`~pliant.experiments.baselines.MatrixSGD`.
+        cut_by, lr, passes, docs, trials: as of :class:`Method`.
+        own: settings beside the options, and other defaults of these.
+        fixed: options that are no settings.
+    """
     options = {name: value for name, value in optimizer.options.items() if name not in fixed}
     build = matrix_sgd(optimizer, **fixed)
-    return Method(summary, build, lr, {**options, **(own or {})}, docs or {}, passes, cut_by)
+    return Method(summary, build, lr, {**options, **(own or {})}, docs or {}, passes, cut_by, trials)
 
 
 def find_method(name: str) -> Method:
-    """Return the method of a name; raises BadInput if there is none."""
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    return METHODS[name]
+    """Return the method of a name: ours, of an installed package, or ``package.module:name``.
+
+    Raises BadInput if there is none, or it is not what a method should be.
+    """
+    return find("method", name, METHODS, _fault, lambda _, thing: _as_method(thing))
+
+
+def _fault(thing: Any) -> str | None:
+    if not isinstance(thing, Method) and not (isinstance(thing, type) and issubclass(thing, MatrixSGD)):
+        kind = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+        return f"expected a Method or a subclass of MatrixSGD, got {kind}"
+    return _as_method(thing).fault()
+
+
+def _as_method(thing: Any) -> Method:
+    if isinstance(thing, Method):
+        return thing
+    summary = (inspect.getdoc(thing) or thing.__name__).partition("\n")[0]
+    return matrix_method(summary.removesuffix("."), thing)
 
 
 def settings_from(given: Mapping[str, Any]) -> Settings:
     """Return the settings that names and values say; raises BadInput for a wrong one."""
-    for name in given:
-        if name not in SETTINGS:
-            raise unknown("setting", name, SETTINGS)
-    return Settings(**given)
+    settings = Settings(**{name: value for name, value in given.items() if name in SETTINGS})
+    rest = {name: value for name, value in given.items() if name not in SETTINGS}
+    own = find_method(settings.method).settings if rest else {}
+    for name in rest:
+        if name not in own:
+            raise unknown("setting", name, [*SETTINGS, *own])
+    return dataclasses.replace(settings, others={name: value for name, value in rest.items() if value is not None})
 
 
 def resolved(settings: Settings) -> Resolved:
@@ -102,19 +182,25 @@ def resolved(settings: Settings) -> Resolved:
     Raises BadInput for an unknown method, or a setting that it does not have.
     """
     method = find_method(settings.method)
-    for name in OWN:
+    for name in (*OWN, *settings.others):
         if settings[name] is not None and name not in method.own:
             own = ", ".join(f"--{other}" for other in method.own) or "none"
             raise BadInput(f"--{name} is not a setting of --method {settings.method}; its own settings: {own}")
+    for name in method.others:
+        method.settings[name].check(name, settings.others.get(name))
     defaults = {"lr": method.lr, **{name: setting.default for name, setting in method.settings.items()}}
     if settings.recipe in ("gradient", "paper"):
         defaults |= _gradient_recipe(defaults)
-    values = {name: default if settings[name] is None else settings[name] for name, default in defaults.items()}
+    given = settings.to_config()
+    values = {name: default if given.get(name) is None else given[name] for name, default in defaults.items()}
     if "turnover" in method.own:
         values |= _turnover(settings, values)
     if values.get("rescale", "none") != "none":
         values |= _not_convex(settings)
-    return Resolved(**(settings.to_config() | values))
+    if values.get("vertices") is not None and not has_k(values["vertices"]):
+        values |= _without_k(settings)
+    values = given | values
+    return Resolved(**{name: values[name] for name in SETTINGS}, others={name: values[name] for name in method.others})
 
 
 def _gradient_recipe(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +226,14 @@ def _not_convex(settings: Settings) -> dict[str, Any]:
         if settings[name]:
             raise BadInput(f"--{name} of --method {settings.method} needs --rescale none")
     return {"strength": None, "every": settings.every, "persistence": None}
+
+
+def _without_k(settings: Settings) -> dict[str, Any]:
+    """Return the settings that only norms with a k have: one of another package need not have one."""
+    for name in ("k", "k_start"):
+        if settings[name] is not None:
+            raise BadInput(f"--{name} is for norms that have a k, unlike --vertices {settings.vertices}")
+    return {"k": None, "k_start": None, "strength": settings.strength}
 
 
 def make_optimizer(model: nn.Module, settings: Resolved, images: Tensor | None = None) -> Optimizer:
@@ -199,21 +293,29 @@ GRADIENT: dict[str, Any] = {
 }
 
 
+_VERTICES, _OWN_NORM = "the kind of the balls: support", "or a norm of vectors as package.module:Class."
 _DOCS = {
     "strength": "share of the vertices that a part of a weight must be in to stay; needs rescale none.",
     "every": "steps between two soft thresholds.",
-    "vertices": "the kind of the balls: support or sparse.",
+    "vertices": f"{_VERTICES}, sparse, {_OWN_NORM}",
 }
 _K = "{} per layer that one step may use: 3 is a count, 0.1 a share."
 _CRAM = {"strength": "length of the step up the gradient before the weights are compressed, in gradients."}
 _FILTERS, _RANK, _WEIGHTS, _NM = ("filters",), ("rank",), ("weights",), ("nm",)
+
+
+def _k(settings: Resolved) -> float:
+    """Return k; any one for a norm that has none."""
+    k: float | None = settings.k
+    return 1 if k is None else k
+
 
 # The strengths of NUC, CAT and spectral decay all take about lr·0.02 off every singular value per step.
 METHODS = {
     "sgd": Method("SGD with momentum and weight decay", sgd),
     "sfw-filters": Method(
         "SFW towards few filters per layer",
-        sfw(lambda s: filters(s.k, s.radius, vertices=s.vertices)),
+        sfw(lambda s: filters(_k(s), s.radius, vertices=vertices_of(s.vertices))),
         lr=None,
         own={
             **_ANNEALED,
@@ -225,12 +327,16 @@ METHODS = {
             "radius": 1.0,
             "coupled": True,
         },
-        docs={**_DOCS, "k": _K.format("filters"), "vertices": "the kind of the balls: support, sparse or orthogonal."},
+        docs={
+            **_DOCS,
+            "k": _K.format("filters"),
+            "vertices": f"{_VERTICES}, sparse, orthogonal, {_OWN_NORM}",
+        },
         cut_by=_FILTERS,
     ),
     "sfw-rank": Method(
         "SFW towards low rank",
-        sfw(lambda s: rank(s.k, s.radius, vertices=s.vertices, spatial=s.scheme == "spatial")),
+        sfw(lambda s: rank(_k(s), s.radius, vertices=vertices_of(s.vertices), spatial=s.scheme == "spatial")),
         lr=None,
         own={**_ANNEALED, "turnover": 4.0, "k": 0.5, "strength": 0.06, "scheme": None},
         docs={**_DOCS, "k": _K.format("singular directions")},
@@ -238,7 +344,7 @@ METHODS = {
     ),
     "sfw-weights": Method(
         "SFW towards few weights",
-        sfw(lambda s: weights(s.k, s.radius, vertices=s.vertices)),
+        sfw(lambda s: weights(_k(s), s.radius, vertices=vertices_of(s.vertices))),
         own={"k": 0.1, **_SFW, "vertices": "support"},
         docs={**_DOCS, "k": _K.format("weights")},
         cut_by=_WEIGHTS,

@@ -16,7 +16,7 @@ import torch
 
 from pliant.errors import BadInput, Busy, DamagedFile
 from pliant.experiments.data.images import ImageData
-from pliant.experiments.methods import settings_from
+from pliant.experiments.methods import find_method, settings_from
 from pliant.experiments.run_folder import CONFIG, LOG, SHAPE, Run, write_config, write_shape
 from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.determinism import deterministic_algorithms
@@ -77,13 +77,14 @@ def resumable(folder: Path, given: Mapping[str, Any]) -> Settings:
     """
     if (folder / PLAN).exists():
         raise BadInput(f"{folder} holds a compressed network, not a run: choose another --out")
-    saved = _saved_settings(folder)
+    settings = _saved_settings(folder)
+    saved = settings.to_config()
     for name, value in given.items():
-        if value not in (None, "auto") and differ(name, value, saved[name]):
+        if value not in (None, "auto") and differ(name, value, saved.get(name)):
             raise BadInput(
-                f"--{name} {value} contradicts {saved[name]!r} of {folder}: leave it out, or start another run"
+                f"--{name} {value} contradicts {saved.get(name)!r} of {folder}: leave it out, or start another run"
             )
-    return saved
+    return settings
 
 
 def train_run(settings: Settings, folder: Path, data: ImageData | None = None) -> Path:
@@ -146,7 +147,11 @@ def _saved_settings(folder: Path) -> Settings:
     """Return the settings of a run; those that came after it was made are as they were by default."""
     config = Run.open(folder).config
     try:
-        return Settings.from_config(config)
+        method = find_method(config["method"])
+    except BadInput as error:
+        raise BadInput(f"{folder / CONFIG}: {error}") from None
+    try:
+        return Settings.from_config(config, method.others)
     except BadInput as error:
         raise DamagedFile(f"{folder / CONFIG} is damaged: {error}") from None
 

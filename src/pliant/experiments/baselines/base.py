@@ -16,7 +16,7 @@ class MatrixSGD(SGD):
     """SGD with momentum and weight decay, and two places where a subclass may act.
 
     A group with a ``"row_dim"`` holds the weights that the method is about, each read as matrices (blocks, rows,
-    columns), see :func:`~pliant.experiments.baselines.matrices.as_matrices`; all other groups take plain SGD steps.
+    columns), one row per output; all other groups take plain SGD steps.
     What a penalty would add to the loss, :meth:`before` adds to the gradient: the same step, with no graph and no
     automatic differentiation of a decomposition.
 
@@ -28,7 +28,8 @@ class MatrixSGD(SGD):
         options: of the method, those of :attr:`options`; a group may have its own.
     """
 
-    options: ClassVar[dict[str, Any]] = {}  # the method's own settings, with the values they have by default
+    options: ClassVar[dict[str, Any]] = {}
+    """The method's own settings, with the values they have by default."""
 
     def __init__(
         self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0, **options: Any

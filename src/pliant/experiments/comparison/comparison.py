@@ -23,6 +23,7 @@ from rich.console import Console
 
 from pliant.errors import BadInput, shown
 from pliant.experiments.comparison.job import Job, Line, Outcome
+from pliant.experiments.comparison.joining import SUITE
 from pliant.experiments.comparison.suite import Entrant, Suite
 from pliant.experiments.comparison.workers import Performer
 from pliant.experiments.sweep import describe
@@ -59,7 +60,7 @@ class Comparison:
         """Do what is missing: the search, then the chosen settings with every seed, then what needs these."""
         search = [job for job in self._search() if not self._searched(job)]
         self._missing(self._wanted())  # refuses what was measured otherwise, before anything is written or trained
-        write_text(self.folder / "suite.yaml", self.suite.text)
+        write_text(self.folder / SUITE, self.suite.text)
         self._perform("search", search)
         self._perform("seeds", self._missing(job for seed in self.suite.seeds for job in self._chosen(seed)))
         self._perform("retraining", self._missing(self._retrainings()))

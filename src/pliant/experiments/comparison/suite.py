@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ from pliant.compression.by_name import allocation_of, check_names
 from pliant.compressor_names import CALIBRATION, record_name, resolve_scheme, takes_pattern
 from pliant.errors import BadInput, DamagedFile, check_choice, shown, unknown
 from pliant.experiments.baselines.retraining import SCHEDULES
-from pliant.experiments.methods import METHODS, resolved, settings_from
+from pliant.experiments.methods import METHODS, Method, find_method, resolved, settings_from
 from pliant.experiments.sweep import parse_ratios
 from pliant.experiments.training.settings import SETTINGS, Settings
 from pliant.experiments.workbench import pattern_compressor
+from pliant.extensions import names
 
 SHIPPED = Path(__file__).parent / "suites"
 EQUAL = ("epochs", "time")
@@ -76,7 +77,7 @@ class Entrant:
 
     Args:
         label: its name in the comparison.
-        method: its name in :data:`~pliant.experiments.methods.METHODS`.
+        method: its name: one of :data:`~pliant.experiments.methods.METHODS`, or of another package.
         families: names of the suite's families that it is measured in.
         trials: settings to choose from; each names what it sets beside the suite's and the task's settings.
     """
@@ -131,6 +132,8 @@ class Suite:
     retraining: Retraining | None = None
     equal: tuple[str, ...] = ("epochs",)
     calibration: int = CALIBRATION
+    joined: tuple[str, ...] = ()
+    """Labels of the methods that joined a comparison, beside those that its suite names."""
 
     @classmethod
     def open(cls, name: str | Path) -> Suite:
@@ -184,6 +187,7 @@ class Suite:
             retraining=_retraining(suite.get("retraining"), methods),
             equal=tuple(_list("equal", suite.get("equal", ["epochs"]))),
             calibration=suite.get("calibration", CALIBRATION),
+            joined=_joined(suite.get("joined", []), methods),
         )
         made._check()
         return made
@@ -200,7 +204,7 @@ class Suite:
         if type(self.calibration) is not int or self.calibration < 2:
             raise BadInput(f"calibration must be at least 2 images, got {shown(self.calibration)}")
         pairs = list(itertools.product(self.tasks, self.methods))
-        if len({f"{task}-{entrant.label}" for task, entrant in pairs}) < len(pairs):
+        if len({f"{task}-{entrant.label}".replace(":", "_") for task, entrant in pairs}) < len(pairs):
             raise BadInput("two pairs of a task and a method have the same name, TASK-METHOD: rename a task")
         for task, entrant in pairs:
             for trial in entrant.trials:
@@ -229,15 +233,15 @@ _SUITE = {
     "retraining": False,
     "equal": False,
     "calibration": False,
+    "joined": False,
 }
 
 
 def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entrant:
     where = f"methods.{label}"
     fields = _mapping(where, entry, {"method": False, "families": True, "trials": False})
-    method = fields.get("method", label)
-    if method not in METHODS:
-        raise unknown(f"method of {where}", str(method), METHODS)
+    method = str(fields.get("method", label))
+    own = _method(where, method).others
     chosen = tuple(_list(f"{where}.families", fields["families"]))
     for family in chosen:
         check_choice(f"family of {where}", family, tuple(families))
@@ -245,10 +249,20 @@ def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entra
     if isinstance(trials, dict):
         values = [_list(f"{where}.trials.{name}", of) for name, of in trials.items()]
         trials = [dict(zip(trials, combination, strict=True)) for combination in itertools.product(*values)]
-    checked = tuple(_settings(f"{where}.trials", trial) for trial in _list(f"{where}.trials", trials))
+    checked = tuple(_settings(f"{where}.trials", trial, own) for trial in _list(f"{where}.trials", trials))
     if any(trial in checked[:i] for i, trial in enumerate(checked)):
         raise BadInput(f"{where}.trials holds the same settings twice")
-    return Entrant(_name("method", label), method, chosen, checked)
+    return Entrant(_name("method", label, also=":"), method, chosen, checked)
+
+
+def _method(where: str, name: str) -> Method:
+    """Return a method; raises BadInput that says where it is named."""
+    if ":" not in name and name not in (known := names("method", METHODS)):
+        raise unknown(f"method of {where}", name, known)
+    try:
+        return find_method(name)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
 
 
 def _measure(where: str, entry: object) -> Measure:
@@ -297,13 +311,22 @@ def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | Non
     return Retraining(fields["method"], schedules, epochs, ratios, rounds)
 
 
-def _settings(where: str, value: object) -> dict[str, Any]:
+def _joined(labels: object, methods: tuple[Entrant, ...]) -> tuple[str, ...]:
+    if not isinstance(labels, list):
+        raise BadInput(f"expected a list of methods for joined, got {labels!r:.60}")
+    for label in labels:
+        check_choice("method in joined", label, tuple(entrant.label for entrant in methods))
+    return tuple(labels)
+
+
+def _settings(where: str, value: object, own: Collection[str] = ()) -> dict[str, Any]:
+    """Return settings by name; ``own`` names those that one method alone has."""
     settings = _mapping(where, value)
     for name in settings:
         if name in _RESERVED:
             raise BadInput(f"{where} may not set {name}: the comparison does")
-        if name not in SETTINGS:
-            raise unknown(f"setting in {where}", str(name), SETTINGS)
+        if name not in SETTINGS and name not in own:
+            raise unknown(f"setting in {where}", str(name), [*SETTINGS, *own])
     return settings
 
 
@@ -333,8 +356,8 @@ def _integers(where: str, value: object) -> list[int]:
     return numbers
 
 
-def _name(kind: str, name: str) -> str:
-    """Return a name that may stand in the name of a folder."""
-    if name and not all(letter.isalnum() or letter in "-_." for letter in name):
+def _name(kind: str, name: str, also: str = "") -> str:
+    """Return a name that may stand in the name of a folder; ``also``: letters that are replaced there."""
+    if name and not all(letter.isalnum() or letter in f"-_.{also}" for letter in name):
         raise BadInput(f"the name of a {kind} has letters, digits, '-', '_' and '.' only, got {shown(name)}")
     return name

@@ -15,6 +15,7 @@ import jsonargparse
 
 from pliant.experiments.methods import METHODS, find_method
 from pliant.experiments.training.settings import OWN, SETTINGS, Setting
+from pliant.extensions import installed
 
 FOLDER = {
     "out": Setting(None, "run folder; by default runs/DATA-MODEL-METHOD-seedN.", str | None),
@@ -53,6 +54,7 @@ def add_flags(parser: jsonargparse.ArgumentParser, given: Mapping[str, Any]) -> 
 def methods_table() -> str:
     """Return a line for each method: its name, the compressors that its networks are made for, what it is."""
     rows = [(name, ", ".join(method.cut_by) or "all", method.summary) for name, method in METHODS.items()]
+    rows += [(name, "", f"from {entry.value}") for name, entry in installed("method").items() if name not in METHODS]
     return "\n".join(
         f"{name:<16}{cut_by:<15}{summary}" for name, cut_by, summary in [("method", "cut by", "what it is"), *rows]
     )

@@ -21,7 +21,7 @@ from pliant.constraints import Preset, constrain, l2, layout_of, resolve_k, semi
 from pliant.errors import BadInput
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
-from pliant.experiments.training.settings import Resolved
+from pliant.experiments.training.settings import Resolved, vertices_of
 from pliant.optim import SFW, KSchedule, SoftThreshold
 from pliant.structure.layers import tied_parameters
 from pliant.structure.verification import coupled_channels
@@ -162,7 +162,7 @@ def nm_preset(settings: Resolved) -> Preset:
     """Return the preset of N:M patterns; k is N unless it is given."""
     n, m = parse_pattern(settings.pattern)
     k = n if settings.k is None else resolve_k(settings.k, m)
-    return semi_structured(k, m, settings.radius, vertices=settings.vertices)
+    return semi_structured(k, m, settings.radius, vertices=vertices_of(settings.vertices))
 
 
 def matrix_sgd(method: type[MatrixSGD], **fixed: Any) -> Build:

@@ -7,6 +7,7 @@ with: :func:`pliant.experiments.methods.resolved` puts the method's own in the p
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 import typing
@@ -19,6 +20,8 @@ from pliant.constraints import check_k
 from pliant.errors import BadInput, unknown
 from pliant.experiments.training.schedules import SCHEDULES
 from pliant.experiments.training.trackers import tracker_names
+from pliant.extensions import find, names
+from pliant.norms import VectorNorm, is_norm
 from pliant.optim import RESCALES as RESCALES_OF_SFW
 
 RESCALES = tuple("none" if rescale is None else rescale for rescale in RESCALES_OF_SFW)
@@ -116,6 +119,39 @@ def _check_pattern(_: str, value: Any) -> None:
     parse_pattern(value)
 
 
+def vertices_of(name: str) -> Any:
+    """Return what the presets take for a name: one of :data:`VERTICES`, or a class of vector norms of another package.
+
+    Raises BadInput if it is neither.
+    """
+    if name in VERTICES:
+        return name
+    if ":" not in name and name not in (known := names("norm", dict.fromkeys(VERTICES))):
+        raise unknown("vertices", name, known)
+    try:
+        return find("norm", name, {}, _norm_fault)
+    except BadInput as error:
+        raise BadInput(f"--vertices: {error}") from None
+
+
+def has_k(vertices: str) -> bool:
+    """Return whether the norm of vertices of this kind has a k."""
+    return vertices in VERTICES or "k" in inspect.signature(vertices_of(vertices)).parameters
+
+
+def _norm_fault(thing: Any) -> str | None:
+    if fault := is_norm(thing):
+        return fault
+    if not issubclass(thing, VectorNorm):
+        return f"expected a norm of vectors, a subclass of VectorNorm, got {thing.__name__}"
+    needed = [name for name, p in inspect.signature(thing).parameters.items() if p.default is p.empty and name != "k"]
+    return f"{thing.__name__} can be made with k alone, but needs {', '.join(needed)}" if needed else None
+
+
+def _check_vertices(_: str, value: Any) -> None:
+    vertices_of(value)
+
+
 def _check_tracker(_: str, value: Any) -> None:
     tracker_names(value)
 
@@ -148,7 +184,10 @@ class Settings:
         BadInput: a value of the wrong kind, or out of range.
     """
 
-    data: str = _data("digits", "digits, fashion-mnist, cifar10, cifar100, image-folder, parquet or hub:OWNER/NAME.")
+    data: str = _data(
+        "digits",
+        "digits, fashion-mnist, cifar10, cifar100, image-folder, parquet, hub:OWNER/NAME or package.module:name.",
+    )
     data_dir: str | None = _data(None, "folder of the data files; digits needs none.")
     image_size: int | None = _data(None, "resize all images to this many pixels a side.")
     model: str = _network(
@@ -174,7 +213,10 @@ class Settings:
     )
     radius: float | None = _method(None, "size of the balls, relative to the weights at initialisation.", POSITIVE)
     vertices: str | None = _method(
-        None, "the kind of the balls: support, sparse or (sfw-filters) orthogonal.", one_of(VERTICES)
+        None,
+        "the kind of the balls: support, sparse, orthogonal (sfw-filters), or a norm of vectors as "
+        "package.module:Class.",
+        _check_vertices,
     )
     scheme: str | None = _method(
         None,
@@ -253,7 +295,7 @@ class Settings:
 
     def __getitem__(self, name: str) -> Any:
         """Return the value of any setting, by name."""
-        return self.others[name] if name in self.others else getattr(self, name)
+        return getattr(self, name) if name in SETTINGS else self.others[name]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], others: Collection[str] = ()) -> Settings:
