@@ -24,7 +24,7 @@ from pliant.experiments.comparison.comparison import Comparison
 from pliant.experiments.comparison.job import Job, Outcome
 from pliant.experiments.comparison.performing import data_of, perform
 from pliant.experiments.comparison.suite import Measure, Suite
-from pliant.experiments.data.images import Loader
+from pliant.experiments.data import Loader
 from pliant.experiments.methods import resolved
 from pliant.experiments.run_folder import Run
 from pliant.experiments.training.settings import Settings
@@ -155,7 +155,7 @@ def test_a_comparison_goes_on_from_packed_records(finished: Path, tmp_path: Path
     assert content.startswith(kept)
     found = read_records(out / "records.jsonl.gz")
     assert sorted(record.key() for record in found) == sorted(record.key() for record in records(finished))
-    monkeypatch.setattr(comparing, "perform", lambda *_: pytest.fail("something was made again"))
+    monkeypatch.setattr(workers, "perform", lambda *_: pytest.fail("something was made again"))
     compare(str(finished.parent / "small.yaml"), out=str(out))
     assert gzip.decompress((out / "records.jsonl.gz").read_bytes()) == content
 
