@@ -13,8 +13,8 @@ from pliant.cli import VERBS, make_parser
 from pliant.experiments.compress import compress_run
 from pliant.records import Record
 from pliant.reporting.area import accuracy_at, is_reached
+from tests.measurements import HOSTILE, cost, line, point, sweep
 
-from ..measurements import HOSTILE, cost, line, point, sweep
 from .conftest import RESET, Opener, Tabs
 
 pytestmark = pytest.mark.slow
