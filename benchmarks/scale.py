@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py
 
-All numbers come from the formulas of costs.py; tests/test_scale.py checks the formulas against counting.
+All numbers come from the formulas of costs.py; tests/benchmarks/test_scale.py checks the formulas against counting.
 """
 
 from __future__ import annotations

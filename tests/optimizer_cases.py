@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from pliant.norms import Blocks, KSparse, KSupport, Lp, NormBall, Rows, Spectral
 from pliant.optim import SFW
-
-from .instances import gaussian
+from tests.instances import gaussian
 
 # Some of these balls are smaller than the weights: the warning about that has its own tests.
 quiet_first_steps = pytest.mark.filterwarnings("ignore:.*started outside of their balls.*:UserWarning")

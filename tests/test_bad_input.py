@@ -18,8 +18,7 @@ import yaml
 from pliant.cli import VERBS, main, make_parser
 from pliant.experiments.train import train
 from pliant.records import Record, append_record
-
-from .test_records import REQUIRED
+from tests.test_records import REQUIRED
 
 # Flags and what the line must say beside the name of the flag. "base" is a finished run, "small" a compressed network,
 # "exported" an export, "full" a folder with a file in it, "half.yaml" a file of settings.

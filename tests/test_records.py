@@ -316,7 +316,7 @@ def test_a_packed_file_without_a_last_newline_grows(packed: Path) -> None:
     assert read_records(packed) == [*RECORDS, FULL]
 
 
-@pytest.mark.parametrize("empty", [b"", gzip.compress(b"")])
+@pytest.mark.parametrize("empty", [b"", gzip.compress(b"")], ids=["no member", "an empty member"])
 def test_an_empty_packed_file_holds_no_records(packed: Path, empty: bytes) -> None:
     packed.write_bytes(empty)
     assert read_records(packed) == []

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from pliant.cli import VERBS, make_parser
-from pliant.experiments.compress import compress_run
+from pliant.cli import make_parser
 from pliant.records import Record
 from pliant.reporting.area import accuracy_at, is_reached
+from tests.measurements import HOSTILE, cost, line, point, sweep
 
-from ..measurements import HOSTILE, cost, line, point, sweep
 from .conftest import RESET, Opener, Tabs
 
 pytestmark = pytest.mark.slow
@@ -198,7 +197,7 @@ def test_the_command_names_the_run_that_validation_prefers_and_pliant_understand
     assert float(row["accuracy"].lstrip("≈ ")) == pytest.approx(100 * (0.9 + 0.9 - 0.8 * 0.58 / 0.9) / 2, abs=0.051)
     words = shlex.split(page.locator("#choices-0 code").inner_text())
     assert words[:3] == ["pliant", "compress", "some where/it's/sgd-1"]
-    settings = make_parser("compress", VERBS["compress"], compress_run).parse_args(words[2:])
+    settings = make_parser("compress").parse_args(words[2:])
     assert (settings.compressor, settings.whiten, settings.allocation) == ("rank", False, "uniform")
     assert (settings.keep_params, settings.calibration, settings.out) == (0.42, 64, "small-sgd-1-rank-42")
 
@@ -235,7 +234,7 @@ def test_every_compressor_has_its_command(open_page: Opener) -> None:
         choose(page, 50, choice)
         words = shlex.split(page.locator("#choices-0 code").inner_text())
         assert words[3:-2] == options
-        make_parser("compress", VERBS["compress"], compress_run).parse_args(words[2:])
+        make_parser("compress").parse_args(words[2:])
     choose(page, 50, "filters-mask")
     assert page.locator("#choices-0 code").count() == 0  # no command line makes this one
 

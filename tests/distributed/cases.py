@@ -38,8 +38,7 @@ from pliant.optim.momentum import direction
 from pliant.optim.oracle import State
 from pliant.optim.sharded import Sharded
 from pliant.optim.vertices import unit_vertices
-
-from ..instances import gaussian
+from tests.instances import gaussian
 
 Check = Callable[[DeviceMesh, Path], None]
 Shape = tuple[int, ...]

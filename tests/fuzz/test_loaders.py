@@ -32,9 +32,9 @@ from pliant.experiments.training.session import Session
 from pliant.experiments.training.settings import Settings
 from pliant.files import write_bytes
 from pliant.records import Record, append_record, read_records
+from tests.pictures import pictures, png
+from tests.test_records import FULL
 
-from ..pictures import pictures, png
-from ..test_records import FULL
 from .mutations import DEEP, Content, altered, altered_json, damaged
 
 MORE = int(os.environ.get("PLIANT_FUZZ", "1"))

@@ -37,7 +37,7 @@ class Analysis:
     """What a kind of compressor needs to know about a model before it can plan for any ratio.
 
     Args:
-        shapes: those of all parameters by name, by which the model is recognised, see :func:`parameter_shapes`.
+        shapes: those of all parameters by name, by which the model is recognised, see ``parameter_shapes``.
         refused: (layer, reason) for each layer that is left alone.
     """
 

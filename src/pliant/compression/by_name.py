@@ -47,7 +47,7 @@ def check_names(compressor: str, allocation: str) -> None:
         if link in COMPRESSORS or (link not in others and ":" not in link):
             check_choice(what, link, [*known, *others])
         if "-" in link:
-            raise BadInput(f"compressor {link!r} of another package: in its name there may be no '-'")
+            raise BadInput(f"compressor {link!r} of another package: its name must not contain '-'")
     rows = [row_of(link) for link in links]
     if len(rows) == 1 and not rows[0].takes:
         raise BadInput(f"{compressor} has no ratio: it can only be a link of a chain, such as filters+{compressor}")

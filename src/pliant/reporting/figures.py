@@ -1,6 +1,6 @@
 """What the page draws, as plain data: curves, standings, layers, and the command that makes a network.
 
-``templates/report.js`` reads it; its first lines describe the same structure.
+``templates/elements.js`` describes the same structure in its first lines; the scripts beside it draw it.
 """
 
 from __future__ import annotations

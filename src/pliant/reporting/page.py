@@ -3,7 +3,7 @@
 The page is a single file that needs no network: text, figures and plotly.js lie inside. It is made of records
 alone, so that it can be rebuilt wherever they are; neither torch nor numpy is loaded.
 
-Here the page is put together: ``figures`` has what ``templates/report.js`` draws, ``cells`` the table of all
+Here the page is put together: ``figures`` has what the scripts in ``templates`` draw, ``cells`` the table of all
 measurements. On the page a training keeps its colour.
 """
 

@@ -18,6 +18,8 @@ from typing import Any
 from pliant.compressor_names import SCHEMES, parse_pattern
 from pliant.constraints import check_k
 from pliant.errors import BadInput, unknown
+from pliant.experiments.data.data_sets import DATA_SETS
+from pliant.experiments.models import MODELS
 from pliant.experiments.training.schedules import SCHEDULES
 from pliant.experiments.training.trackers import tracker_names
 from pliant.extensions import find, names
@@ -185,17 +187,10 @@ class Settings:
         BadInput: a value of the wrong kind, or out of range.
     """
 
-    data: str = _data(
-        "digits",
-        "digits, fashion-mnist, cifar10, cifar100, image-folder, parquet, hub:OWNER/NAME or package.module:name.",
-    )
+    data: str = _data("digits", f"{', '.join(DATA_SETS)} or package.module:name.")
     data_dir: str | None = _data(None, "folder of the data files; digits needs none.")
     image_size: int | None = _data(None, "resize all images to this many pixels a side.")
-    model: str = _network(
-        "resnet8",
-        "mlp, lenet5, resnet8, resnet20, resnet56, resnet18, resnet50, vgg16, wrn28_10, vit_tiny or "
-        "package.module:callable.",
-    )
+    model: str = _network("resnet8", f"{', '.join(MODELS)} or package.module:callable.")
     width: float = _network(1.0, "factor on all channel counts.", POSITIVE)
     method: str = _method(
         "sgd",
