@@ -155,15 +155,36 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+def modules_in(file: Path) -> set[str]:
+    """Return what a file calls the modules of pliant that it imports: a name, or a whole path with dots."""
+    called = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            called |= {alias.asname or alias.name for alias in node.names if alias.name in MODULES}
+        elif isinstance(node, ast.ImportFrom):
+            called |= {alias.asname or alias.name for alias in node.names if f"{node.module}.{alias.name}" in MODULES}
+    return called
+
+
 def test_nobody_asks_an_object_of_another_file_for_something_private() -> None:
     ours = {
         node.name
         for file in FILES
         for node in ast.walk(tree(file))
-        if isinstance(node, ast.FunctionDef) and is_private(node.name)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and is_private(node.name)
     }
-    asked = {file.name: sorted(set(private_attributes(file)) & ours) for file in FILES}
+    asked = {str(file.relative_to(SOURCE)): sorted(set(private_attributes(file)) & ours) for file in FILES}
     assert {name: attributes for name, attributes in asked.items() if attributes} == {}
+
+
+def test_nobody_asks_a_module_for_something_private() -> None:
+    asked = [
+        f"{file.relative_to(SOURCE)} asks for {ast.unparse(node)}"
+        for file in FILES
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in modules_in(file)
+    ]
+    assert asked == []
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
