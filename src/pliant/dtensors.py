@@ -1,7 +1,7 @@
-"""Tensors that lie in pieces on many processes (DTensors): told apart, taken apart, put together.
+"""DTensors, which lie in pieces on many processes: recognise them, cut them up, put them together.
 
-A process works on its *piece*, the local tensor. Only what meets a DTensor imports ``torch.distributed``: everything
-here takes plain tensors as well, and hands them back as they are.
+A process works on its *piece*, the local tensor. Every function takes plain tensors as well and returns them unchanged;
+``torch.distributed`` is imported only when a DTensor is met.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether one of the tensors is a DTensor, which lies on many processes."""
-    # It is known by its method to_local, so that plain tensors need no import of torch.distributed.
+    """Return whether one of the tensors is a DTensor, which lies on many processes."""
+    # A DTensor is recognised by its method to_local, so that plain tensors need no import of torch.distributed.
     return any(type(x) not in (Tensor, nn.Parameter) and hasattr(x, "to_local") for x in tensors)
 
 
 def local_piece(x: Tensor) -> Tensor:
-    """Return this process's piece of a DTensor, in the same memory; any other tensor itself."""
+    """Return this process's piece of a DTensor, in the same memory; any other tensor unchanged."""
     if not is_sharded((x,)):
         return x
     piece: Tensor = x.to_local()  # type: ignore[attr-defined]
@@ -29,7 +29,7 @@ def local_piece(x: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """Return the whole of a DTensor, on every process; any other tensor itself. Without gradient."""
+    """Return the whole of a DTensor, on every process; any other tensor unchanged. The result is detached."""
     if not is_sharded((x,)):
         return x.detach()
     values: Tensor = x.detach().full_tensor()  # type: ignore[attr-defined]
@@ -37,9 +37,9 @@ def whole(x: Tensor) -> Tensor:
 
 
 def placed_as(piece: Tensor, like: Tensor) -> Tensor:
-    """Return the DTensor that lies on processes as ``like`` does, of which this is the piece here.
+    """Return the DTensor that lies on processes as ``like`` does, and whose piece here is ``piece``.
 
-    The piece itself where ``like`` is whole on every process.
+    If ``like`` is whole on every process, return the piece itself.
     """
     if not is_sharded((like,)):
         return piece
@@ -52,7 +52,7 @@ def placed_as(piece: Tensor, like: Tensor) -> Tensor:
 
 
 def cut_as(values: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor, the same on every process, cut as ``like`` is; the first process's values count."""
+    """Return a whole tensor cut as ``like`` is; every process has the whole, and the values of the first count."""
     if not is_sharded((like,)):
         return values
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -62,7 +62,7 @@ def cut_as(values: Tensor, like: Tensor) -> Tensor:
 
 
 def gradient_piece(p: Tensor) -> Tensor:
-    """Return this process's piece of the gradient of a parameter, cut as the parameter is; 0 where there is none."""
+    """Return this process's piece of a parameter's gradient, cut as the parameter is; zeros if there is no gradient."""
     if p.grad is None:
         return torch.zeros_like(local_piece(p))
     if not is_sharded((p,)):
@@ -83,36 +83,39 @@ def agreed(
     """Return which gradients are finite on all processes, and which exist on some processes but not on all.
 
     Args:
-        finite: of each gradient that exists here, a boolean scalar tensor.
-        present: of each tensor, whether it has a gradient here.
-        tensors: parameters, at least one a DTensor; the processes of all their meshes get the same answer.
+        finite: for each gradient that exists here, whether it is finite, a boolean scalar tensor.
+        present: for each tensor, whether it has a gradient here.
+        tensors: parameters, at least one of them a DTensor.
+
+    Returns:
+        Two lists with an entry per tensor, the same on the processes of all meshes of the tensors.
     """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
     device = tensors[0].device
-    there = torch.tensor(present, device=device)
-    ok = torch.ones_like(there)
+    exists = torch.tensor(present, device=device)
+    ok = torch.ones_like(exists)
     if finite:
-        ok[there] = torch.stack(list(finite)).to(device)
-    flags = torch.stack([ok, there, ~there]).to(torch.int32)
+        ok[exists] = torch.stack(list(finite)).to(device)
+    flags = torch.stack([ok, exists, ~exists]).to(torch.int32)  # (3, tensors)
     meshes = {x.device_mesh: None for x in tensors if isinstance(x, DTensor)}
     for mesh in meshes:
         flags = flags.to(mesh.device_type)
         for dim in range(mesh.ndim):
             dist.all_reduce(flags, dist.ReduceOp.MIN, group=mesh.get_group(dim))
-    everywhere, all_there, none_there = (row.bool() for row in flags.cpu())
-    return everywhere.tolist(), (~(all_there | none_there)).tolist()
+    all_finite, all_exist, none_exist = (row.bool() for row in flags.cpu())
+    return all_finite.tolist(), (~(all_exist | none_exist)).tolist()
 
 
 def whole_copy(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a deep copy of a layer with whole parameters on the CPU, whose values are not set, for its DTensors.
+    """Return a deep copy of a layer whose DTensors become whole, uninitialised parameters on the CPU.
 
-    What ``fully_shard`` has added to the layer, its hooks among them, stays behind.
+    The copy has none of the additions of ``fully_shard``, such as its hooks.
 
     Args:
-        layer: it, or layers inside, may be wrapped.
-        memo: of copy.deepcopy, by id; copies are added.
+        layer: the layer; it or layers inside may be wrapped by ``fully_shard``.
+        memo: the memo of ``copy.deepcopy``, by id; copies are added to it.
     """
     from torch.distributed.fsdp import FSDPModule
 

@@ -1,8 +1,8 @@
 """Tensor kernels below the norms: exact top-k, safe scaling, leading singular directions.
 
-Nothing here knows of balls or optimizers, and nothing here waits for a device: every function is a fixed sequence of
-tensor operations, whatever the values. Only where the values are at hand anyway (:func:`readable`: plain tensors on the
-CPU) may a function look at them to take a shorter way to the same result.
+Nothing here knows about balls or optimizers, and nothing here waits for a device: every function is a fixed sequence of
+tensor operations, whatever the values. Only if reading values is free (:func:`readable`: plain tensors on the CPU) may
+a function look at them to take a shorter way to the same result.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
-# Entries that a CPU works on at a time, so that temporaries stay in the cache: by one thread (NumPy), and by many.
+# How many entries a CPU processes at a time, so that temporaries stay in the cache: with one thread (NumPy), with many.
 CHUNK, SHARED_CHUNK = 2**16, 2**18
-SHORT = 2**10  # entries that are sorted as fast as searched
-ALIGNED = 16  # columns in a product
+SHORT = 2**10  # up to this many entries, sorting is as fast as searching
+ALIGNED = 16  # products are fast if the number of columns is a multiple of this
 SHIFT = 0.47  # of a power iteration, as a share of the smallest wanted eigenvalue; 0.5 would keep the eigenvalue 0
 _PIECE = 1024  # entries that are summed one after the other
+# Coefficients (a, b, c) of iterations X ← aX + (bG + cG²)X, with G = XXᵀ.
 # Muon's iteration lifts small singular values fast and leaves all of them between 0.68 and 1.21 (Jordan et al. 2024).
 LIFTING = (3.4445, -4.7750, 2.0315)
-# This one converges to 1 from there, with the third power of the distance (Higham 2008, Functions of Matrices).
+# From there, this one converges to 1 cubically (Higham 2008, Functions of Matrices).
 CONVERGING = (15 / 8, -10 / 8, 3 / 8)
-# And this one with the second power, from below: its largest value is 1.
+# And this one converges quadratically, from below: its largest value is 1.
 BOUNDED = (3 / 2, -1 / 2, 0.0)
 
 
 def vector_norm(x: Tensor, order: float = 2, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
-    """``torch.linalg.vector_norm`` with its return type declared."""
+    """Return ``torch.linalg.vector_norm``, with its return type declared."""
     result: Tensor = torch.linalg.vector_norm(x, order, dim, keepdim)
     return result
 
@@ -41,7 +42,14 @@ def long_norm(a: Tensor, order: float) -> Tensor:
     """Return the p-norms along the last dimension, of any length, to about the precision of the dtype.
 
     On a CPU torch adds up one entry after the other: in float32 a norm of a million entries is off by 1e-5 and more.
-    The norm of the norms of short pieces is the same norm, with the rounding of two short sums.
+    The norm of the norms of short pieces is the same norm, with the rounding error of two short sums.
+
+    Args:
+        a: (..., n).
+        order: p, ``math.inf`` included.
+
+    Returns:
+        The norms, (...).
     """
     pieces, rest = divmod(a.shape[-1], _PIECE)
     if pieces < 2:
@@ -54,11 +62,16 @@ def long_norm(a: Tensor, order: float) -> Tensor:
 
 
 def topk_mask(a: Tensor, k: int) -> Tensor:
-    """Mark exactly ``k`` largest entries along the last dimension; among equals the lower index wins.
+    """Return a mask of exactly ``k`` largest entries along the last dimension; among equals the lower index wins.
 
     ``torch.topk`` leaves the order of ties open; comparing with the k-th value alone would keep all of them.
 
-    Shapes: ``a`` (..., n) -> bool (..., n), with ``1 <= k <= n``.
+    Args:
+        a: (..., n).
+        k: 1 <= k <= n.
+
+    Returns:
+        The mask, a boolean tensor (..., n).
     """
     n = a.shape[-1]
     if k == n:
@@ -74,10 +87,10 @@ def topk_mask(a: Tensor, k: int) -> Tensor:
 
 
 def power_of_two_scale(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the power of two s with s <= max|x| < 2s over all tensors (1 where everything is zero).
+    """Return the power of two s with s <= max|x| < 2s over all tensors, a scalar tensor; 1 if all entries are 0.
 
     Dividing by a power of two is exact, so a computation on x/s gives the same digits whatever the scale of x,
-    and squares of x/s neither overflow nor vanish where those of x would (gradients of 2^±100).
+    and squares of x/s neither overflow nor vanish, even if squares of x do (gradients of 2^±100).
     """
     return power_of_two_below(torch.stack([_largest(x) for x in tensors]).amax())
 
@@ -89,15 +102,15 @@ def power_of_two_below(largest: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Return max|x|: as the infinity norm, which torch computes many times slower on a CPU than both extremes."""
+    """Return max|x| from both extremes: on a CPU, torch computes the infinity norm many times slower."""
     low, high = torch.aminmax(x)
     return torch.maximum(-low, high)
 
 
 def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of all entries of all tensors together, safe from overflow and underflow.
+    """Return the L2 norm of all entries of all tensors, a scalar tensor, safe from overflow and underflow.
 
-    Half-precision tensors are summed and returned in float32.
+    Half-precision tensors are summed in float32, and so is the result.
     """
     tensors = [x.to(accumulation_dtype(x)) for x in tensors]
     scale = power_of_two_scale(tensors)
@@ -111,7 +124,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Return the widest of the dtypes to compute in."""
+    """Return the widest :func:`accumulation_dtype` of the tensors."""
     return reduce(torch.promote_types, [accumulation_dtype(x) for x in tensors])
 
 
@@ -121,7 +134,7 @@ def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether looking at the values of x costs nothing: a plain tensor on the CPU, outside of torch.compile."""
+    """Return whether reading values of x is free: x is a plain tensor on the CPU, outside of torch.compile."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not isinstance(x, FakeTensor)
     return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -130,14 +143,14 @@ def readable(x: Tensor) -> bool:
 
 
 def keep_largest(tensors: Sequence[Tensor], k: int, outs: Sequence[Tensor]) -> None:
-    """Write each tensor to its ``out`` with all but the k largest magnitudes of all of them set to zero.
+    """Write tensors to ``outs`` with all entries set to 0 except the k of largest magnitude over all tensors.
 
-    Exactly ``topk_mask`` of all magnitudes, concatenated; on the CPU without a sort of large tensors.
+    The result is that of :func:`topk_mask` on the concatenated magnitudes; on the CPU large tensors are not sorted.
 
     Args:
-        tensors: floating point, of any shapes, together at least k entries.
+        tensors: floating-point tensors of any shapes, together with at least k entries.
         k: how many entries are kept.
-        outs: dense, of the same shapes and dtypes; may be the tensors themselves.
+        outs: dense tensors of the same shapes and dtypes; may be the tensors themselves.
     """
     flats = [_in_order_of_memory(x, out).flatten() for x, out in zip(tensors, outs, strict=True)]
     flat_outs = [_in_order_of_memory(out, out).view(-1) for out in outs]
@@ -147,14 +160,14 @@ def keep_largest(tensors: Sequence[Tensor], k: int, outs: Sequence[Tensor]) -> N
             torch.mul(x, mask, out=out)
         return
     threshold, surplus = kth_largest([x.detach().numpy() for x in flats], k)
-    # The last tied entries go, so that exactly k stay. Ties of zeros need no choice: they are zero either way.
+    # Zero the last of the tied entries, so that exactly k remain. Ties at 0 need no choice: they are 0 either way.
     for x, out in zip(reversed(flats), reversed(flat_outs), strict=True):
         last = np.zeros(0, dtype=np.int64)
         if surplus and threshold > 0:
             tied = np.flatnonzero(np.abs(x.numpy()) == threshold)
             last = tied[max(0, len(tied) - surplus) :]
             surplus -= len(last)
-        # hardshrink keeps |x| above its bound: the next smaller number lets the threshold itself through.
+        # hardshrink keeps |x| above its bound: with the next smaller number as bound, it keeps the threshold itself.
         torch.ops.aten.hardshrink.out(x, float(np.nextafter(threshold, threshold.dtype.type(0))), out=out)
         if len(last):
             out[torch.from_numpy(last)] = 0
@@ -163,9 +176,13 @@ def keep_largest(tensors: Sequence[Tensor], k: int, outs: Sequence[Tensor]) -> N
 def kth_largest(arrays: list[np.ndarray], k: int) -> tuple[np.floating, int]:
     """Return the k-th largest magnitude, and how many entries beyond k are at least as large (the surplus of ties).
 
-    A sample brackets the answer, one pass counts what is above the bracket and collects what is inside, and the few
-    collected are searched. (Floyd, Rivest 1975, Expected time bounds for selection.) A bracket that misses costs a
-    search of everything, never the answer.
+    A sample brackets the answer, one pass counts the entries above the bracket and collects those inside, and the few
+    collected entries are searched. (Floyd, Rivest 1975, Expected time bounds for selection.) If the bracket misses the
+    answer, all entries are searched, so the result is always exact.
+
+    Args:
+        arrays: 1-d arrays, together with at least k entries.
+        k: at least 1.
     """
     n = sum(len(a) for a in arrays)
     low, high = _bracket(arrays, n, k)
@@ -185,12 +202,12 @@ def kth_largest(arrays: list[np.ndarray], k: int) -> tuple[np.floating, int]:
 
 
 def _bracket(arrays: list[np.ndarray], n: int, k: int) -> tuple[np.floating | None, np.floating | None]:
-    """Return two values of a sample that the k-th largest magnitude very likely lies between; None if n is small."""
-    # The size of a sample at which what is collected from the bracket is no more than a few times the sample itself.
+    """Return two values that the k-th largest of n magnitudes very likely lies between; None if n is small."""
+    # With a sample of n^(2/3) entries, the bracket collects at most a few times as many entries as the sample has.
     stride = n // round(n ** (2 / 3))
     if stride < 8:
         return None, None
-    stride |= 1  # an even stride would see the same channels over and over again
+    stride |= 1  # an even stride would sample the same channels over and over again
     sample = np.concatenate([np.abs(a[::stride]) for a in arrays])
     share = 1 - k / n
     deviation = 3 * math.sqrt(share * (1 - share) / len(sample))
@@ -201,17 +218,16 @@ def _bracket(arrays: list[np.ndarray], n: int, k: int) -> tuple[np.floating | No
 
 
 def keep_n_of_m(x: Tensor, n: int, m: int, dim: int, out: Tensor) -> None:
-    """Write x to ``out`` with all but the n largest magnitudes of every m consecutive entries along ``dim`` set to 0.
+    """Write x to ``out`` with 0 for all but the n largest magnitudes of every m consecutive entries along ``dim``.
 
-    Among equals the lower index wins, but magnitudes that differ in nothing but their last bits count as equal (as many
-    bits as it takes to write m).
+    Among equals the lower index wins. Magnitudes that differ only in their last ⌈log₂ m⌉ bits count as equal.
 
     Args:
-        x: float32 or float64; m divides its size along ``dim``.
-        n: how many are kept, 1 <= n <= m.
-        m: entries in a block.
-        dim: the dimension that blocks lie along.
-        out: dense, of the same shape and dtype; not x itself.
+        x: a float32 or float64 tensor; m divides its size along ``dim``.
+        n: how many entries of a block are kept, 1 <= n <= m.
+        m: the number of entries in a block.
+        dim: the dimension along which the entries of a block are consecutive.
+        out: a dense tensor of the same shape and dtype; not x itself.
     """
     if n == m:
         out.copy_(x)
@@ -227,7 +243,8 @@ def keep_n_of_m(x: Tensor, n: int, m: int, dim: int, out: Tensor) -> None:
     step = max(1, SHARED_CHUNK // (m * inner)) if readable(x) else len(blocks)
     for start in range(0, len(blocks), step):
         chunk = blocks[start : start + step]
-        # As integers, magnitudes have the same order; the slot in the last bits makes all of a block different.
+        # Magnitudes have the same order as their bits read as integers; the slot in the last bits makes the keys of a
+        # block distinct.
         keys = torch.empty((m, len(chunk), inner), dtype=integers, device=x.device)
         torch.bitwise_and(chunk.view(integers).transpose(0, 1), magnitude_bits, out=keys)
         ordered = keys.add_(slots).view(x.dtype)
@@ -236,7 +253,7 @@ def keep_n_of_m(x: Tensor, n: int, m: int, dim: int, out: Tensor) -> None:
 
 
 def _nth_largest(keys: Tensor, n: int) -> Tensor:
-    """Return the n-th largest along the first dimension by insertion into a sorted list; all operations elementwise."""
+    """Return the n-th largest of keys (m, ...) along dim 0, (...), by elementwise insertion into a sorted list."""
     leaders: list[Tensor] = []
     for key in keys:
         candidate = key
@@ -250,7 +267,7 @@ def _nth_largest(keys: Tensor, n: int) -> Tensor:
 
 
 def _in_order_of_memory(x: Tensor, like: Tensor) -> Tensor:
-    """Return x with its dimensions in the order in which ``like`` has its own in memory, outermost first."""
+    """Return x with its dimensions permuted to the order that those of ``like`` have in memory, outermost first."""
     return x.permute(_order_of_memory(like))
 
 
@@ -263,13 +280,18 @@ def _order_of_memory(x: Tensor) -> list[int]:
 
 
 def starting_directions(matrices: Sequence[Tensor], size: int) -> list[Tensor]:
-    """Return the fixed start of :func:`leading_directions` where nothing better is known; leaves the random state.
+    """Return fixed directions to start :func:`leading_directions` from; torch's random state does not change.
 
-    Shapes: matrices (L, r_i, c_i) -> (L, c_i, size).
+    Args:
+        matrices: (L, r_i, c_i) each.
+        size: the number of directions.
+
+    Returns:
+        For each matrix, (L, c_i, size).
     """
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(1, a.shape[2], size, generator=generator, dtype=a.dtype) for a in matrices]
-    # Every member starts the same, so that a matrix does not notice what else is in its batch.
+    # All members start alike, so that results do not depend on the batch a matrix is in.
     return [start.to(a.device).expand(len(a), -1, -1) for start, a in zip(starts, matrices, strict=True)]
 
 
@@ -278,18 +300,19 @@ def leading_directions(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Approximate the k leading singular directions of L block-diagonal matrices, without decomposing them.
 
-    Block power iteration with a shift, one QR of a tall matrix per iteration, and no wait for the device: from right
-    directions Z, left ones are U = qr(AZ), and their images AᵀU the new right ones. (Halko, Martinsson, Tropp 2011,
-    Finding structure with randomness, section 4.5; for the shift see :func:`advanced`.)
+    This is block power iteration with a shift, with one QR factorisation of a tall matrix per iteration: from right
+    directions Z, the left directions are U = qr(AZ), and their images AᵀU are the new right directions. (Halko,
+    Martinsson, Tropp 2011, Finding structure with randomness, section 4.5; for the shift see :func:`advanced`.)
 
     Args:
-        matrices: the diagonal blocks of the matrices A, each (L, r_i, c_i); one is the common case.
-        start: right directions from the last, similar matrices, or :func:`starting_directions`: (L, c_i, k).
+        matrices: the diagonal blocks of the matrices A, each (L, r_i, c_i); commonly there is one.
+        start: right directions of earlier, similar matrices, or :func:`starting_directions`, each (L, c_i, k).
         iterations: at least 1; after a good start 1 is enough.
 
     Returns:
-        ``left`` (L, r_i, k), together with orthonormal columns but for zero rows of A, which stay zero;
-        ``right`` = Aᵀ·left, (L, c_i, k); and the next start (L, c_i, k). The first columns are about the leading ones.
+        Three lists with a tensor for each block: ``left`` (L, r_i, k), all blocks together with orthonormal columns,
+        and zero rows where A has zero rows; ``right`` = Aᵀ·left, (L, c_i, k); and the next start, (L, c_i, k). Columns
+        are roughly in descending order of singular values.
     """
     rows = [a.shape[1] for a in matrices]
     for _ in range(iterations):
@@ -304,18 +327,31 @@ def leading_directions(
 
 
 def times(a: Tensor, z: Tensor) -> Tensor:
-    """Return a @ z for a z of few columns: zeros beside them let a product take as long as its size says.
+    """Return a @ z for a z of few columns, padded with zero columns to a width that is fast.
 
     MKL takes three times as long for 10 columns as for 16, and 15 % longer for 51 than for 64.
+
+    Args:
+        a: (L, rows, columns).
+        z: (L, columns, k).
+
+    Returns:
+        The product, (L, rows, k).
     """
     k = z.shape[-1]
     return a @ z if k % ALIGNED == 0 else (a @ pad(z, (0, -k % ALIGNED)))[..., :k]
 
 
 def orthonormalised(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the QR factorisation of (L, rows, k) whose R has no negative diagonal: there is only one.
+    """Return the QR factorisation of ``image`` whose R has no negative diagonal entries, which makes it unique.
 
-    Rows of zeros stay zero in Q, also where the image has a lower rank.
+    Rows of zeros stay zero in Q, even if the image has a lower rank.
+
+    Args:
+        image: (L, rows, k) with rows >= k.
+
+    Returns:
+        Q, (L, rows, k), and R, (L, k, k).
     """
     basis, triangle = torch.linalg.qr(image)
     signs = torch.where(triangle.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).to(image.dtype)
@@ -323,21 +359,22 @@ def orthonormalised(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def advanced(right: Sequence[Tensor], before: Sequence[Tensor], triangle: Tensor, squares: Tensor) -> list[Tensor]:
-    """Return where the next iteration starts: (AᵀA − s)·Z·R⁻¹, which costs no product with A.
+    """Return the start of the next iteration, (AᵀA − s)·Z·R⁻¹, which takes no product with A.
 
-    With s half of the smallest of the k eigenvalues, those that are not wanted, from 0 up to it, are at most half of it
-    away from s: an iteration separates those near it, which are the hard ones, about as well as two without the shift.
-    Those near 0 fade more slowly than without, and would not at all with a full half.
-    (Saad 2011, Numerical Methods for Large Eigenvalue Problems, section 4.1.2.)
+    Let s be half of the smallest of the k wanted eigenvalues. The unwanted eigenvalues lie between 0 and the smallest
+    wanted one, so they are at most s away from s. An iteration then suppresses those near the smallest wanted one, the
+    hard ones, about as well as two iterations without the shift. Directions with eigenvalues near 0 fade more slowly
+    than without it, and would not fade at all with exactly half, hence :data:`SHIFT`. (Saad 2011, Numerical Methods for
+    Large Eigenvalue Problems, section 4.1.2.)
 
     Args:
-        right: AᵀU = AᵀA·Z·R⁻¹, by blocks (L, c_i, k).
-        before: Z.
+        right: AᵀU = AᵀA·Z·R⁻¹, for each block (L, c_i, k).
+        before: Z, for each block (L, c_i, k).
         triangle: R, (L, k, k).
-        squares: squared lengths of the columns of AᵀU, (L, k): Rayleigh quotients of the eigenvalues.
+        squares: squared lengths of the columns of AᵀU, (L, k): Rayleigh quotients, which approximate the eigenvalues.
     """
     diagonal = triangle.diagonal(dim1=1, dim2=2)
-    # A matrix of lower rank has 0 among its leading eigenvalues, so nothing to shift by, and no inverse of R.
+    # A matrix of lower rank has 0 among its leading eigenvalues: there is nothing to shift by, and R has no inverse.
     full = (diagonal.amin(dim=1) > torch.finfo(diagonal.dtype).eps * diagonal.amax(dim=1))[:, None, None]
     identity = torch.eye(triangle.shape[1], dtype=triangle.dtype, device=triangle.device).expand_as(triangle)
     inverse = torch.linalg.solve_triangular(torch.where(full, triangle, identity), identity, upper=True)
@@ -346,10 +383,15 @@ def advanced(right: Sequence[Tensor], before: Sequence[Tensor], triangle: Tensor
 
 
 def stirred(z: Tensor, first: int = 0, rows: int | None = None, size: Tensor | None = None) -> Tensor:
-    """Add a little of a fixed vector to the last column: a start orthogonal to all rows of A would stay so for ever.
+    """Return z with a small multiple of a fixed vector added to the last column.
 
-    Where z is a part of longer directions, it begins at row ``first`` of ``rows``, and ``size`` is the L2 norm of the
-    whole last column.
+    Without it, a start that is orthogonal to all rows of A would remain so for ever.
+
+    Args:
+        z: directions, (L, columns, k), or some of their rows.
+        first: the row of the whole directions that z begins at.
+        rows: the number of rows of the whole directions; None if z is whole.
+        size: the L2 norm of the last column of the whole directions, (L,); None if z is whole.
     """
     last = z[:, :, -1]
     angles = torch.arange(first, first + z.shape[1], dtype=z.dtype, device=z.device)
@@ -364,14 +406,17 @@ def stirred(z: Tensor, first: int = 0, rows: int | None = None, size: Tensor | N
 def polar(matrices: Tensor, lifting: int = 5, converging: int = 2, inside: bool = False) -> Tensor:
     """Return the polar factor UVᵀ of each matrix by matrix products alone (Newton-Schulz iteration).
 
-    Singular values above 1/500 of the Frobenius norm come out as 1 within 0.001, far smaller ones in proportion to what
-    they were. Without the converging steps this is Muon's, with values between 0.68 and 1.21.
+    Singular values above 1/500 of the Frobenius norm become 1 within 0.001; far smaller ones stay proportional to their
+    old values. Without the converging steps this is Muon's iteration, with values between 0.68 and 1.21.
 
     Args:
         matrices: (L, rows, columns).
-        lifting: steps that bring all singular values near 1.
-        converging: steps that make them 1.
-        inside: let the last of them be one that leaves no singular value above 1; the smallest are 0.99 then.
+        lifting: the number of steps that bring all singular values near 1.
+        converging: the number of steps that converge to 1.
+        inside: replace the last step by one that leaves no singular value above 1; the smallest are then 0.99.
+
+    Returns:
+        The polar factors, (L, rows, columns).
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT

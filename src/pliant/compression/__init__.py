@@ -1,14 +1,14 @@
 """Compression after training, without retraining: the same code for every network, however it was trained.
 
-A compressor makes a :class:`Plan` (plain data, no side effect) and applies it to a copy::
+A compressor returns a :class:`Plan` (plain data, no side effect) and applies it to a copy::
 
     small = compress(model, LowRank(ratio=0.7), example_inputs)
 
 base          the compressor: analyse once, plan for any ratio, apply to a copy
 plan          the plan, as plain data
-applying      ``compress``, and a network by a stored plan
-by_name       compressors by the names of the shell and of plans, those of other packages too
-allocation    sharing a budget out among the layers
+applying      ``compress``, and the same from a stored plan
+by_name       compressors by their names in the shell and in plans, including those of other packages
+allocation    how a ratio is shared out among the layers
 filters       removes coupled channels
 heads         removes attention heads
 rank          factorises layers
@@ -18,9 +18,9 @@ chain         several compressors in a row
 budgets       ``compress_to``: as little compression as a limit on size, time or accuracy allows
 costs         how often each weight is applied
 whitening     second moments of the layers' outputs on data
-factored      two thin layers in place of one
-rewiring      new modules in the places of old ones
-batchnorm     BatchNorm statistics, measured again on the result
+factored      two thin layers that replace one
+rewiring      replacing modules of a model by others
+batchnorm     re-estimation of BatchNorm statistics
 """
 
 from pliant.compression.applying import compress as compress

@@ -1,15 +1,15 @@
-"""How much to take from each layer.
+"""How much to remove from each layer.
 
 A layer offers *options*: costs (parameters or multiply-accumulates) that it can be cut down to, in falling order, the
-first one dense, and the loss of energy that comes with each. An allocation puts the reductions of single layers, from
-one option to a later one, in an order; the target decides how many of them are made::
+first one dense, and the loss of energy of each. An allocation puts the reductions of single layers, from one option to
+a later one, in an order; the target determines how many of them are carried out::
 
     uniform_order(options)    every layer gives the same share of its cost
     greedy_order(options)     the least energy per cost goes first, over all layers
     energy_order(options)     every layer keeps the same share of its energy
     allocate(options, reductions, target) -> the chosen option of each layer
 
-Filter pruning removes channels in an order of its own, and takes as many of them as :func:`nearest` says.
+Filter pruning removes channels in an order of its own; :func:`nearest` returns how many.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Options:
-    """What one layer can be cut down to: ``costs`` fall strictly, ``losses`` start at 0 and never fall."""
+    """The sizes that one layer can be cut down to.
+
+    Args:
+        costs: the cost of each option, strictly falling; the first is dense.
+        losses: the loss of energy of each option, starting at 0 and never falling.
+    """
 
     costs: tuple[int, ...]
     losses: tuple[float, ...]
@@ -30,24 +35,29 @@ class Options:
 
 @dataclass(frozen=True)
 class Reduction:
-    """Layer ``layer`` goes down to its option ``option`` (positions)."""
+    """The reduction of a layer to one of its options.
+
+    Args:
+        layer: index of the layer.
+        option: index of the option.
+    """
 
     layer: int
     option: int
 
 
 def allocate(options: Sequence[Options], reductions: Sequence[Reduction], target: float) -> list[int]:
-    """Make reductions in order until the total cost is as near as possible to ``target``.
+    """Carry out reductions in order until the total cost is as near as possible to ``target``.
 
-    Where the last one leaps over options of its layer, the one of them that comes nearest is taken.
+    If the last reduction would skip options of its layer, the nearest of the skipped options is taken.
 
     Args:
-        options: of each layer.
-        reductions: in the order in which they are made.
-        target: total cost.
+        options: the options of each layer.
+        reductions: the reductions, in order.
+        target: the total cost to reach.
 
     Returns:
-        The position of the chosen option of each layer.
+        The index of the chosen option of each layer.
     """
     chosen = [0] * len(options)
     total = sum(layer.costs[0] for layer in options)
@@ -89,7 +99,7 @@ def greedy_order(options: Sequence[Options]) -> list[Reduction]:
 
 
 def energy_order(options: Sequence[Options]) -> list[Reduction]:
-    """Order the reductions so that every layer loses about the same share of its energy, whatever that saves."""
+    """Order the reductions so that every layer loses about the same share of its energy, whatever cost that saves."""
     events = [
         (loss, layer, option)
         for layer, offer in enumerate(options)
@@ -100,12 +110,12 @@ def energy_order(options: Sequence[Options]) -> list[Reduction]:
 
 
 def nearest(cost: Callable[[int], int], most: int, target: float) -> int:
-    """Return the n in 0..most whose ``cost(n)`` is nearest to ``target``, the smaller one of two that are equally near.
+    """Return the n in 0..most whose ``cost(n)`` is nearest to ``target``; the smaller n if two are equally near.
 
     Args:
-        cost: falls strictly.
+        cost: a strictly falling function.
         most: the largest n.
-        target: of the cost.
+        target: the cost to reach.
     """
     after = bisect.bisect_left(range(most + 1), -target, key=lambda n: -cost(n))
     if after == 0:

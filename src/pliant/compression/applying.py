@@ -1,4 +1,4 @@
-"""A compressor or a stored plan, applied to a model."""
+"""Apply a compressor or a stored plan to a model."""
 
 from __future__ import annotations
 
@@ -55,10 +55,12 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a network of the architecture that :func:`replay` gives, to load stored weights into.
+    """Return a network of the architecture that :func:`replay` returns, to load stored weights into.
 
-    This is quick, and possible for every plan, because the weights that the network holds do not matter. Raises
-    BadInput if the plan's compressor is unknown or the model is another one.
+    This is quick, and possible for every plan, because the weights of the result are arbitrary.
+
+    Raises:
+        BadInput: the plan's compressor is unknown, or the model is another one.
     """
     if plan.links:
         return reduce(skeleton, plan.links, model)

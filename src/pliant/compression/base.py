@@ -6,8 +6,8 @@
     plan = compressor.plan(model, x, analysis=analysis)    plain data, no side effect
     small = compressor.apply(model, plan)                  a new model; the given one is not touched
 
-A kind of compressor fills in ``analyse``, ``plan_with`` and ``carry_out``; the checks around them are made here.
-Calibration data is a finite iterable of batches, (images, labels) or images alone; most compressors do without.
+Each kind of compressor defines ``analyse``, ``plan_with`` and ``carry_out``; the checks around them are done here.
+Calibration data is a finite iterable of batches, (images, labels) or images alone; most compressors do not need any.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ COSTS = ("params", "macs")
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What a kind of compressor needs to know about a model before it can plan for any ratio.
+    """Everything that a kind of compressor needs to know about a model before it can plan for any ratio.
 
     Args:
-        shapes: those of all parameters by name, by which the model is recognised, see ``parameter_shapes``.
+        shapes: name → shape of all parameters, by which the model is recognised; see ``parameter_shapes``.
         refused: (layer, reason) for each layer that is left alone.
     """
 
@@ -56,18 +56,18 @@ class Compressor(abc.ABC, Generic[A]):
     To write a compressor, make a frozen dataclass with its options as fields, all with defaults, and three methods:
 
     * :meth:`analyse` does the expensive part, the same for all ratios, and returns an :class:`Analysis` of its own;
-    * :meth:`plan_with` decides from that what to do, without any side effect: :meth:`assemble` makes the plan;
-    * :meth:`carry_out` does what a plan says to a copy of the model.
+    * :meth:`plan_with` decides what to do, without any side effect, and returns a plan by :meth:`assemble`;
+    * :meth:`carry_out` carries out a plan on a copy of the model.
 
-    A compressor that can be asked for any size has the field ``ratio``, the share to remove, in [0, 1). One that shares
-    the ratio out among the layers in several ways has the field ``allocation``, and one whose ratio may count either
+    A compressor that can reach any size has the field ``ratio``, the share to remove, in [0, 1). One that can share the
+    ratio out among the layers in several ways has the field ``allocation``, and one whose ratio may count either
     parameters or multiply-accumulates has the field ``cost``. Checks, copies, tables, files, chains, sweeps and budgets
-    come from here and from the plan. What :meth:`carry_out` needs of the weights or of data, and a network that only
-    takes stored weights does not, is left out in :meth:`skeleton`.
+    come from this class and from the plan. Override :meth:`skeleton` if :meth:`carry_out` does work that a network for
+    stored weights does not need.
 
-    A compressor of another package is named as package.module:name, or offered under a name of its own, without "+" and
-    "-", by an entry point of the group ``pliant.compressors``. Such a one also has the class attributes ``unit``, what
-    its plans count in each layer, and ``title``, the title of its figures in reports; in a sweep ``analyse`` is given
+    A compressor of another package is named as package.module:name, or by an entry point of the group
+    ``pliant.compressors`` under a name without "+" and "-". It also has the class attributes ``unit``, the unit that
+    its plans count in each layer, and ``title``, the title of its figures in reports; in a sweep, ``analyse`` gets
     training images.
     """
 
@@ -86,7 +86,7 @@ class Compressor(abc.ABC, Generic[A]):
         Args:
             model: any module; not changed.
             example_inputs: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes.
-            calibration: batches of training data, for compressors that look at data; the others do not read them.
+            calibration: batches of training data, for compressors that look at data; others ignore them.
 
         Raises:
             BadInput: the model does not take the example or the data.
@@ -94,39 +94,39 @@ class Compressor(abc.ABC, Generic[A]):
 
     @abc.abstractmethod
     def plan_with(self, model: nn.Module, analysis: A) -> Plan:
-        """Return what would be done to ``model``, by its analysis.
+        """Return the plan for ``model``, given its analysis.
 
         Args:
-            model: with finite weights, in any mode; not changed.
-            analysis: of this model.
+            model: a model with finite weights, in any mode; not changed.
+            analysis: the analysis of this model.
 
         Raises:
-            Refused: something is asked for, and nothing at all can be removed. (:meth:`assemble` sees to that.)
+            Refused: the ratio is not 0, and nothing at all can be removed (:meth:`assemble` raises it).
         """
 
     @abc.abstractmethod
     def carry_out(self, model: nn.Module, plan: Plan, analysis: A | None) -> nn.Module:
-        """Do what a plan says, and return the result.
+        """Carry out a plan and return the result.
 
         Args:
-            model: a copy that may be changed, with the layers that the plan names, in their shapes.
-            plan: made by a compressor of this class with these options, or read from a file.
-            analysis: that of the plan, where it is at hand.
+            model: a copy that may be changed, which has the layers that the plan names, in their shapes.
+            plan: a plan by a compressor of this class with these options, new or read from a file.
+            analysis: the analysis that the plan was made with, or None.
 
         Raises:
-            BadInput: the plan asks for something that the layers do not have.
+            BadInput: the plan does not suit the layers.
         """
 
     def plan(self, model: nn.Module, example_inputs: Example, *, analysis: A | None = None) -> Plan:
-        """Return what would be done to ``model``.
+        """Return the plan for ``model``.
 
         Args:
             model: any module; not changed.
             example_inputs: as in :meth:`analyse`.
-            analysis: the result of ``analyse`` on this model with the weights that it has now.
+            analysis: the result of ``analyse`` on this model with its current weights; None: analyse it now.
 
         Raises:
-            Refused: something is asked for, and nothing at all can be removed.
+            Refused: the ratio is not 0, and nothing at all can be removed.
             BadInput: a weight is not finite, or the analysis is of another model.
         """
         _check_finite(model)
@@ -140,9 +140,9 @@ class Compressor(abc.ABC, Generic[A]):
         """Return a new model that is ``model`` compressed as ``plan`` says.
 
         Args:
-            model: the one that the plan is for, with any weights; not changed.
-            plan: its options hold, not those of this compressor.
-            analysis: that of the plan; saves work where it is at hand.
+            model: the model that the plan is for, with any weights; not changed.
+            plan: the plan; its options apply, not those of this compressor.
+            analysis: the analysis that the plan was made with, which saves work; None: do without.
 
         Raises:
             BadInput: the plan is of another kind of compressor or for another model.
@@ -152,32 +152,40 @@ class Compressor(abc.ABC, Generic[A]):
         return planned.carry_out(copy.deepcopy(model), plan, analysis)
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Return a new model of the architecture that :meth:`apply` gives; its weights may be any.
+        """Return a new model of the architecture that :meth:`apply` returns, with arbitrary weights.
 
-        It is what stored weights are loaded into, and what costs are counted on. Raises BadInput as ``apply``.
+        It serves to load stored weights into, and to count costs on.
+
+        Raises:
+            BadInput: as for :meth:`apply`.
         """
         return self.apply(model, plan)
 
     @property
     def has_ratio(self) -> bool:
-        """Whether the compressor can be asked for any size."""
+        """Whether the compressor has a ratio, so that it can reach any size."""
         return "ratio" in option_names(type(self))
 
     def at(self, ratio: float) -> Self:
-        """Return this compressor with another ratio. Raises BadInput if it has none, or for one out of range."""
+        """Return this compressor with another ratio.
+
+        Raises:
+            BadInput: it has no ratio, or the new one is out of range.
+        """
         if not self.has_ratio:
             raise BadInput(f"{type(self).__name__} has no ratio: it makes a network of one size")
         return dataclasses.replace(self, ratio=ratio)  # type: ignore[call-arg]
 
     def counting(self, cost: str) -> Self:
-        """Return this compressor with a ratio that counts ``cost``, or as it is if it knows one cost only."""
+        """Return this compressor with a ratio that counts ``cost``; unchanged if it has no such option."""
         known = "cost" in option_names(type(self))
         return dataclasses.replace(self, cost=cost) if known else self  # type: ignore[call-arg]
 
     def checked(self, model: nn.Module, plan: Plan) -> Self:
         """Return the compressor with the plan's options.
 
-        Raises BadInput if the plan is of another kind of compressor or for another model.
+        Raises:
+            BadInput: the plan is of another kind of compressor or for another model.
         """
         if plan.compressor not in plan_names(type(self)):
             raise BadInput(f"the plan is for {plan.compressor}, it cannot be applied by {type(self).__name__}")
@@ -186,7 +194,7 @@ class Compressor(abc.ABC, Generic[A]):
         return planned
 
     def with_options_of(self, plan: Plan) -> Self:
-        """Return a compressor of this kind with the plan's options; raises BadInput if it does not have them."""
+        """Return a compressor of this kind with the plan's options; raise BadInput if it does not have them."""
         return with_options(type(self), plan.options)
 
     def assemble(
@@ -203,13 +211,13 @@ class Compressor(abc.ABC, Generic[A]):
         """Return the plan of this compressor.
 
         Args:
-            model: the model that it is for.
-            analysis: of the model.
-            ratio: the share that was asked for.
-            removed: how much is removed of the cost that the ratio counts: parameters, unless the compressor says
-                otherwise.
-            compressible: parameter name → how much of that cost could be removed there.
-            layers: what stays of each layer.
+            model: the model that the plan is for.
+            analysis: the analysis of the model.
+            ratio: the requested share.
+            removed: the removed amount of the cost that the ratio counts: parameters, unless the compressor counts
+                another.
+            compressible: parameter name → the amount of that cost that could be removed there.
+            layers: the plans of single layers.
             params_after: number of parameters of the compressed model.
 
         Raises:
@@ -239,10 +247,10 @@ def option_names(kind: type[Compressor[Any]]) -> list[str]:
 
 
 def plan_names(kind: type[Compressor[Any]]) -> list[str]:
-    """Return what plans may call a kind of compressor; the first name is the one to write.
+    """Return the names that plans may use for a kind of compressor; write the first one.
 
-    One of this package is called by its class. One of another package is called by the name under which the package
-    offers it, or else, and by this process in any case, by package.module:name.
+    The name of a compressor of this package is its class name. A compressor of another package may have a name by an
+    entry point, and always has the name package.module:name.
     """
     if kind.__module__.partition(".")[0] == "pliant":
         return [kind.__name__]
@@ -250,7 +258,7 @@ def plan_names(kind: type[Compressor[Any]]) -> list[str]:
 
 
 def with_options(kind: type[C], options: Mapping[str, Any]) -> C:
-    """Return ``kind(**options)``; raises BadInput for options that it does not have, or not with these values."""
+    """Return ``kind(**options)``; raise BadInput for unknown options and bad values."""
     known = option_names(kind)
     for name in options:
         if name not in known:
@@ -265,7 +273,7 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _check_finite(model: nn.Module) -> None:
     for name, p in model.named_parameters():
-        # A finite sum has finite terms, and takes a tenth of the time. One that is not finite may have overflowed.
+        # A finite sum has finite terms, and takes a tenth of the time. An infinite sum may also be an overflow.
         if not torch.isfinite(p.detach().sum()) and not torch.isfinite(p).all():
             raise BadInput(f"parameter {name!r} holds NaN or infinity: compress a model that has not diverged")
 

@@ -1,4 +1,4 @@
-"""BatchNorm statistics of a compressed network, measured again, which needs neither labels nor gradients."""
+"""Re-estimation of BatchNorm statistics after compression, which needs neither labels nor gradients."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
 
     Args:
         model: any module; without BatchNorm the loader is not read.
-        loader: finite; yields (images, labels), or images alone, of the shape that the model takes. They are moved to
-            the model's device, and every batch has the same weight.
+        loader: a finite iterable of (images, labels), or images alone, of the shape that the model takes. They are
+            moved to the model's device, and every batch has the same weight.
 
     Raises:
         BadInput: the loader is empty, or the model cannot be run on a batch in training mode (a BatchNorm over vectors

@@ -1,8 +1,8 @@
 """Compressing to a budget: a limit on parameters, multiply-accumulates, bytes, milliseconds or lost accuracy.
 
-A compressor at a ratio makes one network; a budget asks for the largest network that meets it (for an accuracy, the
-smallest one). With the ratio costs fall, and accuracy is assumed to fall, so the ratio is found by bisection. Every
-network that is considered is planned in full, and its cost is counted or measured, not estimated::
+A compressor at a ratio gives one network; a budget asks for the largest network that meets it (for an accuracy, the
+smallest one). Costs fall as the ratio grows, and accuracy is assumed to fall too, so the ratio is found by bisection.
+Every candidate network is planned in full, and its cost is counted or measured, not estimated::
 
     small = compress_to(model, LowRank(), x, keep_macs=0.5)
 """
@@ -26,11 +26,11 @@ from pliant.errors import BadInput, Refused
 
 SMALLEST = 1 - 2**-30  # gives the smallest network; a ratio of 1 would leave nothing, and is refused
 
-# How finely the ratio is searched for each budget. Parameters are read off a plan. Multiply-accumulates and bytes
-# need a network to be built, a latency or an accuracy has to be measured, and these are no more exact than this.
+# How finely the ratio is searched for each budget. Parameters follow from a plan alone. Multiply-accumulates and bytes
+# need the network; latencies and accuracies have to be measured, and are no more exact than this.
 RESOLUTION = {"keep_params": 1e-6, "keep_macs": 1e-5, "max_bytes": 1e-5, "max_latency_ms": 1 / 256, "max_drop": 1 / 256}
-CHAIN_RESOLUTION = 1 / 512  # the later links are analysed anew for every network that the first one leaves
-# What the allocation economises for a budget, in place of the compressor's own choice.
+CHAIN_RESOLUTION = 1 / 512  # every result of the first link needs a new analysis by the later links
+# The cost that the allocation economises for a budget, instead of the compressor's own choice.
 _COST = {"keep_macs": "macs", "max_latency_ms": "macs"}
 
 
@@ -40,7 +40,7 @@ class Budget:
 
     Args:
         kind: a key of :data:`RESOLUTION`.
-        limit: in the unit that the kind names.
+        limit: the limit, in the unit that the kind names.
 
     Raises:
         BadInput: the limit is out of range.
@@ -65,7 +65,7 @@ class Budget:
 
 
 def one_budget(**limits: float | None) -> Budget:
-    """Return the one budget whose limit is not None. Raises BadInput if there is none, or more than one."""
+    """Return the only budget whose limit is not None; raise BadInput unless there is exactly one."""
     set_limits = {kind: limit for kind, limit in limits.items() if limit is not None}
     if len(set_limits) != 1:
         raise BadInput(f"expected one budget of {', '.join(limits)}, got {', '.join(set_limits) or 'none'}")
@@ -94,14 +94,15 @@ def compress_to(
         example_inputs: what the model takes: a tensor, a tuple of tensors or a dict of keyword arguments. Costs are
             counted and measured on it.
         keep_params: share of all the model's parameters that may stay, in (0, 1].
-        keep_macs: share of the multiply-accumulates. What to remove is then chosen by them.
-        max_bytes: of the safetensors file.
-        max_latency_ms: milliseconds of a forward pass of the example, here and now; what to remove is chosen by
+        keep_macs: share of the multiply-accumulates that may stay; the allocation then economises these.
+        max_bytes: size of the safetensors file.
+        max_latency_ms: milliseconds of a forward pass of the example on this machine; the allocation economises
             multiply-accumulates.
         max_drop: how much ``accuracy`` may fall below that of ``model``, a fraction in [0, 1).
-        calibration: batches of training data that is not augmented, (images, labels) or images alone, more than
-            an iterator. With it, compressors look at the data and the BatchNorm statistics are re-estimated.
-        accuracy: of a network on validation data, a fraction; needed for ``max_drop``.
+        calibration: batches of training data without augmentation, (images, labels) or images alone, that can be
+            iterated over several times. With it, compressors look at data and BatchNorm statistics are re-estimated.
+        accuracy: a function that returns the accuracy of a network on validation data, a fraction; needed for
+            ``max_drop``.
 
     Raises:
         Refused: the budget is out of reach; the message names the reachable minimum and what is left alone.
@@ -142,7 +143,7 @@ def fit(
     Args:
         model, compressor, example_inputs, accuracy: as in :func:`compress_to`.
         budget: the limit.
-        analysis: the compressor's, of this model.
+        analysis: the compressor's analysis of this model.
 
     Raises:
         Refused: the budget is out of reach.
@@ -156,7 +157,7 @@ def fit(
     def plan_at(ratio: float) -> Plan:
         return family.at(ratio).plan(model, example_inputs, analysis=analysis)
 
-    # A cost is met from a ratio on, an accuracy up to a ratio.
+    # A budget of cost is met from some ratio on, a budget of accuracy up to some ratio.
     is_cost = budget.kind != "max_drop"
     largest = plan_at(0.0)
     first = value(largest)
@@ -195,7 +196,7 @@ def _meter(
     analysis: Analysis,
     accuracy: Callable[[nn.Module], float] | None,
 ) -> Callable[[Plan], float]:
-    """Return the function from a plan to what its network costs, in the unit of the budget."""
+    """Return a function from a plan to the cost of its network, in the unit of the budget."""
     if budget.kind == "keep_params":
         return lambda plan: plan.params_after / plan.params_before
     if budget.kind == "max_bytes":
@@ -212,7 +213,7 @@ def _meter(
 
 
 def _reachable(compressor: Compressor[Any], budget: Budget, least: float, smallest: Plan) -> str:
-    """Return how far a compressor gets, and what it leaves alone, in words."""
+    """Return, in words, the least that a compressor can reach and the layers that it leaves alone."""
     unit = {"max_bytes": f"{least:.0f}"}.get(budget.kind, f"{least:.4g}")
     reasons = [f"{name} {reason}" for name, reason in smallest.refused[:5]]
     more = "; ..." if len(smallest.refused) > 5 else ""

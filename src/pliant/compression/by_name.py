@@ -1,7 +1,7 @@
-"""Compressors by name: by those of the shell, of suites and of plans.
+"""Compressors by their names in the shell, in suites and in plans.
 
-Ours have rows in :mod:`pliant.compressor_names`. Those of other packages are classes that an entry point or
-``package.module:name`` names, see :class:`~pliant.compression.Compressor`; their rows are made from the classes.
+Those of this package have rows in :mod:`pliant.compressor_names`. Those of other packages are classes that an entry
+point or ``package.module:name`` names, see :class:`~pliant.compression.Compressor`; their rows follow from the classes.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _OF_PLANS = {row.class_name: row for row in COMPRESSORS.values()}
 
 
 def class_named(name: str) -> type[Compressor[Any]]:
-    """Return the class of a compressor, by the name that the shell, suites and records have for it.
+    """Return the class of a compressor, by its name in the shell, in suites and in records.
 
     Raises:
-        BadInput: nothing has this name, or what another package offers is not a compressor: one line that names the
-            package and the reason.
+        BadInput: nothing has this name, or the object that another package offers is not a compressor; the message
+            names the package and the reason.
     """
     ours = {row.name: _imported(row) for row in COMPRESSORS.values()}
     return find("compressor", name, ours, _fault)
 
 
 def row_of(name: str) -> CompressorRow:
-    """Return the row of a compressor, one of another package too. Raises BadInput as :func:`class_named`."""
+    """Return the row of a compressor, of this or another package; raise BadInput as :func:`class_named` does."""
     if name in COMPRESSORS:
         return COMPRESSORS[name]
     kind = class_named(name)
@@ -39,7 +39,7 @@ def row_of(name: str) -> CompressorRow:
 
 
 def check_names(compressor: str, allocation: str) -> None:
-    """Raise BadInput for an unknown compressor or allocation, or a chain that cannot be."""
+    """Raise BadInput for an unknown compressor or allocation, or an impossible chain."""
     links = compressor.split("+")
     what, known = ("compressor", ALONE) if len(links) == 1 else ("compressor in a chain", LINKS)
     others = installed("compressor")
@@ -60,25 +60,25 @@ def check_names(compressor: str, allocation: str) -> None:
 
 
 def allocation_of(compressor: str, allocation: str) -> str:
-    """Return an allocation, or "" for a compressor that has no choice of it, as records have it."""
+    """Return the allocation as records name it: "" if the compressor has no such option."""
     has_choice = any("allocation" in option_names(class_named(link)) for link in compressor.split("+"))
     return allocation if has_choice else ""
 
 
 def compressor_of(plan: Plan) -> Compressor[Any]:
-    """Return the compressor that a plan was made by.
+    """Return the compressor that a plan names, with the plan's options.
 
-    Nothing is imported because a plan names it: a class of another package is found if the package is installed and
-    offers it, or if the class is there already.
+    A plan never causes an arbitrary import: a class of another package is found only if the installed package offers it
+    by an entry point, or if the class is already imported.
 
     Raises:
-        BadInput: the compressor is unknown or not there, or does not have the plan's options.
+        BadInput: the compressor is unknown or not installed, or does not have the plan's options.
     """
     return with_options(_class_of(plan), plan.options)
 
 
 def unit_of(plan: Plan) -> str:
-    """Return the unit of what a plan's layers keep; empty where they keep everything."""
+    """Return the unit in which a plan counts the kept parts of its layers; empty if they keep everything."""
     name = plan.compressor
     return _OF_PLANS[name].unit if name in _OF_PLANS else _class_of(plan).unit
 
@@ -106,7 +106,7 @@ def _class_of(plan: Plan) -> type[Compressor[Any]]:
 
 
 def _imported(row: CompressorRow) -> type[Compressor[Any]]:
-    """Return the class of one of our rows."""
+    """Return the class of a compressor of this package."""
     module, _, name = row.home.partition(":")
     kind: type[Compressor[Any]] = getattr(importlib.import_module(module), name)
     return kind

@@ -1,4 +1,4 @@
-"""Chains: one compressor after the other, together one compressor."""
+"""Chains: several compressors, one after the other, as one compressor."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from pliant.errors import BadInput, Refused
 
 @dataclass(frozen=True, eq=False)
 class Linked(Analysis):
-    """What a chain knows about a model.
+    """The analysis of a chain.
 
     The analysis of the first link serves every ratio. The other links look at the network that the links before them
-    leave, so the analysis of each is kept with the plans that it follows, and used again while these do the same.
+    return, so the analysis of each is kept with the plans that precede it, and is reused as long as those have the
+    same effect.
 
     Args:
-        example_inputs, calibration: as they were given.
+        example_inputs, calibration: the arguments of ``analyse``.
         first: the analysis of the first link.
-        later: the place of each other link → the plans before it, and its analysis.
+        later: index of each other link → the plans before it, and its analysis.
     """
 
     example_inputs: Example
@@ -35,7 +36,7 @@ class Linked(Analysis):
     later: dict[int, tuple[tuple[Plan, ...], Analysis]] = field(default_factory=dict)
 
     def known(self, link: int, before: tuple[Plan, ...]) -> Analysis | None:
-        """Return the analysis of a link after the plans ``before``, None if it has not been made."""
+        """Return the analysis of a link after the plans ``before``; None if there is none yet."""
         if link == 0:
             return self.first
         plans, analysis = self.later.get(link, ((), None))
@@ -44,12 +45,12 @@ class Linked(Analysis):
 
 @dataclass(frozen=True, init=False)
 class Chain(Compressor[Linked]):
-    """Several compressors in order, each applied to what the one before it leaves: ``Chain(FilterPruning(0.3), ...)``.
+    """Several compressors, each applied to the result of the one before: ``Chain(FilterPruning(0.3), LowRank(0.3))``.
 
     Its plan holds the plans of the links. Its ratio is 1 − Π(1 − ratio of a link), the share removed if each link
-    takes its share of what is left; ``at(ratio)`` keeps the proportions of the links: the share of each in
-    log(1 − ratio) stays. Links without a ratio, such as SemiStructured, do the same at every size. A link
-    that finds nothing left to remove does nothing.
+    removes its share of the rest; ``at(ratio)`` keeps the proportions of the links, that is, the share of each in
+    log(1 − ratio). Links without a ratio, such as SemiStructured, do the same at every size. A link that finds nothing
+    to remove does nothing.
 
     Raises:
         BadInput: there is no link, or a link is not a compressor.
@@ -72,11 +73,11 @@ class Chain(Compressor[Linked]):
 
     @property
     def ratio(self) -> float:
-        """What all links together are asked to remove."""
+        """The share that all links together are asked to remove."""
         return 1 - prod(1 - _ratio(link) for link in self.links)
 
     def at(self, ratio: float) -> Chain:
-        """Return this chain with another ratio, shared out among the links in their present proportions."""
+        """Return this chain with another ratio, shared out among the links in their current proportions."""
         check_ratio(ratio)
         if not self.has_ratio:
             raise BadInput("no link of the chain has a ratio: it makes a network of one size")
@@ -105,7 +106,7 @@ class Chain(Compressor[Linked]):
         return Linked(parameter_shapes(model), first.refused, example_inputs, calibration, first)
 
     def plan_with(self, model: nn.Module, analysis: Linked) -> Plan:
-        """Return the plans of the links, each made for what the links before it leave."""
+        """Return the plans of the links, each for the network that the links before it return."""
         plans: list[Plan] = []
         refusals: list[Refused] = []
         network = model
@@ -158,7 +159,7 @@ class Chain(Compressor[Linked]):
         return model
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Return a new model of the architecture that ``apply`` gives; its weights may be any."""
+        """Return a new model of the architecture that ``apply`` returns, with arbitrary weights."""
         self.checked(model, plan)
         for link, part in zip(self.links, plan.links, strict=True):
             model = link.skeleton(model, part)
@@ -166,7 +167,7 @@ class Chain(Compressor[Linked]):
 
 
 def _effect(plan: Plan) -> Any:
-    """Return what a plan does, whatever was asked for."""
+    """Return the parts of a plan that determine its effect, without the requested ratio."""
     return plan.compressor, plan.layers, [_effect(link) for link in plan.links]
 
 

@@ -1,4 +1,4 @@
-"""How often each weight is applied in a forward pass: what turns entries into multiply-accumulates."""
+"""How often each weight is applied in a forward pass: the factor from entries to multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Applied:
     """How often the weight of one layer is applied in a forward pass.
 
     Args:
-        whole: at the positions of its output.
-        tall: on a grid as high as the output and as wide as the input, where a convolution along the height alone would
-            be applied; equal to ``whole`` for all but 2-d convolutions.
+        whole: the number of positions of its output.
+        tall: the number of positions of a grid as high as the output and as wide as the input, where a convolution
+            along the height alone would be applied; equal to ``whole`` except for 2-d convolutions.
     """
 
     whole: int
@@ -34,19 +34,19 @@ ONCE = Applied(1, 1)
 def applications(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Applied]:
     """Run ``model`` once and count how often the weight of each named layer is applied.
 
-    The count is over the whole batch and all calls; times the number of weights it is the multiply-accumulates.
+    The count covers the whole batch and all calls; multiplied by the number of entries it gives multiply-accumulates.
 
     Args:
-        model: in the mode in which it is run.
-        names: of linear, convolution or attention layers.
-        inputs: what the model is called on.
+        model: the model, in the mode to run it in.
+        names: names of linear, convolution or attention layers.
+        inputs: the inputs to call the model on.
     """
     whole: Counter[str] = Counter()
     tall: Counter[str] = Counter()
 
     def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         if isinstance(module, nn.MultiheadAttention):
-            output = output[0]  # beside it come the attention weights
+            output = output[0]  # the second result is the attention weights
         if isinstance(module, _ConvTransposeNd):
             grid = args[0].numel() // module.in_channels
         else:

@@ -1,6 +1,6 @@
-"""Single weights: the smallest entries set to zero, anywhere (Magnitude) or all but n of every m (SemiStructured).
+"""Single weights: zero the smallest entries anywhere (Magnitude), or all but n of every m (SemiStructured).
 
-The shapes stay; what shrinks is the number of non-zeros, for hardware and formats that profit from zeros.
+The shapes stay; the number of non-zeros shrinks, for hardware and formats that benefit from zeros.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ from pliant.structure import (
 
 @dataclass(frozen=True, eq=False)
 class Weights(Analysis):
-    """The names of the layers whose weights may be zeroed."""
+    """The analysis of compressors that act on single weights.
+
+    Args:
+        layers: names of the layers whose weights may be changed.
+    """
 
     layers: tuple[str, ...]
 
 
 class Zeroing(Compressor[Weights]):
-    """A compressor that sets entries of weights to zero, in all layers that are :meth:`unfit` for no reason."""
+    """A compressor that sets entries of weights to zero, in all layers for which :meth:`unfit` returns None."""
 
     def analyse(
         self,
@@ -69,15 +73,15 @@ class Magnitude(Zeroing):
     """Zero the entries of smallest magnitude in the weights of linear and convolution layers.
 
     Exactly round(ratio·n) of n entries become zero; among equals those of lower index stay. Biases and normalisation
-    layers are not touched.
+    layers do not change.
 
     Args:
         ratio: share of these entries to zero, in [0, 1).
-        allocation: "uniform" takes the share from every layer, "global" compares the magnitudes of all layers, "energy"
-            zeroes in every layer the smallest entries that together hold the same share of its Σw².
+        allocation: "uniform" zeroes the same share in every layer, "global" compares the magnitudes of all layers,
+            "energy" zeroes in every layer the smallest entries that together hold the same share of its Σw².
 
     Raises:
-        BadInput: a ratio out of range or an unknown allocation.
+        BadInput: the ratio is out of range, or the allocation is unknown.
     """
 
     ratio: float = 0.5
@@ -116,17 +120,17 @@ class SemiStructured(Zeroing):
     """Keep the ``n`` largest magnitudes of every ``m`` consecutive input channels, the pattern of sparse kernels.
 
     Blocks run along dim 1 of the weight (dim 0 of a ``Conv1D``), for each filter and each kernel position; among
-    equals the lower index is kept. Layers whose number of input channels per group ``m`` does not divide are refused
-    by name, and so are transposed convolutions.
+    equals the lower index is kept. Layers whose number of input channels per group is not a multiple of ``m``, and
+    transposed convolutions, are left alone; the plan names them with the reason.
+
+    Source: Mishra et al. 2021, "Accelerating sparse deep neural networks" (2:4).
 
     Args:
-        n: how many entries of a block stay.
-        m: entries of a block.
+        n: how many entries of a block are kept.
+        m: the number of entries in a block.
 
     Raises:
         BadInput: n and m are not integers with 1 <= n < m.
-
-    Source: Mishra et al. 2021, "Accelerating sparse deep neural networks" (2:4).
     """
 
     n: int = 2
@@ -160,7 +164,7 @@ class SemiStructured(Zeroing):
 
 
 def _lost_share(weight: Tensor) -> Tensor:
-    """Return for each entry the share of Σw² that is lost with it and all smaller entries, float64."""
+    """Return, for each entry, the share of Σw² that is lost with it and all smaller entries; float64 (entries,)."""
     squares, order = weight.double().square().flatten().sort()
     lost = squares.cumsum(0)
     tiny = torch.finfo(lost.dtype).tiny  # a weight of zeros loses nothing
@@ -168,11 +172,11 @@ def _lost_share(weight: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, count: int) -> Tensor:
-    """Return the mask of the ``count`` largest entries along the last dim; among equals the lower index comes first."""
+    """Return the mask, shaped as x, of the ``count`` largest entries along the last dim; ties go to the lower index."""
     if count == 0:
         return torch.zeros_like(x, dtype=torch.bool)
-    # In linear time: a stable sort of a large network's weights takes seconds, and topk leaves open which of equals
-    # it takes.
+    # This takes linear time: a stable sort of a large network's weights takes seconds, and topk leaves open which of
+    # equal entries it takes.
     smallest = x.kthvalue(x.shape[-1] - count + 1, dim=-1, keepdim=True).values
     above, equal = x > smallest, x == smallest
     room = count - above.sum(-1, keepdim=True)

@@ -1,6 +1,6 @@
-"""A linear or convolution layer as two thin ones in a row: plain layers, so that every exporter knows them.
+"""A linear or convolution layer as two thin ones in a row: plain layers, which every exporter supports.
 
-The ``Conv1D`` of transformers is handled as the linear layer that it is, see
+The ``Conv1D`` of transformers is treated as the linear layer that it is, see
 :func:`~pliant.structure.layers.untransposed`.
 
 A weight, read as one matrix of m rows and n columns per convolution group, that equals ``expand @ reduce`` becomes
@@ -13,12 +13,12 @@ A weight, read as one matrix of m rows and n columns per convolution group, that
   stride, padding and dilation of its own direction. The matrix then has a row per filter and kernel column and a
   column per input channel and kernel row.
 
-In either scheme the padding stays what it was: it acts on each direction alone, and without a bias in the first
+In either scheme the padding does not change: it acts on each direction separately, and without a bias in the first
 layer a padded zero stays zero.
 
-A network may read the stride or the widths of a layer, in order to pad an image, say. The two layers give the same
-answers as the one (:class:`FactoredLinear`, :class:`FactoredConvolution`). They do not have its weight and bias: code
-that reads those computes the layer itself.
+A network may read the stride or the widths of a layer, for example to pad an image. The pair of layers has the same
+attributes (:class:`FactoredLinear`, :class:`FactoredConvolution`), but no weight and bias: code that reads those
+computes the layer itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_
 
 
 class FactoredLinear(nn.Sequential):
-    """A thin linear layer ``reduce`` and another one, ``expand``, with the widths of the layer that they replace."""
+    """Two thin linear layers, ``reduce`` and ``expand``, with the widths of the layer that they replace."""
 
     @property
     def in_features(self) -> int:
@@ -47,10 +47,10 @@ class FactoredLinear(nn.Sequential):
 
 
 class FactoredConvolution(nn.Sequential):
-    """A thin convolution ``reduce`` and another one, ``expand``, with the shape of the convolution that they replace.
+    """Two thin convolutions, ``reduce`` and ``expand``, with the channels of the convolution that they replace.
 
-    Besides the properties they have its ``kernel_size``, ``stride``, ``padding``, ``dilation``, ``groups`` and
-    ``padding_mode``, which no compressor changes.
+    Besides the properties below, the pair has the convolution's ``kernel_size``, ``stride``, ``padding``, ``dilation``,
+    ``groups`` and ``padding_mode``, which no compressor changes.
     """
 
     @property
@@ -65,7 +65,7 @@ class FactoredConvolution(nn.Sequential):
 
 
 def matrices(module: Factorable, scheme: str = "channel") -> Tensor:
-    """Return the weight as one matrix per convolution group, shape (groups, m, n); see above for the schemes."""
+    """Return the weight as one matrix per convolution group, (groups, m, n), under a scheme of this module."""
     groups = 1 if isinstance(module, nn.Linear) else module.groups
     weight: Tensor = module.weight.detach()
     if scheme == "channel":
@@ -79,10 +79,10 @@ def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "
     """Return the two layers whose weight is ``expand @ reduce``, with all other properties of ``module``.
 
     Args:
-        module: the layer to replace; type, device, training flag and requires_grad are taken from it.
+        module: the layer to replace, which sets dtype, device, training flag and requires_grad.
         expand: (groups, m, r).
         reduce: (groups, r, n).
-        scheme: "channel" or "spatial", see above.
+        scheme: "channel" or "spatial", as in the docstring of this module.
     """
     groups, rank, _ = reduce.shape
     has_bias = module.bias is not None
@@ -117,10 +117,10 @@ def factored(module: Factorable, expand: Tensor, reduce: Tensor, scheme: str = "
 def first_of_spatial(module: nn.Conv2d) -> nn.Conv2d:
     """Return the first layer of scheme ``"spatial"`` at full rank: the matrix itself as a k×1 convolution.
 
-    Its outputs have a channel for each filter and kernel column; the sum over the columns, each moved to its place, is
-    the output of ``module`` without bias.
+    Its outputs have a channel for each filter and kernel column; the sum over the columns, each shifted to its place,
+    is the output of ``module`` without bias.
     """
-    weights = matrices(module, "spatial")
+    weights = matrices(module, "spatial")  # (groups, filters · kernel columns, channels · kernel rows)
     first = _one_direction(module, 0, module.in_channels, weights.shape[0] * weights.shape[1], bias=False)
     _set_weight(first, weights, module.weight)
     return first
@@ -145,7 +145,7 @@ def convolution_like(
 
 
 def _one_direction(module: nn.Conv2d, axis: int, inputs: int, outputs: int, *, bias: bool) -> nn.Conv2d:
-    """Return a convolution that does along one axis (0: height) what ``module`` does, and nothing along the other."""
+    """Return a convolution that acts like ``module`` along one axis (0: height), and not at all along the other."""
 
     def only(values: tuple[int, ...], neutral: int) -> tuple[int, int]:
         return (values[0], neutral) if axis == 0 else (neutral, values[1])
@@ -165,7 +165,7 @@ def _one_direction(module: nn.Conv2d, axis: int, inputs: int, outputs: int, *, b
 
 
 def _set_weight(module: nn.Module, value: Tensor, like: Tensor) -> None:
-    # The layers are made on the meta device: drawing weights would advance the user's random number generator.
+    # Layers are constructed on the meta device, because drawing weights would advance the user's random generator.
     shape = module.weight.shape
     weight = torch.empty(shape, dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
     weight.copy_(value.flatten(0, 1).reshape(weight.shape))

@@ -1,4 +1,4 @@
-"""Filters: whole channels taken out of a network, together with everything that is coupled to them."""
+"""Filters: whole channels are removed from a network, together with everything that is coupled to them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,12 @@ AXES: tuple[AxisName, ...] = ("outputs", "inputs")
 
 @dataclass(frozen=True, eq=False)
 class Channels(Analysis):
-    """The verified groups of coupled channels of a model, and how often each weight, by name, is applied."""
+    """The analysis of filter pruning.
+
+    Args:
+        groups: the verified groups of coupled channels of the model.
+        applied: weight name → how often it is applied in one forward pass of the example.
+    """
 
     groups: tuple[ChannelGroup, ...]
     applied: Mapping[str, int]
@@ -52,31 +57,31 @@ class Channels(Analysis):
 class FilterPruning(Compressor[Channels]):
     """Remove the least important channels of convolution and linear layers, coupled channels together.
 
-    A parameter entry is compressible if the removal of some channel of a verified group would delete it: filters and
-    their biases, scales and shifts of their normalisation, and the columns that read them; a classifier's weight, but
-    not its bias. At least one channel of every group stays; a ratio beyond that gives the smallest possible network.
+    A parameter entry is compressible if removing some channel of a verified group would delete it: filters and their
+    biases, scales and shifts of their normalisation, and the columns that read them; a classifier's weight, but not its
+    bias. At least one channel of every group stays; a ratio beyond that gives the smallest possible network.
 
-    ``"uniform"`` allocation takes the same share of channels from every group (to within one channel), those whose
-    filters in all producers together have the smallest norm. ``"global"`` ranks the channels of all groups by energy
-    per cost that the removal of one frees; the energy is the share that the filter has in the squared norms of its
-    layer, summed over the producers. (It is relative to the layer, not to the group: a residual stream of ten layers
-    would otherwise count as one, and be cut to a single channel.) Among equals the channel of lower index stays.
-    ``"energy"`` removes from every group the weakest channels that together hold the same share of the energy.
+    ``"uniform"`` allocation removes the same share of channels from every group (to within one channel): those whose
+    filters in all producers together have the smallest norm. ``"global"`` ranks the channels of all groups by their
+    energy per freed cost; the energy of a channel is its filter's share in the squared norms of its layer, summed over
+    the producers. (The share is relative to the layer, not to the group: otherwise a residual stream of ten layers
+    would count as one, and be cut to a single channel.) Among equals the channel of lower index stays. ``"energy"``
+    removes from every group the weakest channels that together hold the same share of the energy.
+
+    Source of the l1 and l2 criteria: Li et al. 2017, "Pruning filters for efficient ConvNets".
 
     Args:
         ratio: share of the compressible parameters to remove, in [0, 1).
         allocation: "uniform", "global" or "energy".
-        importance: of a filter: its "l2" norm, its "l1" norm, or "bn", the l2 norm after scaling by abs(γ)/√(σ² + ε) of
-            the BatchNorm that alone reads it.
-        mode: "remove" gives the small network; "mask" keeps the shapes and zeroes what would be removed, which gives a
-            network of the same function.
-        cost: what the ratio counts and the allocation economises, "params", or "macs", the multiply-accumulates in
-            which the compressible entries take part.
+        importance: the measure of a filter: its "l2" norm, its "l1" norm, or "bn", the l2 norm after scaling by
+            abs(γ)/√(σ² + ε) of the BatchNorm if it alone reads the filter.
+        mode: "remove" returns the small network; "mask" keeps the shapes and zeroes the channels instead of removing
+            them, which gives a network that computes the same function.
+        cost: the cost that the ratio counts and the allocation economises: "params", or "macs", the
+            multiply-accumulates in which the compressible entries take part.
 
     Raises:
-        BadInput: a ratio out of range or an unknown option.
-
-    Source of the l1 and l2 criteria: Li et al. 2017, "Pruning filters for efficient ConvNets".
+        BadInput: the ratio is out of range, or an option is unknown.
     """
 
     ratio: float = 0.5
@@ -114,7 +119,7 @@ class FilterPruning(Compressor[Channels]):
         return groups, refusals(structure, groups, layers, "makes attention heads, which HeadPruning removes")
 
     def plan_with(self, model: nn.Module, analysis: Channels) -> Plan:
-        """Rank the removals of single channels, and return the plan that takes as many as come nearest to the ratio."""
+        """Rank the removals of single channels, and return the plan with the number of them nearest to the ratio."""
         groups = analysis.groups
         size = _Size(model, groups)
         costs = size if self.cost == "params" else _Size(model, groups, analysis.applied)
@@ -158,9 +163,13 @@ class FilterPruning(Compressor[Channels]):
 def refusals(
     structure: Structure, groups: Sequence[ChannelGroup], layers: Iterable[str], otherwise: str
 ) -> tuple[tuple[str, str], ...]:
-    """Return (layer, reason) for each of ``layers`` that makes no channels of ``groups``.
+    """Return (layer, reason) for each of ``layers`` that produces no channels of ``groups``.
 
-    ``otherwise`` is the reason for layers that the structure does not refuse.
+    Args:
+        structure: the coupled channels of the model.
+        groups: the groups that channels are removed from.
+        layers: names of layers.
+        otherwise: the reason for layers that the structure does not refuse.
     """
     removable = {slot.module for group in groups for slot in group.producers}
     reasons = dict(structure.refused)
@@ -168,10 +177,10 @@ def refusals(
 
 
 def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of ``model`` in its old shape that computes what the plan's small network computes.
+    """Return a copy of ``model`` with its dense shapes that computes the same function as the plan's small network.
 
-    Only the input columns that read removed channels are zero. Zeroed filters would not do: the shift of a BatchNorm
-    behind them would still flow.
+    Only the input columns that read removed channels are zero. Zeroing filters would not suffice, because the shift of
+    a BatchNorm behind them would still flow.
     """
     plan.check(model)
     twin = copy.deepcopy(model)
@@ -181,7 +190,7 @@ def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
     return twin
 
 
-# --- ranking ----------------------------------------------------------------------------------------------
+# --- ranking ----------------------------------------------------------------------------------------------------------
 
 
 def _importance(model: nn.Module, group: ChannelGroup, importance: str) -> Tensor:
@@ -215,7 +224,7 @@ def _norms(model: nn.Module, group: ChannelGroup, importance: str) -> list[Tenso
 
 def _scale(norm: nn.Module) -> Tensor:
     """Return |γ|/√(σ² + ε) of a BatchNorm, float64 of shape (channels,); a missing γ or σ counts as 1."""
-    assert isinstance(norm, _NormBase)  # coupled_channels names nothing else
+    assert isinstance(norm, _NormBase)  # coupled_channels names no other modules
     scale = torch.ones(norm.num_features, dtype=torch.float64)
     if norm.weight is not None:
         scale *= norm.weight.detach().double().cpu().abs()
@@ -230,7 +239,7 @@ def _weakest_first(scores: Tensor) -> Tensor:
 
 
 def _uniform(groups: Sequence[ChannelGroup]) -> list[int]:
-    """Order the removals, each named by its group, so that every prefix takes about one share of each group."""
+    """Order the removals, each named by its group, so that every prefix takes about the same share of each group."""
     events = [
         ((2 * taken - 1) / (2 * group.channels), g)
         for g, group in enumerate(groups)
@@ -244,13 +253,13 @@ def _global(size: _Size, scores: Sequence[Tensor], orders: Sequence[Tensor]) -> 
     events = []
     dense = size.after({})
     for g, (energies, order) in enumerate(zip(scores, orders, strict=True)):
-        freed = max(1, dense - size.after({g: 1}))  # 0 where the cost of no layer is known
+        freed = max(1, dense - size.after({g: 1}))  # the difference is 0 if the cost of no layer is known
         events += [(energy / freed, g) for energy in energies[order[:-1]].tolist()]
     return [g for _, g in sorted(events)]
 
 
 def _by_energy(scores: Sequence[Tensor], orders: Sequence[Tensor]) -> list[int]:
-    """Order the removals, each named by its group, by the share of the group's energy that is gone after them."""
+    """Order the removals, each named by its group, by the share of the group's energy that is lost after them."""
     events = []
     for g, (energies, order) in enumerate(zip(scores, orders, strict=True)):
         total = energies.sum().clamp(min=torch.finfo(energies.dtype).tiny)  # a group of zeros loses nothing
@@ -259,9 +268,9 @@ def _by_energy(scores: Sequence[Tensor], orders: Sequence[Tensor]) -> list[int]:
 
 
 class _Size:
-    """Counts the parameters in all tensors that the groups touch, for any number of removed channels.
+    """The number of parameters in all tensors that the groups touch, for any number of removed channels.
 
-    With ``applied``, how often each weight is applied, it counts multiply-accumulates instead.
+    With ``applied``, how often each weight is applied, it is the number of multiply-accumulates instead.
     """
 
     def __init__(
@@ -281,7 +290,7 @@ class _Size:
         self.compressible = {name: self._entries(name, {}) - self._entries(name, everything) for name in self.touched}
 
     def after(self, removed: Mapping[int, int]) -> int:
-        """Return what is left when the group at position g has lost ``removed[g]`` channels."""
+        """Return the remaining number when the group at index g has lost ``removed[g]`` channels."""
         return sum(self._entries(name, removed) for name in self.touched)
 
     def _entries(self, name: str, removed: Mapping[int, int]) -> int:
@@ -291,7 +300,7 @@ class _Size:
         return prod(shape) * (1 if self.applied is None else self.applied[name])
 
 
-# --- between channels and layers --------------------------------------------------------------------------
+# --- between channels and layers --------------------------------------------------------------------------------------
 
 
 def _layers(

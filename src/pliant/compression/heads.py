@@ -1,4 +1,4 @@
-"""Heads: whole attention heads taken out of a network, with their queries, keys, values and output columns."""
+"""Heads: whole attention heads are removed from a network, with their queries, keys, values and output columns."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ IMPORTANCES = ("l2", "l1")
 class HeadPruning(FilterPruning):
     """Remove the least important attention heads; options and ratio as in :class:`FilterPruning`.
 
-    A head is the rows of the query, key and value projections that make it, and the columns of the output
-    projection that read it. In grouped-query attention a head of keys and values leaves together with all the
+    A head consists of the rows of the query, key and value projections that produce it, and the columns of the output
+    projection that read it. In grouped-query attention a head of keys and values is removed together with all the
     heads of queries that read it. At least one head of every attention module stays.
 
     Two kinds of modules are recognised: ``nn.MultiheadAttention``, which becomes a ``pliant.structure.ThinAttention``,
-    and every module with linear projections for queries, keys and values, packed or apart, under their usual names; its
-    attributes that count heads are set anew. Modules of other kinds, and those whose forward cannot do with fewer
-    heads, are named in ``plan.refused``.
-
-    Args:
-        importance: of a head: the "l2" or "l1" norm of its rows.
-
-    Raises:
-        BadInput: a ratio out of range or an unknown option.
+    and every module with linear projections for queries, keys and values, packed or separate, under their usual names;
+    its attributes that count heads are updated. Modules of other kinds, and those whose forward fails with fewer heads,
+    are named in ``plan.refused``.
 
     Source: Michel et al. 2019, "Are sixteen heads really better than one?".
+
+    Args:
+        importance: the measure of a head: the "l2" or "l1" norm of its rows.
+
+    Raises:
+        BadInput: the ratio is out of range, or an option is unknown.
     """
 
     def __post_init__(self) -> None:

@@ -18,19 +18,19 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What stays of one layer.
+    """The plan for one layer.
 
     Args:
-        name: its name in the model.
-        kind: its class.
+        name: name of the layer in the model.
+        kind: name of its class.
         kept: how many filters or channels (FilterPruning), directions (LowRank) or non-zero weights (Magnitude,
-            SemiStructured) stay.
-        total: how many there were; equal to ``kept`` where a layer stays as it is.
+            SemiStructured) are kept.
+        total: how many the dense layer has; equal to ``kept`` if the layer does not change.
         params: number of its parameters afterwards.
         params_dense: number of its parameters before.
-        shape: that of the dense weight, () without one.
-        outputs, inputs: the positions that stay on the two axes of the layer, ascending; None for all.
-        scheme: how the layer is factorised, None where it is not.
+        shape: shape of the dense weight; () without one.
+        outputs, inputs: the positions that are kept on the two axes of the layer, ascending; None for all.
+        scheme: how the layer is factorised; None if it is not.
     """
 
     name: str
@@ -50,16 +50,17 @@ class Plan:
     """What a compressor does to one architecture. ``str(plan)`` is a table.
 
     Args:
-        compressor: its name: the class of one of this package, for others see ``pliant.compression.base.plan_names``.
+        compressor: name of the compressor: its class if it is one of this package; for others see
+            ``pliant.compression.base.plan_names``.
         options: its options by name.
-        ratio: the share of the compressible parameters that was asked for. (With the option ``cost="macs"`` this and
-            the next are shares of their multiply-accumulates.)
-        ratio_removed: the nearest share that was possible: removed, or zeroed by compressors that keep the shapes.
+        ratio: the requested share of the compressible parameters. (With the option ``cost="macs"``, this and the next
+            are shares of their multiply-accumulates.)
+        ratio_removed: the nearest possible share: removed, or zeroed by compressors that keep the shapes.
         params_before, params_after: number of all parameters of the model.
         compressible: names of the compressible parameters.
-        layers: what stays of each layer that the compressor acts on.
+        layers: the plan for each layer that the compressor acts on.
         refused: (layer, reason) for every layer that is left alone.
-        links: the plans of a chain, in order; it has no layers of its own.
+        links: the plans of a chain, in order; a chain has no layers of its own.
     """
 
     compressor: str
@@ -80,7 +81,11 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: object) -> Plan:
-        """Return the plan that ``to_dict`` gave. Raises DamagedFile if ``data`` is anything else."""
+        """Return the plan that :meth:`to_dict` described.
+
+        Raises:
+            DamagedFile: ``data`` is anything else.
+        """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise DamagedFile(f"not a compression plan: expected a mapping with 'format': {FORMAT!r}")
         if data.get("version") != VERSION:
@@ -174,7 +179,7 @@ def _layer(data: object, i: int) -> LayerPlan:
 
 
 class _Fields:
-    """Takes the fields of a mapping one by one and checks their types."""
+    """The fields of a mapping, taken one by one with their types checked."""
 
     def __init__(self, data: Mapping[str, Any], where: str) -> None:
         self.data, self.where = dict(data), where
@@ -209,7 +214,7 @@ class _Fields:
         return value
 
     def optional_text(self, name: str) -> str | None:
-        # Plans that were written before there was a choice do not have the field.
+        # Plans that were written before the field existed do not have it.
         value = self.data.pop(name, None)
         return None if value is None else _text(value, f"{self.where}.{name}")
 

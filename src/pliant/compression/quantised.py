@@ -1,9 +1,9 @@
-"""Eight-bit weights: each filter stored as whole numbers from −127 to 127 and one scale, computed with as floats.
+"""Eight-bit weights: each filter is stored as integers from −127 to 127 and one scale; computation uses floats.
 
 The layers are plain modules with plain tensors, so that they are counted, saved and exported like any others. The
-file shrinks to about a quarter; multiplications and parameters stay as they are, and each forward pass multiplies the
-weights by their scales. (torchao has such tensors too, of a class of its own: for linear layers only, and neither
-safetensors files nor ONNX take them. On linear layers both give the same numbers.)
+file shrinks to about a quarter; multiplications and parameters stay the same, and each forward pass multiplies the
+weights by their scales. (torchao has a tensor class for this, but only for linear layers, and neither safetensors files
+nor ONNX accept it. On linear layers both give the same numbers.)
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Int8(Compressor[Weights]):
     Each filter w becomes round(w/s) with s = max|w|/127, an error of at most s/2 per entry. Biases and
     normalisations stay. The weights are frozen (requires_grad False), because integers have no gradient.
 
-    Left alone, with the reason in the plan, are transposed convolutions and weights that may not be changed.
+    Transposed convolutions and weights that may not be changed are left alone; the plan names them with the reason.
     """
 
     def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Weights:
@@ -89,7 +89,7 @@ class Int8(Compressor[Weights]):
         return weight_plan(self, model, analysis, 0.0, kept)
 
     def carry_out(self, model: nn.Module, plan: Plan, analysis: Weights | None) -> nn.Module:
-        """Put eight-bit layers into the places of those that the plan names."""
+        """Replace the layers that the plan names by eight-bit layers."""
         tied = tied_parameters(model)
         new = {}
         for layer in plan.layers:
@@ -104,10 +104,10 @@ class Int8(Compressor[Weights]):
 def quantised(module: nn.Module) -> nn.Module:
     """Return a linear or convolution layer with its weight in eight bits and all its other properties."""
     module = untransposed(module)
-    assert isinstance(module, Factorable)  # _unfit has seen to it
+    assert isinstance(module, Factorable)  # _unfit refuses all others
     weight = module.weight.detach()
-    largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
-    scale = torch.where(largest == 0, torch.ones_like(largest), largest) / LEVELS  # any scale does for a zero filter
+    largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)  # (filters, 1, …, 1)
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest) / LEVELS  # any scale suits a zero filter
     whole = (weight / scale).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     has_bias = module.bias is not None
     new: nn.Module

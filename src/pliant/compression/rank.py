@@ -1,13 +1,13 @@
 """Low rank: each weight matrix replaced by its best approximation of a smaller rank, stored as two factors.
 
 The truncated singular value decomposition of a weight W (row = filter, m × n, one matrix per convolution group)
-is the projection onto its leading left singular subspace: W_r = U_r (U_rᵀ W). U comes with σ² from an
-eigendecomposition of the Gram matrix W Wᵀ, in float64, for n < m inside the span of W. Its error in σ² is
-ε·σ₁² ~ 1e-16·σ₁², below what float32 weights resolve, and a basis of full rank gives W back up to rounding, whatever
-the spectrum; the singular value decomposition itself is no more exact here and takes many times longer on wide layers.
+is the projection onto its leading left singular subspace: W_r = U_r (U_rᵀ W). U and σ² come from an eigendecomposition
+of the Gram matrix W Wᵀ in float64; if n < m, inside the span of W. The error in σ² is ε·σ₁² ~ 1e-16·σ₁², below the
+resolution of float32 weights, and a basis of full rank reproduces W up to rounding, whatever the spectrum. The singular
+value decomposition itself is no more exact here and takes many times longer on wide layers.
 
-*Whitened* truncation puts the second moment of the layer's outputs on training images in the place of W Wᵀ: that
-subspace gives the least mean error of the outputs, see ``whitening``. Either way one decomposition serves all ratios.
+*Whitened* truncation replaces W Wᵀ by the second moment of the layer's outputs on training images: the resulting
+subspace minimises the mean error of the outputs, see ``whitening``. Either way one decomposition serves all ratios.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from pliant.compressor_names import ALLOCATIONS, SCHEME, SCHEMES
 from pliant.errors import BadInput, check_choice
 from pliant.structure import tied_parameters, untransposed
 
-# Relative difference between ‖W‖ at the analysis and now. Both are summed in float64, so anything above rounding means
-# that the weights have changed.
+# Largest relative difference between ‖W‖ at the analysis and now. Both are summed in float64, so anything above
+# rounding means that the weights have changed.
 _SAME_WEIGHTS = 1e-9
 
-# Share of W Wᵀ that is added to a whitened moment: it orders the directions that the images never excite. It is
-# negligible beside float32 outputs, whose energies have an error of 1e-14.
+# Share of W Wᵀ that is added to a whitened moment, to order the directions that the images never excite. It is
+# negligible compared with float32 outputs, whose energies have an error of 1e-14.
 _RIDGE = 1e-12
 
 
@@ -50,8 +50,9 @@ class Spectrum:
     Args:
         scheme: how the weight is read as matrices.
         groups, rows, columns: the shape of the matrices.
-        basis: (groups, m, s), orthonormal columns, leading first, in the type of the weight.
-        coordinates: (groups, s, n), the weight in that basis; rank r is the first r columns and rows of the two.
+        basis: (groups, m, s), orthonormal columns, leading first, in the dtype of the weight.
+        coordinates: (groups, s, n), the weight in that basis; for rank r take the first r columns of ``basis`` and the
+            first r rows of ``coordinates``.
         energies: float64 (s,), falling, summed over the groups: σ² of the weight, or of the outputs if whitened.
         norm: ‖W‖.
         applied: how often the layer's weight is applied in one forward pass of the example.
@@ -86,7 +87,13 @@ class Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Spectra(Analysis):
-    """The decompositions of all layers that can be factorised, by name: one for each scheme that is considered."""
+    """The decompositions of all layers that can be factorised.
+
+    Args:
+        layers: by name, one decomposition for each scheme that is considered.
+        scheme: the option of the compressor.
+        whitened: whether the decompositions are by outputs rather than weights.
+    """
 
     layers: Mapping[str, tuple[Spectrum, ...]]
     scheme: str
@@ -94,7 +101,7 @@ class Spectra(Analysis):
     _curves: dict[tuple[str, str], _Curves] = field(default_factory=dict, init=False, repr=False)
 
     def curves_of(self, cost: str, allocation: str) -> _Curves:
-        """Return what can be done to each layer, which is the same for all ratios and worked out once."""
+        """Return the options of each layer, which are the same for all ratios and computed once."""
         if (cost, allocation) not in self._curves:
             cuts = {name: _cuts(spectra, cost) for name, spectra in self.layers.items()}
             options = [Options(tuple(c.cost for c in offer), tuple(c.loss for c in offer)) for offer in cuts.values()]
@@ -109,32 +116,33 @@ class LowRank(Compressor[Spectra]):
     No layer ever grows: a rank is used only if it saves parameters and multiply-accumulates. The ``Conv1D`` of
     transformers is a linear layer too, and is replaced by two of PyTorch's.
 
-    A plan of whitened factors holds the ranks, not the data: to be applied it needs the analysis. Layers with more than
-    4096 rows and columns, and those that the data does not reach, are truncated plainly. The whitened energy of
-    "spatial" factors is that of the outputs of a k×1 convolution, an estimate of the layer's own: see ``whitening``.
+    A plan with whitened factors holds the ranks, not the data, so it can be applied only with its analysis. Layers with
+    more than 4096 rows and columns, and those that the data does not reach, are truncated without whitening. The
+    whitened energy of "spatial" factors is that of the outputs of a k×1 convolution, an estimate for the layer itself:
+    see ``whitening``.
 
-    Left alone, with the reason in the plan, are depthwise and transposed convolutions, layers too small to gain, and
-    what cannot be replaced safely (parametrised or tied weights, a forward of its own, weights read by the parent
-    module). The plan also names whatever else holds matrices, such as embeddings.
+    Depthwise and transposed convolutions, layers too small to gain, and layers that cannot be replaced safely
+    (parametrised or tied weights, a forward of their own, weights read by the parent module) are left alone; the plan
+    names them with the reason. It also names all other modules that hold matrices, such as embeddings.
+
+    Source: Eckart and Young 1936; for convolutions Zhang et al. 2016, "Accelerating very deep convolutional
+    networks", and Jaderberg et al. 2014, "Speeding up convolutional neural networks with low rank expansions".
 
     Args:
         ratio: share of the cost of all factorable layers to remove, in [0, 1).
         allocation: "uniform" removes the same share from every layer; "global" keeps the directions with the most
-            relative energy σ²/Σσ² per cost over all layers, where a layer may also stay dense; "energy" keeps the same
-            share of Σσ² in every layer.
+            relative energy σ²/Σσ² per cost over all layers, and may leave a layer dense; "energy" keeps the same share
+            of Σσ² in every layer.
         whiten: True truncates, and measures energies, by the error of each layer's outputs on the calibration data of
-            ``analyse``, False by the error of its weights, "auto" by the outputs where there is such data.
-        scheme: of 2-d convolutions, with r filters in between: "spatial" is k×1 then 1×k; "channel" is k×k then 1×1,
-            which convolutions of other dimensions and kernels of one row or column get in any case; "best" is whichever
-            loses less energy at the same cost, layer by layer.
-        cost: what the ratio counts and the allocation economises, the "params" of the weights or their "macs"
+            ``analyse``; False by the error of its weights; "auto" by the outputs if there is such data.
+        scheme: the two layers that replace a 2-d convolution, with r filters in between: "spatial" is k×1 then 1×k;
+            "channel" is k×k then 1×1, which all other convolutions and kernels with one row or column always get;
+            "best" is, for each layer, the scheme that loses less energy at the same cost.
+        cost: the cost that the ratio counts and the allocation economises: the "params" of the weights or their "macs"
             (multiply-accumulates).
 
     Raises:
-        BadInput: a ratio out of range or an unknown option.
-
-    Source: Eckart and Young 1936; for convolutions Zhang et al. 2016, "Accelerating very deep convolutional
-    networks", and Jaderberg et al. 2014, "Speeding up convolutional neural networks with low rank expansions".
+        BadInput: the ratio is out of range, or an option is unknown.
     """
 
     ratio: float = 0.5
@@ -161,9 +169,9 @@ class LowRank(Compressor[Spectra]):
 
         Args:
             model: any module; not changed.
-            example_inputs: what it takes.
-            calibration: batches, (images, labels) or images alone, of training data that is not augmented; a few
-                hundred images are enough.
+            example_inputs: inputs that it takes.
+            calibration: batches of training data without augmentation, (images, labels) or images alone; a few hundred
+                images are enough.
 
         Raises:
             BadInput: the example does not fit, or the data is missing, empty or does not fit.
@@ -186,7 +194,7 @@ class LowRank(Compressor[Spectra]):
             for name in sound:
                 module = _factorable(probe, name)
                 weights = {scheme: matrices(module, scheme) for scheme in self._schemes(module)}
-                # For all schemes or none: energies of outputs and of weights cannot be compared.
+                # Whiten all schemes or none: energies of outputs and of weights cannot be compared.
                 if max(min(w.shape[1:]) for w in weights.values()) <= MAX_WIDTH:
                     spans |= {(name, scheme): _span(w.double()) for scheme, w in weights.items()}
             moments = output_moments(probe, spans, calibration)
@@ -255,7 +263,7 @@ class LowRank(Compressor[Spectra]):
         )
 
     def carry_out(self, model: nn.Module, plan: Plan, analysis: Spectra | None) -> nn.Module:
-        """Put factors into the places of the layers that the plan names."""
+        """Replace the layers that the plan names by factors."""
         if analysis is not None:
             self._check_analysis(analysis)
         elif self.whiten is True and any(layer.params < layer.params_dense for layer in plan.layers):
@@ -291,7 +299,7 @@ class LowRank(Compressor[Spectra]):
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """What can be done to a layer: a rank under a scheme, or rank 0 to leave it dense."""
+    """An option of a layer: a rank under a scheme, or rank 0 to leave it dense."""
 
     cost: int
     loss: float
@@ -301,7 +309,7 @@ class _Cut:
 
 @dataclass(frozen=True, eq=False)
 class _Curves:
-    """What can be done to each layer by name, the costs and losses of that, and the order of the reductions."""
+    """The options of each layer by name, their costs and losses, and the order of the reductions."""
 
     cuts: Mapping[str, list[_Cut]]
     options: Sequence[Options]
@@ -336,7 +344,7 @@ def _factorised(model: nn.Module, plan: Plan) -> list[tuple[str, Factorable, int
         if reason is not None:
             raise BadInput(f"the plan is for another model: {layer.name!r} {reason}")
         factorable = _as_factorable(module)
-        scheme = layer.scheme or "channel"  # plans from before there was a choice
+        scheme = layer.scheme or "channel"  # older plans do not name it
         if scheme not in SCHEMES or (scheme == "spatial" and not isinstance(factorable, nn.Conv2d)):
             raise BadInput(f"the plan is for another model: {layer.name!r} has no scheme {scheme!r}")
         _, rows, columns = matrices(factorable, scheme).shape
@@ -366,7 +374,7 @@ def _factorable(model: nn.Module, name: str) -> Factorable:
 
 def _as_factorable(module: nn.Module) -> Factorable:
     layer = untransposed(module)
-    assert isinstance(layer, Factorable)  # _unfit has seen to it
+    assert isinstance(layer, Factorable)  # _unfit refuses all others
     return layer
 
 
@@ -382,7 +390,7 @@ def _decompose(
     moment: Tensor | None = None,
     span: Tensor | None = None,
 ) -> Spectrum:
-    """Decompose a layer, by the ``moment`` (groups, s, s) of its outputs in ``span`` if given, else by its weights."""
+    """Decompose a layer: by the ``moment`` (groups, s, s) of its outputs in ``span`` if given, else by its weights."""
     weights = matrices(module, scheme).double()  # (groups, m, n)
     groups, rows, columns = weights.shape
     if moment is None:
@@ -420,7 +428,7 @@ def _empty(module: Factorable, rank: int, scheme: str) -> nn.Sequential:
 
 
 def _norm(module: Factorable) -> float:
-    """Return ‖W‖, summed up in float64."""
+    """Return ‖W‖, summed in float64."""
     return float(torch.linalg.vector_norm(module.weight.detach(), dtype=torch.float64))
 
 

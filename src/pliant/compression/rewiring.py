@@ -1,4 +1,4 @@
-"""New modules in the places of old ones, and where they can be put."""
+"""Replacing modules of a model by others, and which ones can be replaced."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def replaceable(
     """Find out which convolution and linear layers can be replaced.
 
     Args:
-        model: in the mode in which it is tried; not changed.
-        inputs: what it is called on.
-        unfit: from a layer of a known type to the reason why it cannot be replaced, or None.
-        substitute: from a layer to one with the shapes of the replacement; its values do not matter. All are tried
-            together on a copy, because a parent that reads the weights itself cannot run with them.
+        model: the model, in the mode to try it in; not changed.
+        inputs: the inputs to call it on.
+        unfit: maps a layer of a known type to the reason why it cannot be replaced, or None.
+        substitute: maps a layer to one with the shapes of the replacement and arbitrary values. All substitutes are
+            tried together on a copy, because a parent that reads the weights itself cannot run with them.
 
     Returns:
-        The names of the layers that can be replaced, and (name, reason) of all others, among them every module that
-        holds matrices and is no such layer.
+        The names of the layers that can be replaced, and (name, reason) of all others, including every other module
+        that holds matrices.
 
     Raises:
         BadInput: the model cannot be called on the inputs.
@@ -62,7 +62,7 @@ def replaceable(
 
 
 def unsound(module: nn.Module, tied: frozenset[int]) -> str | None:
-    """Return why ``module`` cannot give way to layers that compute something else, or None."""
+    """Return why ``module`` cannot be replaced by layers that compute something else, or None."""
     reason = obstacle(module, tied)
     if reason is None and (module._forward_hooks or module._forward_pre_hooks):
         return "has forward hooks, which a replacement would lose"
@@ -70,7 +70,7 @@ def unsound(module: nn.Module, tied: frozenset[int]) -> str | None:
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """Put each replacement at every place where the named module is, and return the model."""
+    """Put each replacement at every place of the named module, and return the model."""
     if "" in replacements:  # the model is itself a layer
         return replacements[""]
     by_module = {model.get_submodule(name): new for name, new in replacements.items()}

@@ -1,18 +1,19 @@
-"""What a layer's outputs look like on real data: the second moment that data-aware truncation needs.
+"""The second moment of a layer's outputs on real data, which data-aware truncation needs.
 
 Of all matrices of rank r, the W_r with the least mean error ‖(W − W_r)x‖² over inputs x with second moment C is the
-truncated singular value decomposition of W·C^½, times C^−½. With W·C^½ = U Σ Vᵀ that is
+truncated singular value decomposition of W·C^½, times C^−½. With W·C^½ = U Σ Vᵀ, it is
 
     U_r Σ_r V_rᵀ C^−½ = U_r U_rᵀ W,        U Σ² Uᵀ = W C Wᵀ = E[y yᵀ],   y = W x,
 
-so neither the root of C nor its inverse is needed, and not even C: the second moment of the layer's *outputs*
-without bias is enough. It has one row per filter where C has one per weight of a filter, and is the same sum whatever
-the padding, stride and dilation. The outputs of a layer with more filters m than columns n lie in the span of W; they
-are measured in an orthonormal basis of it, so that no moment has more than min(m, n) rows.
+so neither the root of C, nor its inverse, nor C itself is needed: the second moment of the layer's *outputs* without
+bias is enough. It has one row per filter, whereas C has one per weight of a filter, and it is the same sum whatever the
+padding, stride and dilation. The outputs of a layer with more filters m than columns n lie in the span of W; they are
+measured in an orthonormal basis of the span, so that no moment has more than min(m, n) rows.
 
 Under the scheme "spatial" (``factored``) W has a row per filter and kernel column, and y are the outputs of its k×1
-convolution, before those of a filter's columns are summed. It is their error that is least. k times that error bounds
-the error of the sum (Cauchy-Schwarz), which also depends on how neighbouring columns of the images are correlated.
+convolution, before the outputs of a filter's columns are summed. The truncation minimises the error of these. k times
+that error bounds the error of the sum (Cauchy-Schwarz), which also depends on the correlation of neighbouring image
+columns.
 
 Source: Zhang et al. 2016, "Accelerating very deep convolutional networks for classification and detection", §3.1.
 """
@@ -35,7 +36,7 @@ Layer = tuple[str, str]  # name and scheme
 
 # A moment of s rows takes 8·s² bytes and its decomposition about 10·s³ operations: 134 MB and minutes at 4096.
 MAX_WIDTH = 4096
-_CHUNK = 1 << 22  # numbers that are held in float64 at a time while outputs are summed up
+_CHUNK = 1 << 22  # numbers that are held in float64 at a time while outputs are summed
 
 
 def output_moments(
@@ -46,9 +47,9 @@ def output_moments(
     The mean is over images, positions and calls; a layer that is not called is left out.
 
     Args:
-        model: in eval mode; run on every batch.
+        model: the model in eval mode; it is run on every batch.
         spans: name and scheme of a layer → Q, float64 with orthonormal columns, (groups, m, s); None for the identity.
-        calibration: finite, of (images, labels) or images alone.
+        calibration: a finite iterable of (images, labels) or images alone.
 
     Raises:
         BadInput: the data is empty, or the model cannot be called on a batch of it.
@@ -77,7 +78,7 @@ def output_moments(
         module = model.get_submodule(name)
         hook: Callable[..., None]
         if scheme == "spatial":
-            assert isinstance(module, nn.Conv2d)  # the caller has seen to it
+            assert isinstance(module, nn.Conv2d)  # only these have the scheme
             hook = partial(along_one_direction, layer, first_of_spatial(module))
         else:
             hook = partial(whole, layer)
@@ -100,7 +101,7 @@ def output_moments(
 
 
 def _in_parts(layer: nn.Conv2d, images: Tensor) -> Iterator[Tensor]:
-    """Yield the outputs of a layer with very many channels for some images at a time."""
+    """Yield the outputs of a layer with very many channels, for a few images at a time."""
     images = images.detach() if images.dim() == 4 else images.detach().unsqueeze(0)
     if not images.numel():
         return
@@ -110,9 +111,9 @@ def _in_parts(layer: nn.Conv2d, images: Tensor) -> Iterator[Tensor]:
 
 
 def _second_moment(module: nn.Module, output: Tensor, span: Tensor | None) -> tuple[Tensor, int]:
-    """Return Σ z zᵀ over all positions of one output, and their number."""
+    """Return Σ z zᵀ over all positions of one output, (groups, s, s), and the number of positions."""
     layer = untransposed(module)
-    assert isinstance(layer, Factorable)  # the caller has seen to it
+    assert isinstance(layer, Factorable)  # callers pass no other layers
     if isinstance(layer, nn.Linear):
         groups, flat = 1, output.detach().flatten(0, -2) if output.dim() > 1 else output.detach().unsqueeze(0)
     else:

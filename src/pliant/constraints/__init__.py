@@ -1,9 +1,9 @@
-"""Which ball for which parameter, before the training.
+"""The choice of a ball for each parameter, before training.
 
 * ``presets``: balls in relative terms: filters, rank, weights, N:M patterns, L2;
-* ``parameter_groups``: rules for parameters, and the groups that they make for the optimizer;
-* ``radius``: how large weights are at initialisation;
-* ``transformer_rules``: the rules for the parts of transformers.
+* ``parameter_groups``: from rules for parameters to the parameter groups of the optimizer;
+* ``radius``: the norm of weights at initialisation, the unit of radii;
+* ``transformer_rules``: rules for the parts of transformers.
 """
 
 from pliant.constraints.parameter_groups import CoupledChannels as CoupledChannels

@@ -1,4 +1,4 @@
-"""Which ball for which parameter: from a model and rules to the parameter groups of :class:`~pliant.SFW`.
+"""The choice of a ball for each parameter: from a model and rules to the parameter groups of :class:`~pliant.SFW`.
 
 ::
 
@@ -37,32 +37,34 @@ def constrain(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for :class:`~pliant.SFW` that cover every trainable parameter of ``model``.
 
-    A rule is a pair of a name pattern (as for file names: ``"*.weight"``, ``"layer1.*"``) or a predicate
-    ``f(name, parameter)``, and a preset, or None for "no ball". The first rule that matches a parameter decides; a
-    structured preset only matches weights it can hold, so ``"*.weight"`` does not match the weight of a BatchNorm. A
-    tied parameter matches under any of its names.
+    A rule pairs a selector with a preset, or with None for "no ball". A selector is a name pattern (as for file names:
+    ``"*.weight"``, ``"layer1.*"``) or a predicate ``f(name, parameter)``. The first rule that matches a parameter
+    decides. A structured preset matches only weight matrices, so ``"*.weight"`` does not match the weight of a
+    BatchNorm. A tied parameter matches under any of its names.
 
-    With FSDP2, call it after ``fully_shard``, which puts new parameters in the place of the old ones; balls and radii
+    With FSDP2, call this function after ``fully_shard``, which replaces the parameters by new ones; balls and radii
     are the same before and after.
 
-    Neither weights nor buffers nor the random state are touched. Radii are measured on draws of each layer's own
-    initialiser; a layer without one, and every layer if ``pretrained``, is measured by the norm at hand.
+    Weights, buffers and the random state do not change. Radii are measured on draws from each layer's own initialiser;
+    for a layer without one, and for every layer if ``pretrained``, on the current weights. A rule that matches nothing
+    causes a warning.
 
     Args:
         model: any module.
-        rules: first match wins.
-        default: the preset, or None for no ball, of all other parameters; without it each one must match a rule.
-        pretrained: the weights are trained ones; take the radius from their own norm.
+        rules: pairs of a selector and a preset; the first match wins.
+        default: the preset of all other parameters, or None for no ball; without it every parameter must match a rule.
+        pretrained: whether the weights are trained; the radius then follows from their current norm.
         coupled: channels that leave the network together, ``pliant.coupled_channels(model, example_inputs).groups``.
-            Where :func:`filters` is decided for the first weight of one, its ball holds the channels of the whole
-            group: all filters that are tied to it with their biases and normalisations (not the layers that read
-            them), jointly.
+            If :func:`filters` is the preset of a group's first weight, the ball holds the channels of the whole group
+            jointly: all filters that are tied together, with their biases and normalisations, but not the layers that
+            read them.
+
+    Returns:
+        Groups with ``params``, ``param_names`` and ``ball`` (plain data or None).
 
     Raises:
-        BadInput: a parameter that no rule matches, a k above what a layer has, or a pattern that does not fit a
-            layer: each by name.
-
-    Warns about a rule that matches nothing.
+        BadInput: no rule matches a parameter, k exceeds the size of a layer, or a pattern does not fit a layer; the
+            message names the parameter.
     """
     for rule in rules:
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[1], Preset | None)):
@@ -96,7 +98,7 @@ def constrain(
         ball = None if preset is None else _make_ball(preset, name, parameter, _owner(model, name), pretrained)
         group = groups.setdefault(repr(ball), {"params": [], "param_names": [], "ball": ball, "weight_decay": 0.0})
         if ball is None:
-            group.pop("weight_decay", None)  # the optimizer's default holds where no ball does
+            group.pop("weight_decay", None)  # a group without a ball takes the optimizer's default
         group["params"].append(parameter)
         group["param_names"].append(names[0])
     if unmatched:
@@ -120,7 +122,7 @@ def constrain(
 
 
 def _members(channels: CoupledChannels, parameters: dict[str, Tensor]) -> list[tuple[str, Tensor, int, Tensor]]:
-    """Return (name, parameter, dimension, positions) of all trainable tensors that make the channels."""
+    """Return (name, parameter, dimension, positions) of all trainable tensors that produce the channels."""
     return [
         (name, parameters[name], dim, slot.indices)
         for slot in channels.producers
@@ -158,7 +160,11 @@ def _coupled_group(
 
 
 def _parts(group: str, name: str, rows: int, positions: Tensor) -> int:
-    """Return in how many equal parts of the rows each channel has an equal run; BadInput where it is not so."""
+    """Return the number of equal parts of the rows in which each channel has an equal run.
+
+    Raises:
+        BadInput: the positions, (channels, width), are not of this form.
+    """
     count, width = positions.shape
     for parts in range(1, width + 1 if count * width == rows else 1):
         runs = torch.arange(count * width).reshape(parts, count, -1) if width % parts == 0 else None
@@ -171,7 +177,7 @@ def _parts(group: str, name: str, rows: int, positions: Tensor) -> int:
 
 
 def _choose(model: nn.Module, rules: Sequence[Rule], names: list[str], parameter: Tensor) -> tuple[int, str] | None:
-    """Return the index of the rule that decides for a parameter, and the name that it matched; None without one."""
+    """Return the index of the rule that decides for a parameter, and the name that it matched; None if none does."""
     for index, (selector, preset) in enumerate(rules):
         for name in names:
             matches = selector(name, parameter) if callable(selector) else fnmatch.fnmatchcase(name, selector)
@@ -189,7 +195,7 @@ def _trainable(model: nn.Module) -> dict[Tensor, list[str]]:
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
-    """Return the layer a parameter belongs to; parametrisations stand between the two."""
+    """Return the layer that a parameter belongs to, even if parametrisations lie between the two."""
     return model.get_submodule(
         name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
     )
@@ -201,7 +207,7 @@ def _is_matrix(owner: nn.Module, parameter: Tensor) -> bool:
 
 
 class CoupledChannels(Protocol):
-    """What :func:`constrain` reads of a group of coupled channels; see :class:`pliant.structure.ChannelGroup`."""
+    """The attributes of coupled channels that :func:`constrain` reads; see :class:`pliant.structure.ChannelGroup`."""
 
     @property
     def name(self) -> str:
@@ -209,15 +215,19 @@ class CoupledChannels(Protocol):
 
     @property
     def channels(self) -> int:
-        """How many channels there are."""
+        """The number of channels."""
 
     @property
     def producers(self) -> Sequence[Any]:
-        """The places, with ``tensors`` (name, dimension) and ``indices`` (channels, width), that make the channels."""
+        """The producers of the channels: objects with ``tensors`` (name, dim) and ``indices`` (channels, width)."""
 
 
 def layout_of(owner: nn.Module) -> Layout:
-    """Return how the weight of a layer is read as a matrix."""
+    """Return how the weight of a layer is read as a matrix.
+
+    Raises:
+        BadInput: the layer is a grouped transposed convolution.
+    """
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
         if owner.groups > 1:
             raise BadInput("grouped transposed convolutions have no layout yet: give them the rule (name, None)")

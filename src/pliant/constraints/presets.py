@@ -1,4 +1,4 @@
-"""Presets: balls in relative terms. k is a count or a fraction, the radius in units of the weights at first."""
+"""Presets: balls in relative terms. k is a count or a fraction, the radius in units of the initial weights' norm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ Vertices = Literal["support", "sparse", "orthogonal"] | type[VectorNorm]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight is read as a matrix: ``dim`` counts its rows (outputs), in ``groups`` blocks of rows."""
+    """How a weight is read as a matrix.
+
+    Args:
+        dim: the dimension that counts the rows (outputs).
+        groups: the number of consecutive groups of rows, each a matrix of its own (grouped convolutions).
+    """
 
     dim: int = 0
     groups: int = 1
@@ -26,16 +31,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Preset:
-    """A ball in relative terms; made by the functions below.
+    """A ball in relative terms; the functions below return one.
 
     Args:
-        norm: from the parameter's shape and layout to its norm; raises ValueError where there is none.
+        norm: maps a parameter's shape and layout to its norm; raises ValueError if the norm does not suit the shape.
         radius: w, the radius in units of the expected L2 norm at initialisation: the ball gets the L2 diameter
             2·w·E‖θ_init‖₂, whatever its norm.
-        structured: only for weights of at least two dimensions that are not an embedding or a normalisation.
-        coupled: from a number of channels to the vector norm of their lengths, where the preset can constrain channels
-            that several tensors share.
-        orthogonal: whether the vertices of such a ball have orthogonal rows.
+        structured: whether the preset is only for weights with at least two dimensions, except embeddings and
+            normalisations.
+        coupled: maps a number of channels to the vector norm of their lengths; None if the preset cannot constrain
+            channels that several tensors share.
+        orthogonal: whether the vertices of such a joint ball have orthogonal rows.
+
+    Raises:
+        BadInput: the radius is not positive and finite.
     """
 
     norm: Callable[[torch.Size, Layout], Norm]
@@ -55,9 +64,12 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
     Args:
         k: filters per vertex; an int is a count, a float in (0, 1] a fraction of the layer's filters.
         radius: relative to the initialisation, see :class:`~pliant.constraints.Preset`.
-        vertices: "support" scales the filters of a vertex along the gradient (k-support norm), "sparse" gives each
-            the same length (k-sparse norm), "orthogonal" also turns them away from each other
-            (:class:`~pliant.Rows`). Or a class of vector norms of one's own, made with k if it has one.
+        vertices: "support" scales the filters of a vertex with the gradient (k-support norm), "sparse" gives all of
+            them the same length (k-sparse norm), "orthogonal" also makes them orthogonal (:class:`~pliant.Rows`). Or
+            your own subclass of :class:`~pliant.norms.VectorNorm`, which gets k if it has a field k.
+
+    Raises:
+        BadInput: an argument is out of range.
     """
     check_k(k)
     check_vertices(vertices, "support", "sparse", "orthogonal")
@@ -75,10 +87,13 @@ def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support", spat
 
     Args:
         k: singular directions per vertex; a count or a fraction as in :func:`filters`.
-        radius: as there.
-        vertices: "support", "sparse" or a class of vector norms, as there.
-        spatial: read 2-d convolutions for k×1 then 1×k layers, not for k×k then 1×1 (:class:`~pliant.Spectral`);
-            those with kernels of one row or column have no choice.
+        radius: as in :func:`filters`.
+        vertices: "support", "sparse" or a subclass of :class:`~pliant.norms.VectorNorm`, as in :func:`filters`.
+        spatial: read 2-d convolutions so that they factor into k×1 and 1×k layers rather than k×k and 1×1
+            (:class:`~pliant.Spectral`); it has no effect on kernels with one row or one column.
+
+    Raises:
+        BadInput: an argument is out of range.
     """
     check_k(k)
     check_vertices(vertices)
@@ -94,7 +109,7 @@ def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support", spat
 
 
 def weights(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
-    """Constrain to few entries: ``KSupport(k)``; k counts entries, else as :func:`filters`."""
+    """Constrain to few entries: ``KSupport(k)``; k counts entries, all else is as for :func:`filters`."""
     check_k(k)
     check_vertices(vertices)
     return Preset(lambda shape, layout: _vector_norm(k, math.prod(shape), vertices), radius)
@@ -103,7 +118,17 @@ def weights(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
 def semi_structured(n: int = 2, m: int = 4, radius: float = 10.0, *, vertices: Vertices = "support") -> Preset:
     """Constrain to n of m consecutive input channels: ``Blocks(KSupport(n), m)``, the N:M pattern of hardware.
 
-    A layer whose input channels m does not divide is an error that names it: give it another rule before this one.
+    :func:`~pliant.constrain` raises an error for a layer whose number of input channels is not a multiple of m: give
+    such a layer another rule before this one.
+
+    Args:
+        n: non-zero entries per block.
+        m: entries in a block.
+        radius: as in :func:`filters`.
+        vertices: "support", "sparse" or a subclass of :class:`~pliant.norms.VectorNorm`, as in :func:`filters`.
+
+    Raises:
+        BadInput: an argument is out of range.
     """
     if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
         raise BadInput(f"an N:M pattern needs integers 1 <= n <= m, got {n}:{m}")
@@ -119,14 +144,15 @@ def semi_structured(n: int = 2, m: int = 4, radius: float = 10.0, *, vertices: V
 
 
 def l2(radius: float = 10.0) -> Preset:
-    """Constrain to an L2 ball, for any tensor: bounded, but nothing made sparse."""
+    """Constrain any tensor to an L2 ball, which bounds it without sparsity; ``radius`` as in :func:`filters`."""
     return Preset(lambda shape, layout: Lp(2), radius, structured=False)
 
 
 def resolve_k(k: float, n: int) -> int:
-    """Return k as a count: an int is one already, a float f is the fraction max(1, floor(f·n + ½)).
+    """Return k as a count: an int unchanged, a float f in (0, 1] as max(1, floor(f·n + ½)).
 
-    Raises BadInput where k is below 1, above n, or a fraction outside of (0, 1].
+    Raises:
+        BadInput: k is below 1, above n, or a fraction outside of (0, 1].
     """
     check_k(k)
     count = k if isinstance(k, int) else max(1, math.floor(k * n + 0.5))
@@ -146,7 +172,7 @@ def check_k(k: float) -> None:
 
 
 def check_vertices(vertices: Vertices, *known: str) -> None:
-    """Raise BadInput unless ``vertices`` is one of the known names, or a class of vector norms."""
+    """Raise BadInput unless ``vertices`` is one of the known names or a subclass of ``VectorNorm``."""
     known = known or ("support", "sparse")
     if isinstance(vertices, type):
         fault = is_norm(vertices) or (None if issubclass(vertices, VectorNorm) else "expected a subclass of VectorNorm")
@@ -157,7 +183,7 @@ def check_vertices(vertices: Vertices, *known: str) -> None:
 
 
 def _vector_norm(k: float, n: int, vertices: Vertices) -> VectorNorm:
-    """Return the vector norm of n magnitudes whose vertices are of a kind."""
+    """Return the vector norm of n magnitudes with this kind of vertices."""
     if not isinstance(vertices, type):
         return (KSupport if vertices == "support" else KSparse)(resolve_k(k, n))
     own: Callable[..., VectorNorm] = vertices

@@ -1,4 +1,4 @@
-"""How large weights are at initialisation: what the radius of a ball is measured in."""
+"""The norm of weights at initialisation, the unit in which the radius of a ball is given."""
 
 from __future__ import annotations
 
@@ -17,10 +17,20 @@ from pliant.linalg import l2_norm
 
 
 def initial_norm(owner: nn.Module, name: str, parameter: Tensor, pretrained: bool = False, draws: int = 3) -> float:
-    """Return E‖θ_init‖₂ of one parameter, the mean over draws of its layer's own initialiser.
+    """Return E‖θ_init‖₂ of one parameter, the mean over draws from its layer's own initialiser.
 
-    Where the layer has no ``reset_parameters`` that sets this parameter, or for ``pretrained`` weights, it is the norm
-    at hand; 0 counts as 1. Raises BadInput for a norm that is not finite, or that a meta tensor does not have.
+    If the layer has no ``reset_parameters`` that sets this parameter, or if ``pretrained``, return its current norm. A
+    norm of 0 counts as 1.
+
+    Args:
+        owner: the layer.
+        name: the full name of the parameter, whose last part is its name in the layer.
+        parameter: the parameter.
+        pretrained: whether to use the current norm.
+        draws: how many times the initialiser is run.
+
+    Raises:
+        BadInput: the norm is not finite, or the parameter is on the meta device and cannot be drawn.
     """
     leaf = name.rpartition(".")[2]
     norms = [] if pretrained else _drawn_norms(owner, leaf, draws)
@@ -35,11 +45,11 @@ def initial_norm(owner: nn.Module, name: str, parameter: Tensor, pretrained: boo
 
 
 def _drawn_norms(owner: nn.Module, leaf: str, draws: int) -> list[float]:
-    """Return the norms of a parameter in ``draws`` runs of its layer's initialiser; none if that does not set it."""
+    """Return the norms of a parameter in ``draws`` runs of its layer's initialiser; [] if that does not set it."""
     reset = getattr(type(owner), "reset_parameters", None) or getattr(type(owner), "_reset_parameters", None)
     if reset is None or not isinstance(getattr(owner, leaf, None), nn.Parameter) or not _callable_alone(reset):
         return []
-    # Tensors that are not leaves of autograd cannot be deep-copied; older weight_norm and pruning keep such ones.
+    # Tensors that are not leaves of autograd cannot be deep-copied; older weight_norm and pruning keep such tensors.
     tensors = [t for module in owner.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors}
     copied = whole_copy(owner, memo) if is_sharded(owner.parameters()) else copy.deepcopy(owner, memo)
@@ -48,7 +58,7 @@ def _drawn_norms(owner: nn.Module, leaf: str, draws: int) -> list[float]:
     copied.cpu()
     norms = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        # The same draws for every layer: layers of one shape then share one radius, and so one group.
+        # Every layer gets the same draws: layers of one shape then share one radius, and therefore one group.
         torch.default_generator.manual_seed(0)
         getattr(copied, leaf).fill_(math.nan)  # to see whether it is set
         for _ in range(draws):

@@ -1,11 +1,11 @@
-"""Transformers: rules that tell the parts of their blocks apart, for any of them with attention that is known.
+"""Transformers: separate rules for the parts of their blocks, if the kind of attention is known.
 
 ::
 
     rules = pliant.transformer_rules(model, linear=pliant.rank(k=0.1, radius=3))
     groups = pliant.constrain(model, rules, default=None)
 
-Heads and neurons leave with whatever is tied to them. To find it, an example is needed:
+Removing heads or neurons also removes all that is tied to them. To find it, an example input is needed::
 
     groups = pliant.coupled_channels(model, example_inputs).groups
     rules = pliant.transformer_rules(model, heads=pliant.filters(k=0.25), neurons=pliant.filters(k=0.1), coupled=groups)
@@ -35,23 +35,27 @@ def transformer_rules(
     embeddings: Preset | None = None,
     coupled: Sequence[ChannelGroup] = (),
 ) -> list[Rule]:
-    """Return rules for :func:`pliant.constrain`; what no rule is for, such as norms, biases and the head, is left open.
+    """Return rules for :func:`pliant.constrain`; normalisations, biases and the head of the model get no rule.
 
     Args:
-        model: a network of transformers, ``nn.TransformerEncoder``, or any other whose blocks are in an
-            ``nn.ModuleList`` or ``nn.Sequential`` and have attention with the usual names of projections.
-        linear: for all linear layers in the blocks that the next two are not for: ``pliant.rank``, ``pliant.weights``
-            or ``pliant.semi_structured``. A weight with queries, keys and values in one is one matrix, since it is
-            cut as one. The layers around the blocks, such as the one that gives classes or tokens, have no rule.
-        heads: for the layers that make the heads of attention. With ``pliant.filters`` the ball holds all of a
-            module's heads, k counts them, and what becomes zero is what :class:`pliant.HeadPruning` removes.
-        neurons: for the layers that make the neurons of the MLPs, gates too; ``pliant.filters`` as for heads.
-        embeddings: for the tables of tokens and positions; ``pliant.l2``, since nothing cuts them.
-        coupled: ``pliant.coupled_channels(model, example_inputs).groups``, for heads and neurons; give it to
+        model: a transformer of the ``transformers`` package, an ``nn.TransformerEncoder``, or any other model whose
+            blocks are in an ``nn.ModuleList`` or ``nn.Sequential`` and have attention with the usual names of
+            projections.
+        linear: the preset for all linear layers in the blocks that neither ``heads`` nor ``neurons`` covers:
+            ``pliant.rank``, ``pliant.weights`` or ``pliant.semi_structured``. A weight that packs queries, keys and
+            values is one matrix, because compressors treat it as one. Layers outside the blocks, such as the
+            classifier, have no rule.
+        heads: the preset for the layers that produce the heads of attention. With ``pliant.filters`` the ball holds all
+            heads of a module, k counts them, and :class:`pliant.HeadPruning` removes the heads that become zero.
+        neurons: the preset for the layers that produce the neurons of the MLPs, gates included; ``pliant.filters`` as
+            for heads.
+        embeddings: the preset for the tables of tokens and positions: ``pliant.l2``, because no compressor cuts them.
+        coupled: ``pliant.coupled_channels(model, example_inputs).groups``, needed for heads and neurons; give it to
             ``constrain`` as well.
 
     Raises:
-        BadInput: a preset is given for blocks, heads or neurons, and the model has none that are known.
+        BadInput: the model has no known part of a kind that a preset is given for, ``coupled`` is missing, or the
+            preset for embeddings is structured.
     """
     rules: list[Rule] = []
     layers = frozenset(f"{name}.weight" for name in _block_layers(model))
@@ -75,7 +79,12 @@ def transformer_rules(
 
 @dataclass(frozen=True)
 class _Part:
-    """The weights of one part of the model, as the selector of a rule."""
+    """The selector of a rule that matches the weights of one part of the model.
+
+    Args:
+        kind: the part, for messages.
+        names: the names of the weights.
+    """
 
     kind: str
     names: frozenset[str] = field(repr=False)
@@ -85,7 +94,7 @@ class _Part:
 
 
 def _made_by(coupled: Sequence[ChannelGroup], kind: str) -> frozenset[str]:
-    """Return the names of the weights whose rows are the channels of the groups of a kind."""
+    """Return the names of the weights whose rows produce the channels of all groups of this kind."""
     if not coupled:
         raise BadInput(f"{kind} needs coupled=pliant.coupled_channels(model, example_inputs).groups")
     slots = [slot for group in coupled if group.kind == kind for slot in group.producers]
@@ -100,14 +109,14 @@ def _block_layers(model: nn.Module) -> Iterator[str]:
 
 
 def _block(model: nn.Module, attention: str, layers: Sequence[str]) -> str | None:
-    """Return the smallest member of a list of modules with this attention and an MLP, None without one."""
-    found = projections(model.get_submodule(attention))
-    assert found is not None
-    own = {f"{attention}.{child}" for child in (found.query, found.key, found.value)}
+    """Return the innermost member of a list of modules that has this attention and an MLP; None if there is none."""
+    projected = projections(model.get_submodule(attention))
+    assert projected is not None
+    own = {f"{attention}.{child}" for child in (projected.query, projected.key, projected.value)}
     path = attention.split(".") if attention else []
     for end in range(len(path), 0, -1):
         name, parent = ".".join(path[:end]), model.get_submodule(".".join(path[: end - 1]))
         others = [layer for layer in layers if layer.startswith(f"{name}.") and layer not in own]
-        if isinstance(parent, nn.ModuleList | nn.Sequential) and len(others) > 1:  # attention alone has its output only
+        if isinstance(parent, nn.ModuleList | nn.Sequential) and len(others) > 1:  # attention alone has one: its output
             return name
     return None

@@ -1,4 +1,4 @@
-"""NormBall = (norm, radius): the set that constrained weights live in, and the only place a radius lives."""
+"""NormBall = (norm, radius): the set that constrained weights live in; radii are kept here and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pliant.norms.shapes import Shape, Tensors
 class NormBall:
     """The set {x : norm(x) <= radius}.
 
-    Like the norm, every method takes one tensor or a sequence of tensors that share the ball.
+    As with norms, every method takes one tensor or a sequence of tensors that share the ball, except where it says one.
 
     Args:
         norm: any :class:`~pliant.Norm`.
@@ -39,23 +39,30 @@ class NormBall:
     @overload
     def lmo(self, g: Sequence[Tensor]) -> list[Tensor]: ...
     def lmo(self, g: Tensors) -> Tensor | list[Tensor]:
-        """Return a vertex that minimises ⟨g, ·⟩ over the ball, of g's shape(s); 0 for g = 0."""
+        """Return a vertex that minimises ⟨g, ·⟩ over the ball, of g's shape(s) and dtype(s); 0 for g = 0."""
         if isinstance(g, Tensor):
             return self.radius * self.norm.lmo(g)
         return [self.radius * v for v in self.norm.lmo(g)]
 
     def gap(self, x: Tensors, g: Tensors) -> Tensor:
-        """Return the Frank-Wolfe gap max ⟨g, x − v⟩ = ⟨g, x⟩ + radius·dual(g) over the ball, a scalar tensor.
+        """Return the Frank-Wolfe gap, max ⟨g, x − v⟩ over the points v of the ball = ⟨g, x⟩ + radius·dual(g).
 
         For x in the ball it is >= 0, and 0 exactly where x is stationary: no point of the ball improves on x to
         first order. (Jaggi 2013, equation 2.)
+
+        Args:
+            x: the weight(s).
+            g: the gradient(s), of the shape(s) of x.
+
+        Returns:
+            A scalar tensor.
         """
         pairs = [(x, g)] if isinstance(x, Tensor) and isinstance(g, Tensor) else zip(x, g, strict=True)
         inner = torch.stack([torch.sum(a * b) for a, b in pairs]).sum()
         return inner + self.radius * self.norm.dual(g)
 
     def contains(self, x: Tensors) -> Tensor:
-        """Return whether norm(x) <= radius, up to 4 units of rounding of x's dtype; a boolean scalar tensor."""
+        """Return whether norm(x) <= radius, up to a relative error of 4 eps of x's dtype; a boolean scalar tensor."""
         return self.norm(x) <= self.radius * (1 + 4 * _eps(x))
 
     @overload
@@ -63,7 +70,7 @@ class NormBall:
     @overload
     def scale_inside(self, x: Sequence[Tensor]) -> list[Tensor]: ...
     def scale_inside(self, x: Tensors) -> Tensor | list[Tensor]:
-        """Return x where the ball contains it, else x shrunk radially onto the boundary."""
+        """Return x if the ball contains it, else x shrunk radially onto the boundary; of x's shape(s) and dtype(s)."""
         factor = self.shrinkage(x)
         if isinstance(x, Tensor):
             return x / factor.to(x.dtype)
@@ -74,16 +81,25 @@ class NormBall:
         return self.shrinkage_of(self.norm(x), x)
 
     def shrinkage_of(self, length: Tensor, like: Tensors) -> Tensor:
-        """Return :meth:`shrinkage` for tensors of this norm; ``like``: of their dtypes."""
+        """Return :meth:`shrinkage` for tensors whose norm is known.
+
+        Args:
+            length: the norm of the tensors, a scalar tensor.
+            like: tensor(s) of the same dtype(s), which set the tolerance.
+        """
         outside = length > self.radius * (1 + 4 * _eps(like))
         return torch.where(outside, length / self.radius, torch.ones_like(length))
 
     def project(self, x: Tensor) -> Tensor:
-        """Return the point of the ball nearest to x in L2; NotImplementedError where none is known."""
+        """Return the point of the ball nearest to x, one tensor, in L2; of x's shape and dtype.
+
+        Raises:
+            NotImplementedError: no projection is known for the norm.
+        """
         return self.norm.project(x, self.radius)
 
     def diameter(self, shape: Shape | Sequence[Shape]) -> float:
-        """Return the largest L2 distance of two points of the ball for tensor(s) of this shape."""
+        """Return the largest L2 distance between two points of the ball for tensor(s) of this shape."""
         return self.radius * self.norm.diameter(shape)
 
     def to_spec(self) -> dict[str, Any]:
@@ -92,7 +108,11 @@ class NormBall:
 
     @staticmethod
     def from_spec(spec: dict[str, Any]) -> NormBall:
-        """Return the ball that :meth:`to_spec` described; raises ValueError for anything else."""
+        """Return the ball that :meth:`to_spec` described.
+
+        Raises:
+            ValueError: the dict is not the spec of a ball.
+        """
         if not isinstance(spec, dict) or set(spec) != {"norm", "radius"} or not isinstance(spec["norm"], dict):
             raise ValueError(f"a ball's spec is {{'norm': {{...}}, 'radius': number}}, got {spec!r}")
         return NormBall(Norm.from_spec(spec["norm"]), float(spec["radius"]))

@@ -1,24 +1,24 @@
-"""The base of all norms: the four questions that Frank-Wolfe asks, and how each kind of norm answers them.
+"""The base of all norms: the four things that Frank-Wolfe needs, and how each kind of norm computes them.
 
-A norm answers four questions: its value ``norm(x)``, the dual norm ``norm.dual(g)``, a minimiser of ⟨g, ·⟩ over the
-unit ball ``norm.lmo(g)`` (linear minimisation oracle), and the L2 ``norm.diameter(shape)`` of the unit ball.
+A norm provides its value ``norm(x)``, the dual norm ``norm.dual(g)``, the linear minimisation oracle ``norm.lmo(g)`` (a
+minimiser of ⟨g, ·⟩ over the unit ball), and the L2 diameter ``norm.diameter(shape)`` of the unit ball.
 
-All of them work by the same two moves. :meth:`Norm.split` takes a tensor apart into magnitudes a >= 0 and a function
+All of them work in the same two steps. :meth:`Norm.split` takes a tensor apart into magnitudes a >= 0 and a function
 that rebuilds a tensor from other magnitudes; :meth:`Norm.norm_of`, :meth:`Norm.dual_of` and :meth:`Norm.align` work on
 the magnitudes alone, along the last dimension. ``align(a)`` is the point w >= 0 of the unit ball that maximises ⟨a, w⟩,
 so that
 
     lmo(g) = −rebuild(align(a)),    where g = rebuild(a).
 
-**One or several tensors.** Every method takes a tensor or a sequence of tensors; a sequence is read jointly, as one
-block-diagonal object with one k for all; under ``Channels``, as one tensor whose channels all share.
+**One or several tensors.** Every method takes a tensor or a sequence of tensors. A sequence is read jointly, as one
+block-diagonal object with a single k; under ``Channels``, all tensors of a sequence share their channels.
 
-**Precision.** Half-precision input is computed in float32; norms of it are returned in float32, vertices in the
+**Precision.** Half-precision input is computed in float32; its norms are returned in float32, vertices in the
 input's dtype. Values are divided by a power of two near the largest entry first, so nothing overflows or vanishes
 where the result itself does not.
 
-To write a norm, subclass :class:`~pliant.norms.VectorNorm` (magnitudes are those of the entries) and define
-``norm_of``, ``dual_of``, ``align`` and ``diameter_of``; every lift then works with it.
+To write a norm, subclass :class:`~pliant.norms.VectorNorm` (the magnitudes are the absolute values of the entries) and
+define ``norm_of``, ``dual_of``, ``align`` and ``diameter_of``; every lift then works with it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from pliant.norms.shapes import Rebuild, Shape, Tensors, scaled, shapes_of
 class Norm(ABC):
     """A norm on tensors, stateless and hashable; the base of all norms.
 
-    A subclass is a frozen dataclass whose fields are its parameters. Specs, and with them checkpoints, know it by the
-    name of its class.
+    A subclass is a frozen dataclass whose fields are its parameters. Specs, and therefore checkpoints, refer to it by
+    its class name.
     """
 
     known: ClassVar[dict[str, type[Norm]]] = {}
-    """All subclasses by name, abstract ones among them."""
+    """All subclasses by name, including abstract ones."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -59,12 +59,32 @@ class Norm(ABC):
         Norm.known[cls.__name__] = cls
 
     def __call__(self, x: Tensors) -> Tensor:
-        """Return ‖x‖, a scalar tensor; differentiable."""
+        """Return ‖x‖; differentiable.
+
+        Args:
+            x: tensor(s) of any shape that this norm is defined for.
+
+        Returns:
+            A scalar tensor, float32 for half-precision input.
+
+        Raises:
+            ValueError: this norm is not defined for x, or a tensor is sparse, empty or not real floating-point.
+        """
         tensors, scale = scaled(x)
         return scale * self.norm_of(self._join(tensors))
 
     def dual(self, g: Tensors) -> Tensor:
-        """Return the dual norm max ⟨g, v⟩ over the unit ball, a scalar tensor; differentiable."""
+        """Return the dual norm, max ⟨g, v⟩ over the v of the unit ball; differentiable.
+
+        Args:
+            g: tensor(s) of any shape that this norm is defined for.
+
+        Returns:
+            A scalar tensor, float32 for half-precision input.
+
+        Raises:
+            ValueError: as for :meth:`__call__`.
+        """
         tensors, scale = scaled(g)
         return scale * self.dual_of(self._join(tensors))
 
@@ -74,25 +94,48 @@ class Norm(ABC):
     def lmo(self, g: Sequence[Tensor]) -> list[Tensor]: ...
     @torch.no_grad()
     def lmo(self, g: Tensors) -> Tensor | list[Tensor]:
-        """Return a vertex v of the unit ball with ⟨g, v⟩ = −dual(g), of g's shape(s); lmo(0) = 0."""
+        """Return a vertex v of the unit ball with ⟨g, v⟩ = −dual(g); lmo(0) = 0.
+
+        Args:
+            g: tensor(s) of any shape that this norm is defined for.
+
+        Returns:
+            The vertex, of g's shape(s) and dtype(s).
+
+        Raises:
+            ValueError: as for :meth:`__call__`.
+        """
         tensors, _ = scaled(g)
         self.length([x.shape for x in tensors])
         magnitudes, rebuilds = zip(*(self.split_for_vertex(x) for x in tensors), strict=True)
         parts = self.spread(self.align(self.combine(magnitudes)), magnitudes)
-        given = [g] if isinstance(g, Tensor) else list(g)
+        inputs = [g] if isinstance(g, Tensor) else list(g)
         parts = [part.to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
-        vertices = [-rebuild(part).to(x.dtype) for rebuild, part, x in zip(rebuilds, parts, given, strict=True)]
+        vertices = [-rebuild(part).to(x.dtype) for rebuild, part, x in zip(rebuilds, parts, inputs, strict=True)]
         return vertices[0] if isinstance(g, Tensor) else vertices
 
     def diameter(self, shape: Shape | Sequence[Shape]) -> float:
-        """Return the largest L2 distance of two points of the unit ball for tensor(s) of this shape."""
+        """Return the largest L2 distance between two points of the unit ball.
+
+        Args:
+            shape: the shape of one tensor, or those of several tensors that share the ball.
+
+        Raises:
+            ValueError: this norm is not defined for the shape.
+        """
         return self.diameter_of(self.length(shape))
 
     def length(self, shape: Shape | Sequence[Shape]) -> int:
-        """Return how many magnitudes the vector norm sees: what a fraction of k is a fraction of.
+        """Return the number of magnitudes that the vector norm sees; a fractional k is a fraction of this number.
 
-        Entries for a vector norm, filters for ``Rows``, channels for ``Channels``, singular values for
-        ``Spectral``, the block size for ``Blocks``. Raises ValueError where this norm is not defined for the shape.
+        It counts the entries for a vector norm, the filters for ``Rows``, the channels for ``Channels``, the singular
+        values for ``Spectral``; for ``Blocks`` it is the block size.
+
+        Args:
+            shape: the shape of one tensor, or those of several tensors that share the ball.
+
+        Raises:
+            ValueError: this norm is not defined for the shape.
         """
         shapes = shapes_of(shape)
         for s in shapes:
@@ -104,14 +147,21 @@ class Norm(ABC):
 
     @torch.no_grad()
     def project(self, x: Tensor, radius: float) -> Tensor:
-        """Return the nearest point to x, in L2, of the ball of this radius; x itself where ``NormBall.contains`` it.
+        """Return the point of the ball of this radius that is nearest to x in L2; x itself if the ball contains it.
 
-        Known for Lp(1), Lp(2), Lp(inf), KSparse and KSupport, under Rows and Spectral too, and for Blocks(KSupport);
-        else raises NotImplementedError.
+        A projection is known for Lp(1), Lp(2), Lp(inf), KSparse and KSupport, also under Rows and Spectral, and for
+        Blocks(KSupport).
 
         Args:
             x: of any shape that this norm is defined for.
             radius: positive and finite, in the units of x.
+
+        Returns:
+            A tensor of x's shape and dtype.
+
+        Raises:
+            NotImplementedError: no projection is known for this norm.
+            ValueError: the radius is not positive and finite, or as for :meth:`__call__`.
         """
         if not (radius > 0 and math.isfinite(radius)):
             raise ValueError(f"project needs a positive, finite radius, got {radius}")
@@ -119,7 +169,7 @@ class Norm(ABC):
         self.length(x.shape)
         magnitudes, rebuild = self.split(divided)
         nearest = scale * rebuild(self.nearest(magnitudes, radius / scale))
-        # The rounding of singular vectors, or of one threshold for many entries, adds up: shrink a result outside.
+        # Rounding errors of singular vectors, or of one threshold for many entries, add up: shrink a point outside.
         nearest = nearest / (self(nearest) / radius).clamp_min(1)
         inside = self(x) <= radius * (1 + 4 * torch.finfo(x.dtype).eps)
         return torch.where(inside, x, nearest.to(x.dtype))
@@ -130,24 +180,30 @@ class Norm(ABC):
     def soft_threshold(self, x: Sequence[Tensor], amount: float | Tensor) -> list[Tensor]: ...
     @torch.no_grad()
     def soft_threshold(self, x: Tensors, amount: float | Tensor) -> Tensor | list[Tensor]:
-        """Return x with each of its parts shorter by ``amount``, those that are not longer gone.
+        """Return x with each of its parts shortened by ``amount``; a part that is not longer than that becomes 0.
 
         Parts are entries, filters under ``Rows``, channels under ``Channels``, singular directions under ``Spectral``.
-        It is the proximal step argmin_y ½‖y − x‖² + amount·Ω(y), Ω the sum of the parts' lengths: soft threshold,
-        group lasso (Yuan & Lin 2006) and the nuclear norm (Cai, Candès, Shen 2010). No norm grows by it, so y lies in
-        every ball that x lies in.
+        This is the proximal step y = argmin ½‖y − x‖² + amount·Ω(y), where Ω is the sum of the parts' lengths: the soft
+        threshold of entries, of the group lasso (Yuan & Lin 2006) and of the nuclear norm (Cai, Candès, Shen 2010). It
+        increases no norm, so y lies in every ball that contains x.
 
         Args:
             x: tensor(s) of any shape that this norm is defined for.
             amount: >= 0, in the units of x.
+
+        Returns:
+            The result, of x's shape(s) and dtype(s).
+
+        Raises:
+            ValueError: as for :meth:`__call__`.
         """
         tensors, scale = scaled(x)
         self.length([t.shape for t in tensors])
         magnitudes, rebuilds = zip(*(self.split_into_parts(t) for t in tensors), strict=True)
         shorter = (self.combine(magnitudes) - amount / scale).clamp_min(0)
         parts = self.spread(shorter, magnitudes)
-        given = [x] if isinstance(x, Tensor) else list(x)
-        shrunk = [(scale * rebuild(part)).to(t.dtype) for rebuild, part, t in zip(rebuilds, parts, given, strict=True)]
+        inputs = [x] if isinstance(x, Tensor) else list(x)
+        shrunk = [(scale * rebuild(part)).to(t.dtype) for rebuild, part, t in zip(rebuilds, parts, inputs, strict=True)]
         return shrunk[0] if isinstance(x, Tensor) else shrunk
 
     def to_spec(self) -> dict[str, Any]:
@@ -162,10 +218,13 @@ class Norm(ABC):
 
     @staticmethod
     def from_spec(spec: dict[str, Any]) -> Norm:
-        """Return the norm that :meth:`to_spec` described; raises ValueError for anything else.
+        """Return the norm that :meth:`to_spec` described.
 
         A norm of another package is found once its module is imported, or if the package has an entry point for it in
         the group ``pliant.norms``.
+
+        Raises:
+            ValueError: the dict is not the spec of a known norm.
         """
         arguments = dict(spec)
         name = arguments.pop("norm", None)
@@ -185,14 +244,18 @@ class Norm(ABC):
     # --- facts about a norm ---
 
     k: int | None = None
-    """How many entries, filters, channels or directions a vertex has at most; None where that is no parameter."""
+    """The largest number of entries, filters, channels or directions of a vertex; None if the norm has no k."""
 
     def with_k(self, k: int) -> Self:
-        """Return the same norm with another k; raises BadInput, a ValueError, where it has none."""
+        """Return the same norm with another k.
+
+        Raises:
+            BadInput: the norm has no k.
+        """
         raise BadInput(f"{self} has no k")
 
     def parts_of_vertex(self, shape: Shape | Sequence[Shape]) -> int | None:
-        """Return how many parts a vertex has at most; None where a vertex is not made of parts.
+        """Return the largest number of parts of a vertex; None if a vertex does not consist of parts.
 
         Parts are what :meth:`soft_threshold` shortens: entries, filters, channels or singular directions.
         """
@@ -202,7 +265,11 @@ class Norm(ABC):
 
     @abstractmethod
     def size_of(self, shape: Shape) -> int:
-        """Return how many magnitudes a tensor of this shape has; raises ValueError where the norm is not defined."""
+        """Return how many magnitudes a tensor of this shape has.
+
+        Raises:
+            ValueError: the norm is not defined for the shape.
+        """
 
     @abstractmethod
     def magnitudes(self, x: Tensor) -> Tensor:
@@ -213,23 +280,23 @@ class Norm(ABC):
         """Return the magnitudes, and a function from other magnitudes of that shape to a tensor of x's shape."""
 
     def split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return :meth:`split` for :meth:`lmo`, which may rebuild in another way."""
+        """Return :meth:`split` as :meth:`lmo` uses it; a norm may rebuild a vertex in another way."""
         return self.split(x)
 
     def split_into_parts(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return :meth:`split` into the parts that :meth:`soft_threshold` shortens."""
+        """Return :meth:`split`, into the parts that :meth:`soft_threshold` shortens."""
         return self.split(x)
 
     def combine(self, magnitudes: Sequence[Tensor]) -> Tensor:
-        """Return the magnitudes of several tensors as those of the joint object."""
+        """Return the magnitudes of the joint object, given the magnitudes of its tensors."""
         return torch.cat(list(magnitudes))
 
     def spread(self, w: Tensor, magnitudes: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the share of each tensor in new magnitudes of the joint object."""
+        """Return each tensor's share of new magnitudes ``w`` of the joint object; the inverse of :meth:`combine`."""
         return list(w.split([len(a) for a in magnitudes]))
 
     def joint_size(self, sizes: list[int]) -> int:
-        """Return how many magnitudes the joint object has, given those of its tensors."""
+        """Return how many magnitudes the joint object has, given the number for each of its tensors."""
         return sum(sizes)
 
     # --- to be defined by each kind of norm: on magnitudes a >= 0 alone, along their last dimension ---
@@ -251,7 +318,7 @@ class Norm(ABC):
         """Return the L2 diameter of the unit ball of n magnitudes."""
 
     def nearest(self, a: Tensor, radius: Tensor) -> Tensor:
-        """Return the point of the ball of a radius that is nearest to a, which lies outside of it (optional)."""
+        """Return the point of the ball of this radius that is nearest to a, a point outside of it (optional)."""
         raise NotImplementedError(f"no Euclidean projection is known for {self}")
 
     def check_length(self, n: int) -> None:
@@ -265,7 +332,7 @@ class Norm(ABC):
 
 
 def is_norm(thing: object) -> str | None:
-    """Return what is wrong with an object that should be a class of norms, None if nothing is."""
+    """Return what is wrong with an object that should be a class of norms; None if nothing is."""
     if not (isinstance(thing, type) and issubclass(thing, Norm)):
         return f"expected a subclass of pliant.Norm, got {thing!r:.60}"
     missing = sorted(getattr(thing, "__abstractmethods__", ()))
@@ -273,7 +340,7 @@ def is_norm(thing: object) -> str | None:
 
 
 def _class_of(name: object) -> type[Norm] | None:
-    """Return the class of a name in a spec, imported if an installed package offers it; None if nobody knows it."""
+    """Return the norm class of this name, imported if an installed package offers it; None if there is none."""
     if isinstance(name, str) and name not in Norm.known:
         for offered, entry in extensions.installed("norm").items():
             if entry.attr == name:

@@ -1,8 +1,8 @@
 """Lifts apply a vector norm to other magnitudes of a tensor: lengths of rows, singular values, blocks of entries.
 
-``Rows(inner)`` looks at the L2 norms of the rows, ``Channels(inner, count)`` at those of runs of rows that leave a
-network together, ``Spectral(inner)`` at the singular values, ``Blocks(inner, size)`` at each block of consecutive
-entries. Their vertices have k filters, k channels, k singular directions, k entries in every block.
+``Rows(inner)`` looks at the L2 norms of the rows, ``Channels(inner, count)`` at the L2 norms of runs of rows that leave
+a network together, ``Spectral(inner)`` at the singular values, ``Blocks(inner, size)`` at each block of consecutive
+entries. Their vertices have k filters, k channels, k singular directions, or k entries in every block.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from pliant.norms.vector import KSparse, KSupport, Lp, VectorNorm
 
 @dataclass(frozen=True)
 class Lift(Norm):
-    """A vector norm applied to magnitudes of other things than entries."""
+    """A vector norm applied to magnitudes other than the entries'.
+
+    Args:
+        inner: the vector norm.
+    """
 
     inner: VectorNorm
 
     @property
-    def k(self) -> int | None:  # type: ignore[override]  # of a vector norm it is a field, or None
+    def k(self) -> int | None:  # type: ignore[override]  # vector norms define it as a field, or as None
         """The k of the vector norm."""
         return self.inner.k
 
@@ -41,7 +45,7 @@ class Lift(Norm):
         return replace(self, inner=self.inner.with_k(k))
 
     def parts_of_vertex(self, shape: Shape | Sequence[Shape]) -> int | None:
-        """Return how many filters, channels or directions a vertex has at most."""
+        """Return the largest number of filters, channels or directions of a vertex; None if there is no limit."""
         return self.inner.parts_of_vertex(shape)
 
     def __post_init__(self) -> None:
@@ -75,15 +79,20 @@ class Lift(Norm):
 
 @dataclass(frozen=True)
 class Rows(Lift):
-    """``inner`` of the L2 norms of the rows (filters, neurons); ``dim`` is the dimension that counts them.
+    """``inner`` of the L2 norms of the rows (filters, neurons).
 
     ``Rows(Lp(1))`` is the group lasso's norm; a vertex of ``Rows(KSupport(k))`` has k non-zero filters.
 
-    With ``orthogonal``, for ``KSparse`` alone, the oracle turns the k filters that it chose towards the nearest
-    orthogonal ones: row i of −lmo(g) is pᵢ/‖pᵢ‖ for the polar factor P of these k rows of g, in place of gᵢ/‖gᵢ‖. It
-    stays in the ball, which is the same, but ⟨g, lmo(g)⟩ reaches −dual(g) only where the rows are orthogonal already;
-    ``norm``, ``dual`` and the gap do not change. Filters that look for the same thing are driven apart, and networks
-    learn faster: with k = all rows this is the direction of Muon.
+    With ``orthogonal``, the oracle turns the k filters that it chose towards the nearest orthogonal ones: row i of
+    −lmo(g) is pᵢ/‖pᵢ‖ for the polar factor P of these k rows of g, instead of gᵢ/‖gᵢ‖. The ball, ``norm``, ``dual`` and
+    the gap do not change, and the result stays in the ball, but ⟨g, lmo(g)⟩ reaches −dual(g) only if the rows are
+    already orthogonal. Filters that look for the same thing are driven apart, and networks learn faster; with k = all
+    rows this is the direction of Muon.
+
+    Args:
+        inner: the vector norm; a ``KSparse`` if ``orthogonal``.
+        dim: the dimension that counts the rows.
+        orthogonal: whether the oracle orthogonalises the chosen rows.
     """
 
     dim: int = 0
@@ -102,17 +111,17 @@ class Rows(Lift):
         return vector_norm(as_matrix(x, self.dim), dim=1)
 
     def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return the L2 norms of the rows, (rows,), and what gives the rows of x other lengths."""
-        matrix = as_matrix(x, self.dim)
+        """Return the L2 norms of the rows, (rows,), and a function that gives the rows of x other lengths."""
+        matrix = as_matrix(x, self.dim)  # (rows, columns)
         a = without_vanished(vector_norm(matrix, dim=1))
         return a, lambda w: from_matrix(divide_or_zero(w, a)[:, None] * matrix, x.shape, self.dim)
 
     def scale_parts(self, x: Tensor, factors: Tensor) -> Tensor:
-        """Return x with each row multiplied by a factor, (rows,)."""
+        """Return x with each row multiplied by its own factor; ``factors`` is (rows,)."""
         return from_matrix(factors[:, None] * as_matrix(x, self.dim), x.shape, self.dim)
 
     def split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return :meth:`split`; with ``orthogonal``, rows are turned as well."""
+        """Return :meth:`split`; with ``orthogonal``, the chosen rows are orthogonalised as well."""
         a, rebuild = self.split(x)
         if not self.orthogonal:
             return a, rebuild
@@ -122,16 +131,23 @@ class Rows(Lift):
 
 @dataclass(frozen=True)
 class Channels(Lift):
-    """``inner`` of the L2 norms of channels, each made of rows of one or several tensors.
+    """``inner`` of the L2 norms of channels; a channel consists of rows of one or several tensors.
 
-    What leaves a network together shares a channel: a filter with its bias, its BatchNorm scale and shift and the
+    Rows that leave a network together share a channel: a filter with its bias, its BatchNorm scale and shift and the
     filters that a residual connection ties to it; all rows of an attention head; a neuron's row in each of its layers.
-    In every tensor the rows are ``count`` equal runs, one a channel; in packed tensors (query, key and value in one
-    weight) they are so in each of ``parts`` equal parts. Tensors of a joint ball share their channels: a vertex of
-    ``Channels(KSupport(k), count)`` is non-zero in k channels, in all tensors the same.
+    The rows of every tensor are ``count`` equal runs, one for each channel; in packed tensors (query, key and value in
+    one weight), each of ``parts`` equal parts is divided in this way. Tensors of a joint ball share their channels: a
+    vertex of ``Channels(KSupport(k), count)`` is non-zero in the same k channels of all tensors.
 
     ``Channels(inner, rows)`` of a single tensor is ``Rows(inner)``. With ``orthogonal`` the chosen rows of every tensor
     are turned towards orthogonal ones, as under ``Rows``; each tensor keeps its share of each channel.
+
+    Args:
+        inner: the vector norm; a ``KSparse`` if ``orthogonal``.
+        count: the number of channels.
+        dim: the dimension that counts the rows.
+        parts: the number of equal parts of a packed tensor.
+        orthogonal: whether the oracle orthogonalises the chosen rows.
     """
 
     count: int
@@ -148,7 +164,7 @@ class Channels(Lift):
         _check_orthogonal(self.orthogonal, self.inner)
 
     def size_of(self, shape: Shape) -> int:
-        """Return the number of channels; raises ValueError where the rows do not split into them."""
+        """Return the number of channels; raise ValueError if the rows do not split into them."""
         rows, _ = matrix_shape(shape, self.dim)
         if rows % (self.count * self.parts):
             raise ValueError(f"{self}: {rows} rows do not split into {self.parts} x {self.count} equal runs")
@@ -163,7 +179,7 @@ class Channels(Lift):
         return magnitudes[0] if len(magnitudes) == 1 else vector_norm(torch.stack(list(magnitudes)), dim=0)
 
     def spread(self, w: Tensor, magnitudes: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return each tensor's share of the lengths w, in proportion to what it had."""
+        """Return each tensor's share of the lengths w, in proportion to its earlier share."""
         return [divide_or_zero(w * a, self.combine(magnitudes)) for a in magnitudes]
 
     def magnitudes(self, x: Tensor) -> Tensor:
@@ -171,8 +187,8 @@ class Channels(Lift):
         return vector_norm(self.runs(x), dim=(0, 2))
 
     def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return the L2 norms of the channels, (channels,), and what gives them other lengths."""
-        runs = self.runs(x)
+        """Return the L2 norms of the channels, (channels,), and a function that gives them other lengths."""
+        runs = self.runs(x)  # (parts, channels, entries)
         a = without_vanished(vector_norm(runs, dim=(0, 2)))
 
         def rebuild(w: Tensor) -> Tensor:
@@ -181,11 +197,11 @@ class Channels(Lift):
         return a, rebuild
 
     def scale_parts(self, x: Tensor, factors: Tensor) -> Tensor:
-        """Return x with each channel multiplied by a factor, (channels,)."""
+        """Return x with each channel multiplied by its own factor; ``factors`` is (channels,)."""
         return from_matrix((factors[:, None] * self.runs(x)).flatten(0, 1), x.shape, self.dim)
 
     def split_for_vertex(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return :meth:`split`; with ``orthogonal``, rows are turned as well."""
+        """Return :meth:`split`; with ``orthogonal``, the chosen rows are orthogonalised as well."""
         a, rebuild = self.split(x)
         if not self.orthogonal:
             return a, rebuild
@@ -193,21 +209,25 @@ class Channels(Lift):
         return a, lambda w: from_matrix(_turned(runs, w, self.inner, columns).flatten(0, 1), x.shape, self.dim)
 
     def runs(self, x: Tensor) -> Tensor:
-        """Return the rows of each channel, (parts, channels, entries)."""
+        """Return the entries of the rows of each channel, (parts, channels, entries)."""
         return as_matrix(x, self.dim).reshape(self.parts, self.count, -1)
 
 
 @dataclass(frozen=True)
 class Spectral(Lift):
-    """``inner`` of the singular values of the matrix whose rows are counted by ``dim``.
+    """``inner`` of the singular values of a weight read as a matrix.
 
     ``Spectral(Lp(1))`` is the nuclear norm, ``Spectral(Lp(inf))`` the operator norm; a vertex of
-    ``Spectral(KSupport(k))`` has rank at most k. With ``groups`` > 1 (grouped convolutions) the rows fall into that
-    many consecutive matrices, read as one block-diagonal matrix.
+    ``Spectral(KSupport(k))`` has rank at most k.
 
-    ``spatial``: the matrix of a 2-d convolution has a row for each filter and kernel column, and a column for each
-    input channel and kernel row. Of rank r it is a k×1 convolution with r filters, then a 1×k one (Jaderberg et al.
-    2014), where otherwise it is a k×k one, then a 1×1.
+    Args:
+        inner: the vector norm.
+        dim: the dimension that counts the rows.
+        groups: in how many consecutive matrices the rows fall (grouped convolutions); they are read as one
+            block-diagonal matrix.
+        spatial: read the weight of a 2-d convolution as a matrix with a row for each filter and kernel column, and a
+            column for each input channel and kernel row. With rank r the layer is then a k×1 convolution with r
+            filters, followed by a 1×k one (Jaderberg et al. 2014); otherwise a k×k one, followed by a 1×1 one.
     """
 
     dim: int = 0
@@ -234,11 +254,11 @@ class Spectral(Lift):
         return values.flatten()
 
     def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return the singular values and what puts others into their place."""
+        """Return the singular values, and a function that replaces them by others."""
         if self.inner == Lp(2):
             return self.inner.split(x)
-        matrices = self.matrices(x)
-        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        matrices = self.matrices(x)  # (groups, rows, columns)
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)  # s: (groups, min(rows, columns))
         s = _without_noise(s, matrices)
         u = u * (matrices != 0).any(dim=2, keepdim=True)  # a zero row stays exactly zero
 
@@ -248,15 +268,15 @@ class Spectral(Lift):
         return s.flatten(), rebuild
 
     def split_into_parts(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return the singular values and what puts others into their place, also for the L2 norm."""
+        """Return the singular values, and a function that replaces them by others, also for the L2 norm."""
         matrices = self.matrices(x)
         if matrices.dtype == torch.float64:
             return replace(self, inner=Lp(1)).split(x)
-        # The Gram matrix in double precision has the singular values of a float32 matrix to within its own rounding,
-        # in less than half the time.
+        # The Gram matrix in double precision gives the singular values of a float32 matrix to float32 rounding, in less
+        # than half the time.
         wide = matrices.shape[1] <= matrices.shape[2]
-        a = (matrices if wide else matrices.mT).double()
-        squares, u = torch.linalg.eigh(a @ a.mT)
+        a = (matrices if wide else matrices.mT).double()  # (groups, n, m) with n <= m
+        squares, u = torch.linalg.eigh(a @ a.mT)  # (groups, n), (groups, n, n)
         u = u * (a != 0).any(dim=2, keepdim=True)  # a zero row stays exactly zero
         s = _without_noise(squares.clamp_min(0).sqrt(), matrices)
 
@@ -273,7 +293,11 @@ class Spectral(Lift):
         return self.inner.parts_of_vertex(())
 
     def group_shape(self, shape: Shape) -> tuple[int, int]:
-        """Return (rows, columns) of the matrix of one group; raises ValueError where there is none."""
+        """Return (rows, columns) of the matrix of one group.
+
+        Raises:
+            ValueError: a tensor of this shape is not such a matrix, or its rows do not split into the groups.
+        """
         if len(shape) < 2:
             raise ValueError(f"{self} needs a matrix or more dimensions, got shape {tuple(shape)}: use a vector norm")
         if self.spatial and len(shape) != 4:
@@ -292,7 +316,7 @@ class Spectral(Lift):
         return matrix.reshape(self.groups, rows, columns)
 
     def from_matrices(self, matrices: Tensor, like: Tensor) -> Tensor:
-        """Undo :meth:`matrices`."""
+        """Return the tensor of the shape of ``like`` with these matrices, (groups, rows, columns)."""
         if not self.spatial:
             return from_matrix(matrices.flatten(0, 1), like.shape, self.dim)
         order = self.spatial_order()
@@ -300,17 +324,22 @@ class Spectral(Lift):
         return moved.permute([order.index(d) for d in range(4)])
 
     def spatial_order(self) -> tuple[int, int, int, int]:
-        """Return the dimensions of filters, kernel columns, channels, kernel rows."""
+        """Return the dimensions of the filters, kernel columns, input channels and kernel rows."""
         return self.dim, 3, 1 - self.dim, 2
 
 
 @dataclass(frozen=True)
 class Blocks(Lift):
-    """The L2 norm over all blocks of ``inner`` of each block: ``size`` consecutive entries along ``dim``.
+    """The L2 norm, over all blocks of ``size`` consecutive entries along ``dim``, of ``inner`` of each block.
 
     A vertex of ``Blocks(KSupport(n), m)`` has at most n non-zeros in every block of m, the N:M pattern that hardware
     reads along the input channels (dim 1). dual(g) is the L2 norm over blocks of inner.dual, and block b of the
     vertex is inner.lmo(g_b) weighted by inner.dual(g_b)/dual(g).
+
+    Args:
+        inner: the vector norm of a block.
+        size: the number of entries in a block.
+        dim: the dimension along which entries are consecutive.
     """
 
     size: int
@@ -325,7 +354,7 @@ class Blocks(Lift):
         self.inner.check_length(self.size)
 
     def size_of(self, shape: Shape) -> int:
-        """Return the size of a block; raises ValueError where blocks do not fill the dimension."""
+        """Return the size of a block; raise ValueError if blocks do not fill the dimension."""
         if len(shape) <= self.dim:
             raise ValueError(f"{self} needs a dimension {self.dim}, got shape {tuple(shape)}")
         if shape[self.dim] % self.size:
@@ -333,11 +362,11 @@ class Blocks(Lift):
         return self.size
 
     def joint_size(self, sizes: list[int]) -> int:
-        """Return the size of a block, however many there are."""
+        """Return the size of a block, which does not depend on the number of tensors."""
         return self.size
 
     def parts_of_vertex(self, shape: Shape | Sequence[Shape]) -> int | None:
-        """Return the number of entries in all blocks of a vertex."""
+        """Return the largest number of non-zero entries in all blocks of a vertex together."""
         in_block = self.inner.parts_of_vertex(shape)
         return None if in_block is None else in_block * (sum(map(math.prod, shapes_of(shape))) // self.size)
 
@@ -346,8 +375,8 @@ class Blocks(Lift):
         return x.movedim(self.dim, -1).abs().reshape(-1, self.size)
 
     def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return abs(x) by blocks, (blocks, size), and what gives other magnitudes the signs of x."""
-        moved = x.movedim(self.dim, -1)
+        """Return abs(x) by blocks, (blocks, size), and a function that gives other magnitudes the signs of x."""
+        moved = x.movedim(self.dim, -1)  # (…, entries along dim)
         signs = moved.sign()
         return moved.abs().reshape(-1, self.size), lambda w: (signs * w.reshape(moved.shape)).movedim(-1, self.dim)
 
@@ -356,12 +385,12 @@ class Blocks(Lift):
         return long_norm(self.inner.norm_of(a), 2)
 
     def dual_of(self, a: Tensor) -> Tensor:
-        """Return the L2 norm over blocks of its dual."""
+        """Return the L2 norm over blocks of the vector norm's dual."""
         return long_norm(self.inner.dual_of(a), 2)
 
     def align(self, a: Tensor) -> Tensor:
         """Return the vertex of each block, in proportion to its dual norm."""
-        weights = Lp(2).align(self.inner.dual_of(a))
+        weights = Lp(2).align(self.inner.dual_of(a))  # (blocks,)
         return weights[:, None] * self.inner.align(a)
 
     def nearest(self, a: Tensor, radius: Tensor) -> Tensor:
@@ -372,12 +401,17 @@ class Blocks(Lift):
 
 
 def _without_noise(s: Tensor, matrices: Tensor) -> Tensor:
-    """Return singular values with 0 for those that are mere rounding: their vectors would write into zero rows."""
+    """Return singular values, with 0 for rounding noise, whose singular vectors would write into zero rows.
+
+    Args:
+        s: (groups, n).
+        matrices: (groups, rows, columns), whose singular values they are.
+    """
     noise = s.amax(dim=1, keepdim=True) * max(matrices.shape[1:]) * torch.finfo(matrices.dtype).eps
     return torch.where(s <= noise, 0, s)
 
 
-# --- orthogonal rows --------------------------------------------------------------------------------------
+# --- orthogonal rows --------------------------------------------------------------------------------------------------
 
 
 def _check_orthogonal(orthogonal: bool, inner: VectorNorm) -> None:
@@ -388,20 +422,23 @@ def _check_orthogonal(orthogonal: bool, inner: VectorNorm) -> None:
 
 
 def _turned(runs: Tensor, w: Tensor, inner: VectorNorm, columns: int) -> Tensor:
-    """Return channels of the lengths w along the polar factor of the rows where w > 0.
+    """Return channels with the lengths w, along the polar factor of the rows whose w is positive.
 
     Args:
-        runs: (parts, channels, entries), each entry of a channel's rows.
+        runs: (parts, channels, entries), the entries of each channel's rows.
         w: (channels,), at most ``inner.k`` of them positive.
         inner: a ``KSparse``.
-        columns: of a row.
+        columns: the number of entries in a row.
+
+    Returns:
+        A tensor of the shape of ``runs``.
     """
     assert isinstance(inner, KSparse)
-    chosen = w.topk(min(inner.k, len(w))).indices  # one of several tensors may have fewer rows
-    # Where a chosen channel has no part in these tensors, another one would come in its place.
-    rows = runs[:, chosen] * (w[chosen] > 0)[:, None]
+    chosen = w.topk(min(inner.k, len(w))).indices  # (k,); a tensor of a joint ball may have fewer rows
+    # If fewer than k channels are positive, topk picks others too: zero their rows.
+    rows = runs[:, chosen] * (w[chosen] > 0)[:, None]  # (parts, k, entries)
     turned = polar(rows.reshape(1, -1, columns)).reshape(rows.shape)
-    # The iteration is not exact: lengths are, so that the result is in the ball.
+    # The polar iteration is only approximate; setting the lengths exactly keeps the result in the ball.
     lengths = without_vanished(vector_norm(turned, dim=(0, 2)))
     factors = torch.where(lengths == 0, 0, divide_or_zero(w[chosen], lengths))
     return torch.zeros_like(runs).index_copy(1, chosen, factors[:, None] * turned)

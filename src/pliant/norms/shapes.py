@@ -20,9 +20,10 @@ Rebuild = Callable[[Tensor], Tensor]
 
 
 def scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
-    """Return the tensors divided by one power of two near their largest entry, and that power, a scalar tensor.
+    """Divide tensors by one power of two near their largest entry; half precision becomes float32.
 
-    Half precision becomes float32.
+    Returns:
+        The divided tensors, and the power of two, a scalar tensor.
 
     Raises:
         ValueError: there is no tensor, or one is sparse, empty or not real floating-point.
@@ -41,7 +42,7 @@ def scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
 
 
 def without_vanished(a: Tensor) -> Tensor:
-    """Return row norms with 0 for the smallest: their squares underflow, and to divide by them would leave the ball."""
+    """Return row norms, with 0 for the tiniest: their squares underflow, so dividing by them would leave the ball."""
     return a.masked_fill(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0)
 
 
@@ -53,7 +54,11 @@ def shapes_of(shape: Shape | Sequence[Shape]) -> list[Shape]:
 
 
 def matrix_shape(shape: Shape, dim: int) -> tuple[int, int]:
-    """Return (rows, columns) of a tensor read as a matrix; raises ValueError where it has no dimension ``dim``."""
+    """Return (rows, columns) of a tensor of this shape read as a matrix.
+
+    Raises:
+        ValueError: the shape has no dimension ``dim``.
+    """
     if len(shape) < 2:
         return math.prod(shape), 1
     if not 0 <= dim < len(shape):
@@ -67,7 +72,7 @@ def as_matrix(x: Tensor, dim: int) -> Tensor:
 
 
 def from_matrix(matrix: Tensor, shape: Shape, dim: int) -> Tensor:
-    """Undo :func:`as_matrix`."""
+    """Return the tensor of this shape whose matrix is ``matrix``, (rows, columns); the inverse of :func:`as_matrix`."""
     if len(shape) < 2:
         return matrix.reshape(tuple(shape))
     moved = [shape[dim], *(n for i, n in enumerate(shape) if i != dim)]

@@ -1,4 +1,4 @@
-"""Vector norms look at the magnitudes of the entries: their vertices have, for example, k entries."""
+"""Vector norms look at the magnitudes of the entries: a vertex has, for example, k non-zero entries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VectorNorm(Norm):
         return x.abs().flatten()
 
     def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        """Return abs(x), flattened, and what gives other magnitudes the signs of x."""
+        """Return abs(x), flattened to (entries,), and a function that gives other magnitudes the signs of x."""
         return self.magnitudes(x), lambda w: x.sign() * w.reshape(x.shape)
 
 
@@ -37,6 +37,9 @@ class Lp(VectorNorm):
     """The p-norm (Σ abs(x_i)^p)^(1/p), 1 <= p <= ∞; dual: the q-norm with 1/p + 1/q = 1.
 
     The vertex is Hölder's equality case: one signed entry for p = 1, −g/‖g‖₂ for p = 2, −sign(g) for p = ∞.
+
+    Args:
+        p: the exponent, ``math.inf`` included.
     """
 
     p: float
@@ -46,7 +49,7 @@ class Lp(VectorNorm):
             raise ValueError(f"Lp needs 1 <= p <= inf, got p={self.p}")
 
     def parts_of_vertex(self, shape: Shape | Sequence[Shape]) -> int | None:
-        """Return 1 for p = 1, whose vertices are single entries."""
+        """Return 1 for p = 1, whose vertices have a single entry; else None."""
         return 1 if self.p == 1 else None
 
     def norm_of(self, a: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ class Lp(VectorNorm):
         return _p_norm(a, self._conjugate())
 
     def align(self, a: Tensor) -> Tensor:
-        """Return where Hölder's inequality is an equality."""
+        """Return the point of the unit ball where Hölder's inequality is an equality."""
         if self.p == 1:
             return (topk_mask(a, 1) & (a > 0)).to(a.dtype)
         if self.p == math.inf:
@@ -68,7 +71,7 @@ class Lp(VectorNorm):
         q = self._conjugate()
         largest = a.amax(dim=-1, keepdim=True)
         shape = divide_or_zero(a, largest)
-        # Dividing last makes the norm 1 whatever the power did to the rounding (q is huge for p near 1).
+        # Dividing last makes the norm 1, however the power magnified rounding errors (q is huge for p near 1).
         powers = shape ** (q - 1)
         return divide_or_zero(powers, _p_norm(powers, self.p)[..., None])
 
@@ -82,7 +85,7 @@ class Lp(VectorNorm):
             case 1:
                 return project_ksparse(a, 1, radius)
             case 2:
-                return a  # the nearest point is on the ray through a: project shrinks it
+                return a  # the nearest point is on the ray through a: Norm.project shrinks it
             case math.inf:
                 return a.minimum(radius)
         return super().nearest(a, radius)
@@ -95,9 +98,13 @@ class Lp(VectorNorm):
 
 @dataclass(frozen=True)
 class KNorm(VectorNorm):
-    """A vector norm with a k: at most how many entries of a vertex are not 0."""
+    """A vector norm whose vertices have at most k non-zero entries.
 
-    k: int = field()  # without it, the None of the base would be taken for a default
+    Args:
+        k: a positive integer.
+    """
+
+    k: int = field()  # without field(), the None of the base class would be the default
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
@@ -118,6 +125,9 @@ class KSparse(KNorm):
     """max(‖x‖∞, ‖x‖₁/k): the unit ball is the convex hull of the vectors with k entries ±1.
 
     The dual is the sum of the k largest abs(g_i); the vertex has −sign(g_i) at exactly those k.
+
+    Args:
+        k: the number of non-zero entries of a vertex.
     """
 
     def norm_of(self, a: Tensor) -> Tensor:
@@ -125,19 +135,19 @@ class KSparse(KNorm):
         return torch.maximum(a.amax(dim=-1), a.sum(dim=-1) / self.k)
 
     def dual_of(self, a: Tensor) -> Tensor:
-        """Return the sum of the k largest."""
+        """Return the sum of the k largest magnitudes."""
         return a.topk(self.k, dim=-1).values.sum(dim=-1)
 
     def align(self, a: Tensor) -> Tensor:
-        """Return 1 at the k largest, but 0 where a is 0."""
+        """Return 1 at the k largest magnitudes, but 0 where a is 0."""
         return (topk_mask(a, self.k) & (a > 0)).to(a.dtype)
 
     def diameter_of(self, n: int) -> float:
-        """Return 2√k, the distance of a vertex from its negative."""
+        """Return 2√k, the distance between a vertex and its negative."""
         return 2.0 * math.sqrt(self.k)
 
     def nearest(self, a: Tensor, radius: Tensor) -> Tensor:
-        """Return the projection onto box and ℓ1 ball."""
+        """Return the projection onto the intersection of the box and the ℓ1 ball."""
         return project_ksparse(a, self.k, radius)
 
 
@@ -147,6 +157,9 @@ class KSupport(KNorm):
 
     The dual is the L2 norm of the k largest abs(g_i); the vertex is −g/‖g‖₂ restricted to those k.
     (Argyriou, Foygel, Srebro 2012, Sparse prediction with the k-support norm.)
+
+    Args:
+        k: the number of non-zero entries of a vertex.
     """
 
     def norm_of(self, a: Tensor) -> Tensor:
@@ -157,18 +170,18 @@ class KSupport(KNorm):
         tails = z.flip(-1).cumsum(-1).flip(-1)[..., : self.k]
         z = z[..., : self.k]
         j = torch.arange(self.k, device=a.device)
-        before = torch.cat([torch.full_like(z[..., :1], math.inf), z[..., :-1]], dim=-1)
-        split = torch.where(before * (self.k - j) > tails, j, 0).amax(dim=-1, keepdim=True)
+        before = torch.cat([torch.full_like(z[..., :1], math.inf), z[..., :-1]], dim=-1)  # z_{j−1}, (..., k)
+        split = torch.where(before * (self.k - j) > tails, j, 0).amax(dim=-1, keepdim=True)  # the largest j, (..., 1)
         head = torch.where(j < split, z, 0)
         tail = tails.gather(-1, split) / (self.k - split).to(a.dtype).sqrt()
         return long_norm(torch.cat([head, tail], dim=-1), 2)
 
     def dual_of(self, a: Tensor) -> Tensor:
-        """Return the L2 norm of the k largest."""
+        """Return the L2 norm of the k largest magnitudes."""
         return long_norm(a.topk(self.k, dim=-1).values, 2)
 
     def align(self, a: Tensor) -> Tensor:
-        """Return the k largest, divided by their L2 norm."""
+        """Return the k largest magnitudes, divided by their L2 norm."""
         kept = torch.where(topk_mask(a, self.k), a, 0)
         return Lp(2).align(kept)
 
@@ -184,7 +197,7 @@ class KSupport(KNorm):
 def _p_norm(a: Tensor, p: float) -> Tensor:
     if p in (1, 2, math.inf):
         return long_norm(a, p)
-    # Large powers of numbers below 1 vanish: raise a/max(a), whose largest entry stays 1.
+    # Large powers of numbers below 1 vanish: take powers of a/max(a), whose largest entry stays 1.
     largest = a.detach().amax(dim=-1, keepdim=True)
     largest = torch.where(largest == 0, 1, largest)
     return largest.squeeze(-1) * long_norm(a / largest, p)

@@ -1,11 +1,13 @@
-"""The optimizer SFW, and what goes along with its steps.
+"""The optimizer SFW, and the schedules that accompany its steps.
 
 * ``sfw``: the optimizer: options, groups, state, ``step``, ``gap``, ``set_ball``;
-* ``checks``: what it refuses; ``momentum``: the directions; ``update``: towards a vertex; ``scratch``: memory;
-* ``oracle``: what a step asks of tensors, answered by ``local`` for whole ones and ``sharded`` for DTensors;
-* ``vertices``, ``kept_directions``: exact vertices, and those of low rank from the last step's;
+* ``checks``: the inputs it refuses; ``balls``: the balls of parameter groups; ``momentum``: the directions of a step;
+  ``update``: the move towards a vertex; ``scratch``: reused memory;
+* ``oracle``: the interface between a step and its tensors; ``local`` implements it for whole tensors, ``sharded`` for
+  DTensors;
+* ``vertices``, ``kept_directions``: exact vertices, and low-rank vertices that reuse the last step's directions;
 * ``pieces``, ``sharded_spectral``: how DTensors lie on processes, and their singular directions;
-* ``k_schedule``: k from many to few; ``soft_threshold``: what vertices do not agree on, taken off.
+* ``k_schedule``: annealing of k; ``soft_threshold``: proximal steps between the optimizer's.
 """
 
 from pliant.optim.checks import RESCALES as RESCALES

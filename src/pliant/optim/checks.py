@@ -1,4 +1,4 @@
-"""What the optimizer refuses, before anything has changed: options, balls, states and gradients."""
+"""The inputs that the optimizer refuses, before anything changes: options, balls, states and gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESCALES: tuple[Rescale, ...] = ("gradient", "fast-gradient", "diameter", None)
 
 
 def check_options(group: Group, ball: NormBall | None) -> None:
-    """Raise ValueError for an option of a parameter group that is out of range or does not go with its ball."""
+    """Raise ValueError for an option of a parameter group that is out of range or does not suit its ball."""
     lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
@@ -72,7 +72,7 @@ def check_state(groups: Sequence[Group], state_dict: dict[str, Any]) -> None:
     """Raise ValueError for a state of other tensors, of another kind of ball, or of another number of processes."""
     sizes = [[len(g["params"]) for g in side] for side in (groups, state_dict["param_groups"])]
     if sizes[0] != sizes[1]:
-        return  # which torch refuses in its own words
+        return  # torch refuses these itself
     for group, saved in zip(groups, state_dict["param_groups"], strict=False):
         kinds = [_kind(as_ball(g.get("ball"))) for g in (group, saved)]
         if kinds[0] != kinds[1]:
@@ -87,7 +87,7 @@ def check_state(groups: Sequence[Group], state_dict: dict[str, Any]) -> None:
 
 
 def _kind(ball: NormBall | None) -> str:
-    """Return what a schedule of k does not change: the norms, without k and radius."""
+    """Return the part of a ball that a schedule of k does not change: the names of its norms, without k and radius."""
     if ball is None:
         return "no ball"
     lift, inner = type(ball.norm).__name__, getattr(ball.norm, "inner", None)
@@ -96,34 +96,34 @@ def _kind(ball: NormBall | None) -> str:
 
 
 def _check_buffer(buffer: Tensor, p: Tensor, name: str) -> None:
-    kept, kinds = (is_sharded([buffer]), is_sharded([p])), "torch.distributed.checkpoint.state_dict"
-    if kept == (True, False):
+    sharded, module = (is_sharded([buffer]), is_sharded([p])), "torch.distributed.checkpoint.state_dict"
+    if sharded == (True, False):
         raise ValueError(
-            f"the state of {name} lies on many processes, the parameter does not: save it with {kinds}."
+            f"the state of {name} lies on many processes, the parameter does not: save it with {module}."
             "get_optimizer_state_dict and the option full_state_dict=True"
         )
     if buffer.shape != p.shape:
-        hint = f", as a state of another number of processes is: save and load with {kinds}" if any(kept) else ""
+        hint = f", as a state of another number of processes is: save and load with {module}" if any(sharded) else ""
         raise ValueError(f"the state of {name} has shape {tuple(buffer.shape)}, not {tuple(p.shape)}{hint}")
-    if kept == (False, True):
+    if sharded == (False, True):
         raise ValueError(
-            f"the state of {name} is whole, the parameter lies on many processes: load it with {kinds}."
+            f"the state of {name} is whole, the parameter lies on many processes: load it with {module}."
             "set_optimizer_state_dict and the option full_state_dict=True"
         )
-    if kept == (True, True) and buffer.device_mesh != p.device_mesh:  # type: ignore[attr-defined]
-        raise ValueError(f"the state of {name} lies on other processes than the parameter: save and load with {kinds}")
+    if sharded == (True, True) and buffer.device_mesh != p.device_mesh:  # type: ignore[attr-defined]
+        raise ValueError(f"the state of {name} lies on other processes than the parameter: save and load with {module}")
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def check_gradients(groups: Sequence[Group]) -> None:
-    """Refuse a gradient that no step can be taken with.
+    """Refuse gradients that no step can use.
 
     Raises:
         ValueError: a gradient is sparse or complex.
-        FloatingPointError: one is NaN or infinite, in a group with ``check_finite``.
-        RuntimeError: one exists on some processes only.
+        FloatingPointError: a gradient is NaN or infinite, in a group with ``check_finite``.
+        RuntimeError: a gradient exists on some processes only, in a group with ``check_finite``.
     """
     checked: list[tuple[Tensor, Group]] = []
     for group in groups:
@@ -133,7 +133,7 @@ def check_gradients(groups: Sequence[Group]) -> None:
                 raise ValueError(f"SFW needs dense, real gradients, got {kind} in {name_of(p, group)}")
             if group["check_finite"]:
                 checked.append((p, group))
-    # One reduction per tensor, one transfer for all.
+    # One reduction per tensor, but a single transfer to the host.
     flags = [torch.isfinite(gradient_piece(p)).all() for p, _ in checked if p.grad is not None]
     if is_sharded([p for p, _ in checked]):
         finite = _finite_everywhere(checked, flags)
@@ -149,7 +149,7 @@ def check_gradients(groups: Sequence[Group]) -> None:
 
 
 def _finite_everywhere(checked: Sequence[tuple[Tensor, Group]], flags: Sequence[Tensor]) -> Iterator[bool]:
-    """Yield for each gradient whether its pieces are finite on all processes, which all refuse together."""
+    """Return, for each gradient, whether its pieces are finite on all processes, so that all refuse a step together."""
     present = [p.grad is not None for p, _ in checked]
     finite, differing = agreed(flags, present, [p for p, _ in checked])
     if any(differing):
@@ -165,7 +165,7 @@ def _finite_everywhere(checked: Sequence[tuple[Tensor, Group]], flags: Sequence[
 
 
 def name_of(parameter: Tensor, group: Group) -> str:
-    """Return the name of a parameter of a group, or its shape where it has none."""
+    """Return the name of a parameter of a group; words that give its shape if it has no name."""
     for name, p in zip(group.get("param_names", []), group["params"], strict=False):
         if p is parameter:
             return str(name)
@@ -173,7 +173,7 @@ def name_of(parameter: Tensor, group: Group) -> str:
 
 
 def on_one_device(values: Sequence[Tensor]) -> Tensor:
-    """Return scalars as one tensor on the device of the first: a model may lie on several."""
+    """Return scalars as one tensor (n,) on the device of the first: a model may lie on several devices."""
     return torch.stack([value.to(values[0].device) for value in values])
 
 

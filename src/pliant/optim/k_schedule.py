@@ -1,4 +1,4 @@
-"""Schedules of k: many parts per vertex at first, few at the end."""
+"""Annealing of k: vertices have many parts at first, few at the end."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pliant.optim.sfw import SFW
 
 
 class KSchedule:
-    """Anneal k of every ball that has one, linearly from ``start`` to ``end`` over ``steps`` steps.
+    """A schedule that anneals the k of every ball that has one, linearly from ``start`` to ``end`` in ``steps`` steps.
 
-    The L2 diameter of each ball is kept, so the radius follows k; the weights are scaled inside the new ball and the
-    momentum is kept. Constructing sets the start value but touches no weights; call :meth:`step` after each optimizer
+    The L2 diameter of each ball is kept, so the radius follows k; the weights are scaled into the new ball and the
+    momentum is kept. The constructor sets the first k but touches no weights; call :meth:`step` after each optimizer
     step. To resume, load the optimizer's state and the schedule's, in any order.
 
     Args:
@@ -24,6 +24,9 @@ class KSchedule:
         start: k at the first step: a count or a fraction, as in the presets.
         end: k at the last step; None for the k that each group has now.
         steps: number of steps from start to end, at least 1.
+
+    Raises:
+        BadInput: no group has a ball with a k, or ``steps``, ``start`` or ``end`` is out of range for a group.
     """
 
     def __init__(self, optimizer: SFW, start: float = 1.0, end: float | None = None, *, steps: int) -> None:
@@ -51,7 +54,7 @@ class KSchedule:
         self._apply(started=False)
 
     def step(self) -> None:
-        """Go one step further; after ``steps`` steps k stays at its end."""
+        """Advance by one step; after ``steps`` steps k stays at ``end``."""
         self.last_step += 1
         if self.last_step <= self.steps:
             self._apply()
@@ -65,7 +68,11 @@ class KSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: every ball gets the k of that step."""
+        """Continue from a saved state: every ball gets the k of that step.
+
+        Raises:
+            BadInput: the state is of an optimizer with another number of groups.
+        """
         if len(state["spans"]) != len(self._spans):
             raise BadInput(f"a schedule of {len(state['spans'])} groups cannot go on with {len(self._spans)} groups")
         self.last_step, self.steps = state["last_step"], state["steps"]
@@ -78,7 +85,7 @@ class KSchedule:
             if span is None:
                 continue
             ball = self._balls.of(group)
-            assert ball is not None  # it has a span
+            assert ball is not None  # only groups with a ball have a span
             k = math.floor(span[0] + (span[1] - span[0]) * progress + 0.5)
             if k != ball.norm.k:
                 shapes = ball_shapes(group)
@@ -91,7 +98,7 @@ class KSchedule:
 
 
 def _places(ball: NormBall, group: Group) -> int:
-    """Return how many entries, filters, channels or directions k counts in; raises BadInput where tensors differ."""
+    """Return how many entries, filters, channels or directions k is out of; raise BadInput if tensors differ in it."""
     norm = ball.norm.with_k(1)
     if group["joint"]:
         return norm.length(ball_shapes(group))

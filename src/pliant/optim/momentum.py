@@ -1,4 +1,4 @@
-"""The momentum m ← μ·m + (1 − dampening)·g of parameters, whole or in pieces; the first step takes m = g, as SGD's."""
+"""The momentum m ← μ·m + (1 − dampening)·g of parameters, whole or in pieces; as in SGD, the first step takes m = g."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from pliant.optim.oracle import State
 def accumulate(
     parameters: Sequence[Tensor], states: Sequence[State], options: Mapping[str, Any], weight_decay: float = 0.0
 ) -> list[Tensor]:
-    """Fold the gradients into the momenta and return the directions of this step, pieces of what this process has.
+    """Fold the gradients into the momenta and return the directions of this step.
 
     Args:
-        parameters: with gradients; a missing one counts as 0.
-        states: theirs; ``momentum_buffer`` lies on processes as the parameter does.
+        parameters: the parameters; a missing gradient counts as 0.
+        states: their states; ``momentum_buffer`` lies on processes as the parameter does.
         options: ``momentum``, ``dampening`` and ``maximize`` of the group.
         weight_decay: L2 penalty, added to the gradients.
+
+    Returns:
+        This process's piece of each direction, of the shape of its piece of the parameter.
     """
     gradients = [gradient_piece(p) for p in parameters]
     sign = -1 if options["maximize"] else 1
@@ -32,12 +35,12 @@ def accumulate(
     momentum, weight = options["momentum"], sign * (1 - options["dampening"])
     if not momentum:
         for state in states:
-            state["momentum_buffer"] = None  # an entry all the same: it marks that p has been scaled inside
+            state["momentum_buffer"] = None  # the entry marks that p has been scaled into its ball
         return gradients if sign == 1 else list(torch._foreach_neg(gradients))
     old = [i for i, state in enumerate(states) if state.get("momentum_buffer") is not None]
     buffers, new = [local_piece(states[i]["momentum_buffer"]) for i in old], [gradients[i] for i in old]
     if len(old) == 1 and weight == 1 and buffers[0].dtype == new[0].dtype:
-        torch.add(new[0], buffers[0], alpha=momentum, out=buffers[0])  # one pass over memory less
+        torch.add(new[0], buffers[0], alpha=momentum, out=buffers[0])  # saves a pass over memory
     elif old:
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, new, alpha=weight)
@@ -49,7 +52,7 @@ def accumulate(
 
 
 def direction(p: Tensor, state: State, options: Mapping[str, Any]) -> Tensor:
-    """Return the piece of the momentum that this process has; without momentum, of the gradient; NaN without either."""
+    """Return this process's piece of the momentum, or of the gradient if there is no momentum; NaN without either."""
     buffer = state.get("momentum_buffer")
     if buffer is not None:
         return local_piece(buffer)

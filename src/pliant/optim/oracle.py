@@ -1,7 +1,7 @@
-"""What a step of the optimizer asks of the tensors of its balls, wherever they lie.
+"""The interface between a step of the optimizer and the tensors of its balls, whole or sharded.
 
-One interface, two implementations with the same answers: :class:`~pliant.optim.local.Local` for tensors that this
-process has whole, :class:`~pliant.optim.sharded.Sharded` for DTensors, of which every process has a piece.
+Two implementations give the same results: :class:`~pliant.optim.local.Local` for tensors that this process has whole,
+:class:`~pliant.optim.sharded.Sharded` for DTensors, of which every process has a piece.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ State = dict[str, Any]
 
 
 class Oracle(ABC):
-    """The oracles over L balls of one kind, each over J tensors.
+    """The oracle over L balls of one kind, each over J tensors.
 
-    Directions, weights and vertices are J *stacks* (L, *shape) of what this process has: L tensors of one shape. Either
-    L or J is 1.
+    Directions, weights and vertices are J *stacks* (L, *shape): L tensors of one shape, or this process's pieces of
+    them. Either L or J is 1.
 
     Args:
-        shapes: of the J whole tensors.
+        shapes: the shapes of the J whole tensors.
     """
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
@@ -33,11 +33,11 @@ class Oracle(ABC):
 
     @abstractmethod
     def stacks(self, tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Return L × J tensors as J stacks; a view of their memory where L is 1."""
+        """Return L × J tensors as J stacks; views of their memory if L is 1."""
 
     @abstractmethod
     def takes_memory(self, directions: Sequence[Tensor]) -> bool:
-        """Tell whether vertices for these directions can be written to memory that exists already."""
+        """Return whether vertices for these directions can be written to memory that exists already."""
 
     @abstractmethod
     def well_scaled(self, directions: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -47,12 +47,15 @@ class Oracle(ABC):
     def vertices(
         self, norm: Norm, directions: Sequence[Tensor], memory: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Vertex]]:
-        """Return the L2 norm of the directions of each ball, (L,), and the vertices of the unit balls for them.
+        """Return the L2 norm of the directions of each ball, and the vertices of the unit balls for them.
 
         Args:
-            norm: of the balls.
-            directions: not 0, or the vertex is 0.
-            memory: for the carriers of the vertices, shaped as the directions; None: new memory.
+            norm: the norm of the balls.
+            directions: J stacks (L, *shape); where one is 0, so is the vertex.
+            memory: tensors of the shapes of the directions, for the carriers of the vertices; None: new memory.
+
+        Returns:
+            The norms, (L,), and J vertices.
         """
 
     @abstractmethod
@@ -64,21 +67,21 @@ class Oracle(ABC):
         iterations: int,
         memory: Sequence[Tensor] | None = None,
     ) -> tuple[list[Vertex], Tensor, Tensor]:
-        """Return what :func:`pliant.optim.kept_directions.leading_vertices` does, for well-scaled directions."""
+        """Return the results of :func:`pliant.optim.kept_directions.leading_vertices` for well-scaled directions."""
 
     @abstractmethod
     def basis(self, norm: Spectral, states: Sequence[Sequence[State]]) -> Tensor | None:
-        """Return the basis that :meth:`keep_basis` put into the states of the L × J tensors; None without one."""
+        """Return the basis that :meth:`keep_basis` put into the states of the L × J tensors; None if there is none."""
 
     @abstractmethod
     def keep_basis(self, norm: Spectral, basis: Tensor, states: Sequence[Sequence[State]]) -> None:
-        """Put the basis for the next step into the states, as a checkpoint keeps it."""
+        """Put the basis for the next step into the states, in the form that checkpoints keep."""
 
     @abstractmethod
     def persistent(
         self, norm: Rows | Channels, directions: Sequence[Tensor], weights: Sequence[Tensor], persistence: float
     ) -> list[Tensor]:
-        """Return what :func:`pliant.optim.vertices.persistent` does."""
+        """Return the result of :func:`pliant.optim.vertices.persistent`."""
 
     @abstractmethod
     def length(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
-"""How the tensors of one ball lie on processes, and what processes tell each other of their pieces.
+"""How the tensors of one ball lie on processes, and the communication between processes about their pieces.
 
 Every process makes the same calls with tensors of the same sizes, whatever it holds: pieces may be uneven or empty.
-Sums over processes are made in the order of processes, so that all get the same bits.
+Sums over processes are taken in the order of processes, so that all get the same bits.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from pliant.norms import Shape
 
 
 class Pieces:
-    """How tensors lie on processes; ``cut``, ``sizes`` and ``spans`` say which rows of each a process has.
+    """How J tensors lie on processes.
 
     Args:
-        tensors: the parameters, all DTensors of one mesh; each one cut along one dimension of the tensor over one and
-            the same dimension of the mesh, or not cut at all. Other dimensions of the mesh hold replicas (HSDP).
-        names: theirs, for messages.
+        tensors: the parameters, all DTensors of one mesh. Each is cut along one of its dimensions, or not at all, and
+            all cuts are over the same dimension of the mesh. Other dimensions of the mesh hold replicas (HSDP).
+        names: the names of the parameters, for messages.
 
     Raises:
-        ValueError: the tensors lie in a way that is not supported; says which and what to do.
+        ValueError: the placement of the tensors is not supported.
+
+    Attributes:
+        cut: for each tensor, whether it is cut.
+        sizes: for each tensor, the number of rows of a piece; the last pieces may be smaller.
+        spans: for each tensor, the (start, stop) of the rows of this process.
+        by_rows: whether all tensors are cut along dim 0.
     """
 
     def __init__(self, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -45,7 +51,7 @@ class Pieces:
         dims = [next((p.dim for p in placed if isinstance(p, Shard)), None) for placed in self.placements]
         self.cut = [dim is not None for dim in dims]
         self.by_rows = all(dim == 0 for dim in dims)
-        # As torch.chunk: pieces of equal size but the last ones.
+        # As in torch.chunk, pieces are of equal size, except the last ones.
         self.sizes = [math.ceil(shape[0] / self.processes) if shape else 1 for shape in self.shapes]
         self.spans = [
             (min(self.rank * size, shape[0]), min((self.rank + 1) * size, shape[0])) if shape else (0, 1)
@@ -58,22 +64,25 @@ class Pieces:
         """Return the L2 norm of all entries on all processes, (1,), safe from overflow and underflow.
 
         Args:
-            tensors: pieces.
-            cut: which of them are pieces; the others are the same everywhere and count once. By default, as the
-                tensors of the ball.
+            tensors: pieces, of any shapes.
+            cut: which of them are pieces; the others are the same everywhere and count once. None: as for the tensors
+                of the ball.
         """
         scale, norms = self._scaled_norms(tensors, cut)
         return (scale * vector_norm(norms)).view(1)
 
     def well_scaled(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return the L2 norm, (1,), and the tensors divided by a power of two near the largest entry of all."""
+        """Return the L2 norm over all processes, (1,), and tensors divided by a power of two near the largest entry.
+
+        Half precision becomes float32, mixed dtypes the widest of them.
+        """
         dtype = common_dtype(tensors)
         tensors = [x.to(dtype) for x in tensors]
         scale, norms = self._scaled_norms(tensors, None)
         return (scale * vector_norm(norms)).view(1), [x / or_one(scale) for x in tensors]
 
     def _scaled_norms(self, tensors: Sequence[Tensor], cut: Sequence[bool] | None) -> tuple[Tensor, Tensor]:
-        """Return a scale of all entries, and the L2 norm of each process's part divided by it, (processes,)."""
+        """Return a scale for all entries, and the L2 norm of each process's entries divided by it, (processes,)."""
         scale = scale_of(tensors)
         counted = self.own(tensors, cut)
         flat = torch.cat([(x / or_one(scale)).flatten() for x in counted]) if counted else scale.new_zeros(0)
@@ -83,12 +92,12 @@ class Pieces:
         return scale, norms * (scales / or_one(scale))
 
     def own(self, tensors: Sequence[Tensor], cut: Sequence[bool] | None) -> list[Tensor]:
-        """Return what this process counts in a sum: its pieces; the first process also what is the same everywhere."""
+        """Return the summands of this process: its pieces, and on the first process the uncut tensors; others are 0."""
         cut = self.cut if cut is None else cut
         return [x if is_cut or self.rank == 0 else torch.zeros_like(x) for x, is_cut in zip(tensors, cut, strict=True)]
 
     def sum(self, terms: Sequence[Tensor]) -> Tensor:
-        """Return the sum over tensors and processes of one number for each piece."""
+        """Return the sum over tensors and processes, a scalar tensor; ``terms`` are scalar tensors, one per piece."""
         return self.gather(torch.stack(self.own(terms, None)).sum().view(1)).sum()
 
     # --- from piece to whole and back ---
@@ -100,7 +109,12 @@ class Pieces:
         return received.view(self.processes, -1)
 
     def all_rows(self, parts: Sequence[Tensor], cut: Sequence[bool]) -> list[Tensor]:
-        """Return the parts (1, rows, columns) with the rows of all processes, those that are cut."""
+        """Return the parts with the rows of all processes, (1, all rows, columns).
+
+        Args:
+            parts: (1, rows here, columns).
+            cut: which of them are cut; the others are returned as they are.
+        """
         result = []
         for x, is_cut, size, shape in zip(parts, cut, self.sizes, self.shapes, strict=True):
             if is_cut:
@@ -110,11 +124,11 @@ class Pieces:
         return result
 
     def own_rows(self, parts: Sequence[Tensor], cut: Sequence[bool]) -> list[Tensor]:
-        """Undo :meth:`all_rows`."""
+        """Return the rows of this process, of the parts that are cut; the inverse of :meth:`all_rows`."""
         return [x[:, slice(*span)] if is_cut else x for x, is_cut, span in zip(parts, cut, self.spans, strict=True)]
 
     def summed(self, parts: Sequence[Tensor], over: Sequence[bool]) -> list[Tensor]:
-        """Return the parts, those marked in ``over`` summed over processes."""
+        """Return the parts, with those marked in ``over`` summed over processes."""
         sums = [x.contiguous() if is_over else x for x, is_over in zip(parts, over, strict=True)]
         for x, is_over in zip(sums, over, strict=True):
             if is_over:
@@ -122,7 +136,7 @@ class Pieces:
         return sums
 
     def added(self, parts: Sequence[Tensor], over: Sequence[bool]) -> Tensor:
-        """Return the sum of the parts (1, n), those marked in ``over`` summed over processes as well."""
+        """Return the sum (1, n) of all parts (1, n), with those marked in ``over`` summed over processes as well."""
         if not any(over):
             return torch.stack(list(parts)).sum(dim=0)
         own = torch.stack(self.own(parts, over)).sum(dim=0)
@@ -138,7 +152,7 @@ class Pieces:
         ]
 
     def cut_up(self, wholes: Sequence[Tensor]) -> list[Tensor]:
-        """Return this process's pieces of whole tensors, the same on every process."""
+        """Return this process's pieces of whole tensors, which must be the same on every process."""
         everywhere = [Replicate()] * self.mesh.ndim
         pieces = []
         for x, placed in zip(wholes, self.placements, strict=True):
@@ -148,7 +162,7 @@ class Pieces:
 
 
 def _check_placements(tensors: Sequence[Tensor], names: Sequence[str]) -> int:
-    """Return the dimension of the mesh that tensors are cut over; ValueError for what is not supported."""
+    """Return the dimension of the mesh that tensors are cut over; raise ValueError if that is not supported."""
     mesh: DeviceMesh | None = None
     cut_over: dict[int, str] = {}
     for x, name in zip(tensors, names, strict=True):
@@ -188,7 +202,7 @@ def _check_placements(tensors: Sequence[Tensor], names: Sequence[str]) -> int:
 
 
 def scale_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the power of two near the largest entry, 0 where all are 0, a scalar tensor."""
+    """Return a power of two near the largest entry, a scalar tensor; 0 if all entries are 0."""
     filled = [x for x in tensors if x.numel()]
     if not filled:
         return tensors[0].new_zeros(())
@@ -197,5 +211,5 @@ def scale_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def or_one(scale: Tensor) -> Tensor:
-    """Return the scale, 1 where it is 0."""
+    """Return the scale, but 1 where it is 0."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -1,4 +1,4 @@
-"""Memory for vertices that is kept from step to step: new pages of the system cost more than the arithmetic."""
+"""Memory for vertices that is kept from step to step: new pages of memory cost more than the arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pliant.linalg import common_dtype
 
 
 class Scratch:
-    """One stretch of memory on the CPU for each dtype, as large as what was asked for at most."""
+    """One stretch of CPU memory for each dtype, as large as the largest request so far."""
 
     def __init__(self) -> None:
         self._flat: dict[torch.dtype, Tensor] = {}
@@ -20,7 +20,7 @@ class Scratch:
 
     @property
     def kept(self) -> list[Tensor]:
-        """What is kept; its values mean nothing."""
+        """The memory that is kept; its values are meaningless."""
         return list(self._flat.values())
 
     def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -7,14 +7,14 @@ Per constrained tensor, with gradient g, momentum m and a ball of radius r:
     η ← clamp(lr · factor, 0, 1)
     θ ← (1 − η)·θ + η·v                  a convex combination: inside the ball if θ was
 
-The class holds options, groups and state. ``momentum.py`` does the first line; an oracle (``oracle.py``) finds v, for
-tensors that lie here (``local.py``) or in pieces on many processes (``sharded.py``); ``update.py`` does the last two.
-(Pokutta, Spiegel, Zimmer 2020, Deep neural network training with Frank-Wolfe, arXiv 2010.07243; Zimmer, Spiegel,
-Pokutta 2022, arXiv 2205.11921.)
+The class holds options, groups and state. ``momentum.py`` computes the first line; an oracle (``oracle.py``) finds v,
+for tensors that are whole on this process (``local.py``) or in pieces on many (``sharded.py``); ``update.py`` computes
+the last two. (Pokutta, Spiegel, Zimmer 2020, Deep neural network training with Frank-Wolfe, arXiv 2010.07243; Zimmer,
+Spiegel, Pokutta 2022, arXiv 2205.11921.)
 
-Limiting cases, each one a test: an L2 ball with "fast-gradient" is SGD with weight decay lr·‖m‖/r; ``Lp(inf)`` without
-rescaling is sign-SGD with decay; ``Spectral(Lp(inf))`` without rescaling is Muon, whose polar factor is exact for small
-matrices and within about 1 % from 32 directions on.
+Limiting cases, each of them tested: an L2 ball with "fast-gradient" is SGD with weight decay lr·‖m‖/r; ``Lp(inf)``
+without rescaling is sign-SGD with decay; ``Spectral(Lp(inf))`` without rescaling is Muon, whose polar factor is exact
+for small matrices and within about 1 % from 32 directions on.
 """
 
 from __future__ import annotations
@@ -48,36 +48,36 @@ from pliant.optim.scratch import Scratch
 from pliant.optim.update import step_towards
 
 FAR_OUTSIDE = 2.0  # a first step that shrinks a parameter by more than this factor warns
-# Tensors up to this size are stacked. Larger ones fill a device by themselves, and would take its memory; on a CPU they
-# do better one by one, in the cache, unless the number of operations is what costs: Spectral.
+# Tensors of up to this many entries are stacked. A larger one keeps a device busy alone, and a stack would need memory;
+# on a CPU large tensors are faster one by one, in the cache, unless the number of operations dominates (Spectral).
 BATCHED, BATCHED_ON_CPU, BATCHED_SPECTRAL = 2**20, 2**15, 2**18
 
 
 class SFW(Optimizer):
     """Stochastic Frank-Wolfe with momentum, one optimizer for a whole model.
 
-    A parameter group may carry a ``"ball"``: a :class:`~pliant.NormBall` or its spec (plain data, which is what the
-    group then holds). Each tensor of the group has a ball of its own unless ``"joint"`` is True. A group without a ball
-    takes the step of ``torch.optim.SGD``, the limit of the L2 ball with gradient rescaling for radius → ∞.
+    A parameter group may carry a ``"ball"``: a :class:`~pliant.NormBall` or its spec; the group keeps the spec, plain
+    data. Each tensor of the group has a ball of its own unless ``"joint"`` is True. A group without a ball takes the
+    step of ``torch.optim.SGD``, the limit of the L2 ball with gradient rescaling for radius → ∞.
 
-    Constructing never touches weights. The first step of a constrained parameter scales it radially into its ball and
-    warns if that shrinks it by more than a factor of 2. Apart from that first step, and from ``check_finite``, a step
-    does not wait for the device; on CUDA, torch's own singular value decompositions do, which ``Spectral`` balls use
-    for matrices of up to 16 rows or columns, and for fewer than 32 directions of equal lengths (``KSparse``).
+    The constructor never touches weights. The first step of a constrained parameter scales it radially into its ball
+    and warns if that shrinks it by more than a factor of 2. Apart from that first step, and from ``check_finite``, a
+    step does not wait for the device. On CUDA, torch's own singular value decompositions do wait; ``Spectral`` balls
+    use them for matrices of up to 16 rows or columns, and for fewer than 32 directions of equal lengths (``KSparse``).
 
     The state of a parameter is its ``momentum_buffer`` and, under a large ``Spectral`` ball, its ``basis`` of k
     columns. On a CPU the optimizer also keeps memory for one vertex (``scratch``), as large as the largest tensor with
     a ball, or as all tensors of the largest joint ball.
 
     Parameters may be DTensors, cut by ``fully_shard`` (FSDP2) or by hand: every process then calls ``step`` and
-    ``gap``, and all take the steps of one process with the whole tensors. See docs/distributed.md.
+    ``gap``, and the results equal those of one process with the whole tensors. See docs/distributed.md.
 
     Large entries of bf16 or fp16 *weights* freeze when η is below their resolution; such weights are scaled inside
-    after every step, which costs a norm. Better keep float32 weights and use autocast.
+    after every step, which costs a norm. Prefer float32 weights with autocast.
 
     Args:
         params: tensors, (name, tensor) pairs or groups, as for every optimizer; see :func:`pliant.constrain`.
-        lr: step size; a number or a scalar tensor. What it means depends on ``rescale``.
+        lr: step size, a number or a scalar tensor; ``rescale`` determines its meaning.
         momentum: μ in [0, 1).
         dampening: of the momentum, as in ``torch.optim.SGD``; without momentum it has no effect.
         weight_decay: L2 penalty, for groups without a ball only; a ball is the regulariser of its group.
@@ -85,19 +85,23 @@ class SFW(Optimizer):
             ``"fast-gradient"`` ‖m‖/(D/2), without a pass over θ; ``"diameter"`` 1/D; None for 1, where lr itself is
             the convex weight. D is the L2 diameter of the ball.
         maximize: ascend instead of descend.
-        check_finite: before a step changes anything, raise FloatingPointError that names the parameters with a
+        check_finite: before a step changes anything, raise a FloatingPointError that names the parameters with a
             NaN or infinite gradient (costs one host synchronisation).
         power_iterations: block power iterations per step of ``Spectral`` balls, which keep their singular directions
-            from step to step (small matrices are decomposed exactly). None: 1, and more for a tensor where a
-            measurement every 64 steps finds its vertices more than 2 % below what further iterations reach.
-        persistence: α ≥ 0, for balls of ``Rows`` and ``Channels`` with ``rescale=None``: the vertex is then that for m
-            with each row or channel multiplied by (‖θᵢ‖ / their mean)^α. With 0 the momentum alone chooses the parts of
-            a vertex; with 1 it is ‖mᵢ‖·‖θᵢ‖, as in the importance of Molchanov et al. 2017 (arXiv 1611.06440): vertices
-            agree more. Still a vertex of the ball, but not the best one for m; :meth:`gap` is that of the ball.
-        foreach: None or True: many tensors at a time, those without a ball by ``torch._foreach`` operations and small
-            ones with equal balls and shapes in one batch; False: one by one.
-        capturable: never look at a value of a tensor, so that a step can be captured in a CUDA graph: no warning in
-            the first step, and no measuring for ``power_iterations``.
+            from step to step (small matrices are decomposed exactly). None: start with 1, and take more for a tensor if
+            a measurement every 64 steps finds its vertices more than 2 % below what further iterations reach.
+        persistence: α ≥ 0, for balls of ``Rows`` and ``Channels`` with ``rescale=None``: the oracle sees m with each
+            row or channel multiplied by (‖θᵢ‖ / their mean)^α. With 0, the momentum alone determines the parts of a
+            vertex; with 1, it is ‖mᵢ‖·‖θᵢ‖, the importance of Molchanov et al. 2017 (arXiv 1611.06440), and successive
+            vertices agree more. The result is a vertex of the ball, but not the best one for m; :meth:`gap` ignores α.
+        foreach: None or True: many tensors at a time, with ``torch._foreach`` operations for tensors without a ball,
+            and one batch for small tensors with equal balls and shapes; False: one by one.
+        capturable: never read a value of a tensor, so that a step can be captured in a CUDA graph; this turns off the
+            warning in the first step, and the measurements for ``power_iterations``.
+
+    Raises:
+        ValueError: an option is out of range or does not suit the ball of its group, or a ball does not fit a tensor.
+        TypeError: the parameters are a set, which has no order.
     """
 
     def __init__(
@@ -135,12 +139,17 @@ class SFW(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Drop what can be made again: memory for vertices, and the balls parsed from specs."""
+        """Drop what can be rebuilt: memory for vertices, and the balls parsed from specs."""
         self._scratch = Scratch()
         self._balls = ParsedBalls()
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group; its ``"ball"``, if any, is checked against its tensors and kept as plain data."""
+        """Add a group; its ``"ball"``, if any, is checked against its tensors and kept as plain data.
+
+        Raises:
+            ValueError: as for the constructor.
+            TypeError: as for the constructor.
+        """
         group = dict(param_group)
         if isinstance(group["params"], set):
             raise TypeError("optimizer parameters need an order: got a set, give a list")
@@ -163,10 +172,11 @@ class SFW(Optimizer):
                 group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state made by ``state_dict``; singular directions keep their own precision.
+        """Load a state that ``state_dict`` returned; singular directions keep their own precision.
 
-        Raises ValueError, before anything changes, for a state of other tensors, of another kind of ball, or of another
-        number of processes.
+        Raises:
+            ValueError: the state belongs to other tensors, another kind of ball or another number of processes. It is
+                raised before anything changes.
         """
         check_state(self.param_groups, state_dict)
         super().load_state_dict(state_dict)
@@ -186,7 +196,10 @@ class SFW(Optimizer):
     def set_ball(self, group: Group, ball: NormBall) -> None:
         """Give a group of this optimizer another ball: its weights are scaled inside, its momentum is kept.
 
-        The leading singular directions are kept, as many as the new ball asks for.
+        The leading singular directions are kept, up to the number that the new ball needs.
+
+        Raises:
+            ValueError: the ball does not suit the options of the group, or does not fit its tensors.
         """
         check_options(group, ball)
         check_ball_fits(ball, group["params"], joint=group["joint"])
@@ -204,7 +217,13 @@ class SFW(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; returns the closure's loss if a closure is given."""
+        """Take one step and return the closure's loss, None without a closure.
+
+        Raises:
+            ValueError: a gradient is sparse or complex.
+            FloatingPointError: a gradient is NaN or infinite, in a group with ``check_finite``.
+            RuntimeError: a DTensor has a gradient on some processes only, in a group with ``check_finite``.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -224,9 +243,12 @@ class SFW(Optimizer):
     def gap(self) -> Tensor:
         """Return the Frank-Wolfe gap ⟨θ, m⟩ + r·dual(m), summed over all balls, times (1 − μ)/(1 − dampening).
 
-        A scalar tensor, 0 before the first step. Without momentum, m is the gradient at hand, and the gap is NaN after
-        ``zero_grad``. For full gradients and weights inside their balls it is >= 0 and certifies stationarity; with
-        stochastic momentum it is an estimate of that. (Jaggi 2013, section 2.)
+        Without momentum, m is the current gradient, and the gap is NaN after ``zero_grad``. For full gradients and
+        weights inside their balls the gap is >= 0 and certifies stationarity; with stochastic momentum it is an
+        estimate. (Jaggi 2013, section 2.)
+
+        Returns:
+            A scalar tensor, 0 before the first step.
         """
         total = torch.zeros(())
         for group in self.param_groups:
@@ -244,7 +266,7 @@ class SFW(Optimizer):
 
     @property
     def scratch(self) -> list[Tensor]:
-        """The memory that is kept from step to step beside the state; its values mean nothing."""
+        """The memory that is kept from step to step in addition to the state; its values are meaningless."""
         return self._scratch.kept
 
     # --- the two kinds of step ---
@@ -263,10 +285,17 @@ class SFW(Optimizer):
                 torch._foreach_add_(pieces, directions, alpha=-lr)
 
     def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: Group) -> None:
-        """Move tensors with a ball each, all of one shape, or the tensors of one joint ball."""
+        """Move the tensors of several equal balls, one tensor of the same shape each, or those of one joint ball.
+
+        Args:
+            sets: the tensors of each ball, L lists of J tensors; L or J is 1.
+            ball: the ball.
+            group: the parameter group.
+        """
         norm, oracle = ball.norm, self._oracle(sets, group)
         states = [[self.state[p] for p in members] for members in sets]
         momenta = [accumulate(members, own, group) for members, own in zip(sets, states, strict=True)]
+        # Both are J stacks (L, *shape).
         directions, weights = oracle.stacks(momenta), oracle.stacks([[local_piece(p) for p in ps] for ps in sets])
         if group["persistence"] and isinstance(norm, Rows | Channels):
             directions = oracle.persistent(norm, directions, weights, group["persistence"])
@@ -291,20 +320,20 @@ class SFW(Optimizer):
             torch._foreach_copy_([p for (p,) in sets], list(weights[0].unbind(0)))
         for members in sets:
             if any(p.dtype != accumulation_dtype(p) for p in members):
-                # With a small η, large entries of half precision do not shrink, but small ones grow.
+                # With a small η, large entries in half precision do not shrink, but small ones grow.
                 self._scale_inside(members, ball, group)
 
     def _oracle(self, sets: Sequence[Sequence[Tensor]], group: Group) -> Oracle:
-        """Return the oracle over tensors, wherever they lie."""
+        """Return the oracle over tensors, whole or sharded."""
         members = sets[0]
         if not is_sharded(members):
             return Local([p.shape for p in members])
-        from pliant.optim.sharded import Sharded  # here: tensors of one process need no torch.distributed
+        from pliant.optim.sharded import Sharded  # imported here: whole tensors need no torch.distributed
 
         return Sharded(members, [name_of(p, group) for p in members])
 
     def _scale_inside(self, members: Sequence[Tensor], ball: NormBall, group: Group) -> Tensor:
-        """Scale the tensors of one ball into it and return the factor that they were divided by."""
+        """Scale the tensors of one ball into it; return the factor that they were divided by, a scalar tensor."""
         pieces = [local_piece(p) for p in members]
         shrinkage = self._oracle([members], group).shrinkage(ball, pieces)
         for piece in pieces:
@@ -312,7 +341,7 @@ class SFW(Optimizer):
         return shrinkage
 
     def _start_new_parameters(self) -> None:
-        """Scale parameters that take their first step into their balls; warn once about those far outside."""
+        """Scale parameters into their balls before their first step; warn once about those far outside."""
         names, shrinkages = [], []
         for group in self.param_groups:
             ball = self._balls.of(group)
@@ -338,7 +367,7 @@ class SFW(Optimizer):
 def _side_by_side(
     sets: Sequence[list[Tensor]], ball: NormBall, group: Group, states: Mapping[Tensor, Any]
 ) -> list[list[list[Tensor]]]:
-    """Return the sets in batches: sets of one shape that a step can handle side by side are one batch."""
+    """Return the sets in batches: one batch for all sets that a step can handle side by side, in one stack."""
     batches: dict[Any, list[list[Tensor]]] = {}
     on_cpu = BATCHED_SPECTRAL if isinstance(ball.norm, Spectral) else BATCHED_ON_CPU
     for index, members in enumerate(sets):
@@ -356,8 +385,8 @@ def _side_by_side(
 def _sets_with_gradient(group: Group) -> list[list[Tensor]]:
     """Return the tensors that move together: single ones with a gradient, or all of a joint ball.
 
-    A joint ball whose tensors only partly have gradients moves as a whole, the missing ones counting as 0: moving
-    a part of its tensors alone would not be a convex combination.
+    If only some tensors of a joint ball have gradients, all of them move, with missing gradients counting as 0: moving
+    only some would not be a convex combination.
     """
     parameters: list[Tensor] = group["params"]
     if group["ball"] is not None and group["joint"]:

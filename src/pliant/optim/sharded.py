@@ -1,17 +1,17 @@
-"""The oracles over tensors that lie in pieces on many processes: what :class:`~pliant.SFW` asks of DTensors.
+"""The oracle over DTensors, which lie in pieces on many processes.
 
 ``fully_shard`` (FSDP2) cuts every parameter along dim 0, and dim 0 counts the rows of most matrices. So a process has
-whole rows, and a vertex needs little of the others:
+whole rows, and processes need to exchange only a little to find a vertex:
 
-* ``Rows`` and ``Channels``, unless ``orthogonal``: the norms of the rows; one float per filter or channel.
-* entries (``KSparse``, ``KSupport``, ``Lp(1)``): how many entries lie in which range, a few thousand counts however
-  large the tensor and k are; each round narrows the range that the k-th largest entry is in.
+* ``Rows`` and ``Channels``, unless ``orthogonal``: the norms of the rows, one float per filter or channel.
+* Entries (``KSparse``, ``KSupport``, ``Lp(1)``): how many entries lie in which range of values, a few thousand counts
+  regardless of the size of the tensor and of k; each round narrows the range that contains the k-th largest entry.
 * ``Spectral`` with kept directions: see ``sharded_spectral``.
-* ``Lp(2)``, ``Lp(inf)`` and ``Blocks`` inside the pieces: a single norm.
+* ``Lp(2)``, ``Lp(inf)``, and ``Blocks`` whose blocks are not cut: a single norm.
 
 For everything else (``Lp`` with other p, small or full-rank ``Spectral`` balls, orthogonal rows, grouped convolutions,
 pieces along another dimension, blocks across pieces) :meth:`Sharded.whole_vertices` puts the tensor together on every
-process, asks the oracle of one process and keeps its own piece. The tests compare the short ways with it.
+process, computes the vertex of the whole and keeps this process's piece. The tests compare the short ways with it.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from pliant.optim.pieces import Pieces, or_one, scale_of
 from pliant.optim.sharded_spectral import joined_basis, leading_vertices_of_pieces, part_basis
 from pliant.optim.vertices import Vertex, persistent, powers, unit_vertices
 
-# The bits of a magnitude are looked at in these portions, from the first on: 2^11 counts at most are sent at a time.
+# The bits of a magnitude are examined in portions of these widths, most significant first: at most 2^11 counts are sent
+# at a time.
 _PORTIONS = {torch.float32: (11, 10, 10), torch.float64: (11, 11, 11, 10, 10, 10)}
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Sharded(Oracle):
-    """One ball over J DTensors, stacks (1, *shape) of pieces; the docstrings of ``Oracle`` hold.
+    """The oracle of one ball over J DTensors, as stacks (1, *shape) of pieces; ``Oracle`` documents the methods.
 
     Args:
         tensors: the parameters, see :class:`~pliant.optim.pieces.Pieces`.
-        names: theirs, for messages.
+        names: the names of the parameters, for messages.
 
     Raises:
-        ValueError: the tensors lie in a way that is not supported; says which and what to do.
+        ValueError: the placement of the tensors is not supported.
     """
 
     def __init__(self, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -64,14 +65,14 @@ class Sharded(Oracle):
         """Divide by a power of two near the largest entry on all processes."""
         return self.pieces.well_scaled(directions)
 
-    # --- vertices -----------------------------------------------------------------------------------------------------
+    # --- vertices ---
 
     def vertices(
         self, norm: Norm, directions: Sequence[Tensor], memory: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Vertex]]:
-        """Take the short way where there is one; ``memory`` is not used."""
+        """Find the vertices without whole tensors where possible; ``memory`` is ignored."""
         dtype = common_dtype(directions)
-        local = [x[0].to(dtype) for x in directions]
+        local = [x[0].to(dtype) for x in directions]  # J pieces of shape *shape
         if self._is_frobenius(norm):
             lengths, local = self.pieces.well_scaled(local)
             return lengths, self._on_the_sphere(local)
@@ -93,7 +94,7 @@ class Sharded(Oracle):
         return self.whole_vertices(norm, directions)
 
     def whole_vertices(self, norm: Norm, directions: Sequence[Tensor]) -> tuple[Tensor, list[Vertex]]:
-        """Return the same as :meth:`vertices`, by putting the directions together on every process."""
+        """Return the results of :meth:`vertices`, by putting the directions together on every process."""
         dtype = common_dtype(directions)
         lengths, vertices = unit_vertices(
             norm, [x[None] for x in self.pieces.whole([d[0].to(dtype) for d in directions])]
@@ -109,7 +110,7 @@ class Sharded(Oracle):
         iterations: int,
         memory: Sequence[Tensor] | None = None,
     ) -> tuple[list[Vertex], Tensor, Tensor]:
-        """Iterate on the pieces; ``memory`` is not used."""
+        """Iterate on the pieces; ``memory`` is ignored."""
         return leading_vertices_of_pieces(self.pieces, norm, directions, basis, iterations)
 
     def basis(self, norm: Spectral, states: Sequence[Sequence[State]]) -> Tensor | None:
@@ -117,13 +118,13 @@ class Sharded(Oracle):
         return joined_basis(self.pieces, norm, states[0])
 
     def keep_basis(self, norm: Spectral, basis: Tensor, states: Sequence[Sequence[State]]) -> None:
-        """Give each tensor's state its part."""
+        """Put each tensor's part of the basis into its state."""
         part_basis(self.pieces, norm, basis, states[0])
 
     def persistent(
         self, norm: Rows | Channels, directions: Sequence[Tensor], weights: Sequence[Tensor], persistence: float
     ) -> list[Tensor]:
-        """Multiply the rows here, by the lengths that all processes tell."""
+        """Multiply the rows here by powers of their lengths, relative to the mean over all processes."""
         if not self._has_rows(norm):
             wholes = [[x[None] for x in self.pieces.whole([x[0] for x in xs])] for xs in (directions, weights)]
             scaled = persistent(norm, wholes[0], wholes[1], persistence)
@@ -138,7 +139,7 @@ class Sharded(Oracle):
 
     def _row_vertices(self, norm: Rows | Channels, directions: list[Tensor]) -> tuple[Tensor, list[Vertex]]:
         scale, a, places = self._magnitudes(norm, directions)
-        factors = divide_or_zero(norm.align(a), a)
+        factors = divide_or_zero(norm.align(a), a)  # (magnitudes,)
         vertices = [
             Vertex((x / or_one(scale))[None], factors[place].view(1, -1, *(1 for _ in x.shape[1:])))
             for x, place in zip(directions, places, strict=True)
@@ -169,31 +170,31 @@ class Sharded(Oracle):
         return [Vertex(x[None], factor) for x in directions]
 
     def _largest(self, tensors: list[Tensor], k: int) -> list[Tensor]:
-        """Return the tensors with all but the k largest magnitudes of all of them, everywhere, set to zero.
+        """Return the tensors with all entries set to 0 except the k of largest magnitude over tensors and processes.
 
-        Non-negative floats have the order of their bits. So the k-th largest is found from its first bits to its last:
-        counting the entries for each value of the next bits tells which value it has.
+        Non-negative floats are ordered as their bits are. So the bits of the k-th largest are found from the most
+        significant on: the number of entries for each value of the next bits shows which value the k-th largest has.
         """
         dtype = tensors[0].dtype
         bits = [x.abs().flatten().view(_INTEGERS[dtype]) for x in tensors]
-        every = torch.cat(bits)
+        all_bits = torch.cat(bits)  # of all tensors on this process
         place = sum(_PORTIONS[dtype])
-        prefix = torch.zeros((), dtype=every.dtype, device=every.device)
-        room = torch.full((), k, dtype=torch.int64, device=every.device)  # how many entries with the prefix are kept
+        prefix = torch.zeros((), dtype=all_bits.dtype, device=all_bits.device)  # the bits found so far
+        room = torch.full((), k, dtype=torch.int64, device=all_bits.device)  # how many entries with the prefix are kept
         for width in _PORTIONS[dtype]:
             place -= width
-            candidate = (every >> place) >> width == prefix
-            value = (every >> place) & (2**width - 1)
-            counts = torch.zeros(2**width, dtype=torch.int64, device=every.device)
+            candidate = (all_bits >> place) >> width == prefix
+            value = (all_bits >> place) & (2**width - 1)
+            counts = torch.zeros(2**width, dtype=torch.int64, device=all_bits.device)
             counts.scatter_add_(0, value.long(), candidate.long())
             dist.all_reduce(counts, group=self.pieces.group)
             at_least = counts.flip(0).cumsum(0).flip(0)
             chosen = (at_least >= room).sum() - 1
             room = room - (at_least - counts).gather(0, chosen.view(1)).squeeze(0)
             prefix = (prefix << width) | chosen.to(prefix.dtype)
-        # Among equals the lower index wins: an earlier tensor, then an earlier process.
+        # Among equal entries the lower index wins: the earlier tensor, then the earlier process.
         tied = [x == prefix for x in bits]
-        everywhere = self.pieces.gather(torch.stack([t.sum() for t in tied])).T.flatten()
+        everywhere = self.pieces.gather(torch.stack([t.sum() for t in tied])).T.flatten()  # (tensors · processes,)
         before = (everywhere.cumsum(0) - everywhere).view(len(tensors), -1)[:, self.pieces.rank]
         kept = []
         for x, b, tie, earlier in zip(tensors, bits, tied, before, strict=True):
@@ -201,18 +202,18 @@ class Sharded(Oracle):
             kept.append(torch.where(mask.view(x.shape), x, 0))
         return kept
 
-    # --- norms --------------------------------------------------------------------------------------------------------
+    # --- norms ---
 
     def length(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Sum over tensors and processes."""
+        """Return the L2 norm over tensors and processes, (1,)."""
         return self.pieces.length(tensors)
 
     def shrinkage(self, ball: NormBall, tensors: Sequence[Tensor]) -> Tensor:
-        """Compare the norm of the whole with the radius."""
+        """Return the shrinkage, from the norm of the whole tensors."""
         return ball.shrinkage_of(self.norm(ball.norm, tensors), tensors)
 
     def norm(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the norm of the tensors that these are the pieces of, a scalar tensor."""
+        """Return the norm of the whole tensors, given this process's pieces of them; a scalar tensor."""
         dtype = common_dtype(tensors)
         tensors = [x.to(dtype) for x in tensors]
         if self._is_frobenius(norm):
@@ -223,7 +224,7 @@ class Sharded(Oracle):
         return norm(self.pieces.whole(tensors))
 
     def gap(self, ball: NormBall, tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-        """Sum ⟨g, x − v⟩ over the pieces, or ask for the dual norm of the whole where a vertex may fall short of it."""
+        """Sum ⟨g, x − v⟩ over the pieces; if vertices are inexact, use the dual norm of the whole tensors instead."""
         norm = ball.norm
         turned = isinstance(norm, Rows | Channels) and norm.orthogonal
         if turned or (isinstance(norm, Spectral) and not self._is_frobenius(norm)):
@@ -238,7 +239,12 @@ class Sharded(Oracle):
         )
 
     def _magnitudes(self, norm: Rows | Channels, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the magnitudes that the norm looks at, divided by a scale; and for each row here, which one is its."""
+        """Return the magnitudes of the whole tensors, and which of them each row here belongs to.
+
+        Returns:
+            A scale, a scalar tensor; the magnitudes divided by it, (magnitudes,); and for each tensor the index of the
+            magnitude of each row here, (rows here,).
+        """
         scale, device = scale_of(tensors), tensors[0].device
         rows = [vector_norm(as_matrix(x / or_one(scale), 0), dim=1) for x in tensors]
         if isinstance(norm, Rows):
@@ -254,7 +260,7 @@ class Sharded(Oracle):
             for r, place in zip(rows, places, strict=True):
                 squares.index_add_(0, place, r.square())
             sent = [squares.sqrt()]
-        received = self.pieces.gather(torch.cat([scale.view(1), *sent]))
+        received = self.pieces.gather(torch.cat([scale.view(1), *sent]))  # (processes, 1 + all values sent)
         scales = received[:, 0]
         scale = scales.amax()
         parts = (received[:, 1:] * (scales / or_one(scale))[:, None]).split([len(s) for s in sent], dim=1)
@@ -265,12 +271,12 @@ class Sharded(Oracle):
         return scale, without_vanished(a), places
 
     def _channels(self, norm: Channels, j: int, device: torch.device) -> Tensor:
-        """Return the channel that each row here belongs to."""
+        """Return the channel of each row of tensor ``j`` here, (rows here,)."""
         in_part = self.shapes[j][0] // norm.parts
         return torch.arange(*self.pieces.spans[j], device=device) % in_part // (in_part // norm.count)
 
     def _has_rows(self, norm: Rows | Channels) -> bool:
-        """Tell whether each process has whole rows of the norm."""
+        """Return whether each process has whole rows of the norm."""
         return self.pieces.by_rows and (norm.dim == 0 or all(len(shape) < 2 for shape in self.shapes))
 
     def _has_blocks(self, norm: Blocks) -> bool:

@@ -1,7 +1,7 @@
 """Leading singular directions of matrices whose rows lie on many processes.
 
-An iteration sends the sum over processes of Gᵀ(GZ), columns × directions, and where there are more columns than rows
-a triangle of directions × directions.
+An iteration sums Gᵀ(GZ), columns × directions, over the processes, and a triangle of directions × directions if there
+are more columns than rows.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from pliant.optim.vertices import Vertex
 def leading_vertices_of_pieces(
     pieces: Pieces, norm: Spectral, directions: Sequence[Tensor], basis: Tensor | None, iterations: int
 ) -> tuple[list[Vertex], Tensor, Tensor]:
-    """Return what :func:`~pliant.optim.kept_directions.leading_vertices` does, for pieces of well-scaled directions.
+    """Return the results of :func:`~pliant.optim.kept_directions.leading_vertices` for pieces of directions.
 
-    A matrix with more rows than columns has a basis with as many rows, which lies on the processes as its rows do. The
+    The basis of a matrix with more rows than columns has the matrix's rows, and is cut over processes as they are. The
     basis of any other matrix is the same on every process.
 
     Args:
         pieces: how the tensors of the ball lie on processes.
-        norm: of the ball.
-        directions: pieces (1, *shape).
-        basis: what the last call returned; None: start anew.
-        iterations: of block power iteration.
+        norm: the norm of the ball.
+        directions: well-scaled pieces (1, *shape).
+        basis: the basis that the last call returned; None: start afresh.
+        iterations: the number of block power iterations.
+
+    Returns:
+        The vertices, as pieces; the basis for the next call, (1, all rows of bases here, directions); and
+        −⟨direction, vertex⟩, (1,).
     """
     if not _by_whole_rows(pieces, norm):
         wholes = [x[None] for x in pieces.whole([x[0] for x in directions])]
@@ -45,7 +49,8 @@ def leading_vertices_of_pieces(
     rank = norm.rank_of_vertices
     assert rank is not None, f"{norm} has vertices of full rank"
     matrices = [x.flatten(2) for x in directions]  # (1, rows here, columns)
-    # Over cut rows a sum takes all processes: those are on the right of an upright matrix, on the left of others.
+    # A sum over rows that are cut needs all processes. The cut rows are the right side of an upright matrix, the left
+    # side of any other.
     upright = _upright(pieces)
     wide = [not up for up in upright]
     lengths = _basis_lengths(pieces, norm)
@@ -55,6 +60,7 @@ def leading_vertices_of_pieces(
         kept = basis.to(matrices[0].dtype).split(lengths, dim=1)
         start = resized(kept, rank, lambda count: _start(pieces, matrices, count))
     for _ in range(iterations):
+        # start, right: (1, larger side, directions); image, left: (1, smaller side, directions)
         start = [_stirred(pieces, z, j) for j, z in enumerate(start)]
         image = [times(g.mT if up else g, z) for g, z, up in zip(matrices, start, upright, strict=True)]
         left, triangle = _orthonormalised(pieces, pieces.summed(image, upright), wide)
@@ -75,7 +81,7 @@ def leading_vertices_of_pieces(
 
 
 def joined_basis(pieces: Pieces, norm: Spectral, states: Sequence[State]) -> Tensor | None:
-    """Return the basis that :func:`part_basis` took apart; None if a part is missing or of another kind."""
+    """Return the basis that :func:`part_basis` split, (1, all rows, directions); None if a part is missing or unfit."""
     parts = [state.get("basis") for state in states]
     local = [z.to_local() if isinstance(z, DTensor) else z for z in parts]
     lengths = _basis_lengths(pieces, norm)
@@ -85,7 +91,7 @@ def joined_basis(pieces: Pieces, norm: Spectral, states: Sequence[State]) -> Ten
 
 
 def part_basis(pieces: Pieces, norm: Spectral, basis: Tensor, states: Sequence[State]) -> None:
-    """Put the basis of each tensor, (columns, directions), into its state: a DTensor where it lies in pieces."""
+    """Put the basis of each tensor, (rows, directions), into its state: as a DTensor if it lies in pieces."""
     parts = basis[0].split(_basis_lengths(pieces, norm))
     by_rows = _by_whole_rows(pieces, norm)
     layout = zip(states, parts, pieces.shapes, pieces.placements, _upright(pieces), strict=True)
@@ -100,17 +106,17 @@ def part_basis(pieces: Pieces, norm: Spectral, basis: Tensor, states: Sequence[S
 
 
 def _by_whole_rows(pieces: Pieces, norm: Spectral) -> bool:
-    """Tell whether each process has whole rows of single matrices; otherwise the tensors are put together."""
+    """Return whether each process has whole rows of single matrices; otherwise the tensors are put together."""
     return pieces.by_rows and norm.dim == 0 and norm.groups == 1 and not norm.spatial
 
 
 def _upright(pieces: Pieces) -> list[bool]:
-    """Tell of each matrix whether it has more rows than columns."""
+    """Return, for each matrix, whether it has more rows than columns."""
     return [shape[0] > math.prod(shape[1:]) for shape in pieces.shapes]
 
 
 def _basis_lengths(pieces: Pieces, norm: Spectral) -> list[int]:
-    """Return the number of rows that this process has of the basis of each tensor."""
+    """Return, for each tensor, how many rows of its basis this process has."""
     if not _by_whole_rows(pieces, norm):
         return [norm.groups * max(norm.group_shape(shape)) for shape in pieces.shapes]
     return [
@@ -120,24 +126,33 @@ def _basis_lengths(pieces: Pieces, norm: Spectral) -> list[int]:
 
 
 def _start(pieces: Pieces, matrices: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return this process's part of the directions that one process would start from."""
+    """Return this process's rows of the directions that a single process would start from."""
     columns = [max(shape[0], math.prod(shape[1:])) for shape in pieces.shapes]
     like = [x.new_empty((1, 0, n)) for x, n in zip(matrices, columns, strict=True)]
     return pieces.own_rows(starting_directions(like, count), _upright(pieces))
 
 
 def _stirred(pieces: Pieces, z: Tensor, j: int) -> Tensor:
-    """Return the directions of matrix j, a little of a fixed vector added to the last one."""
+    """Return the directions ``z`` of matrix ``j``, with a small multiple of a fixed vector added to the last one."""
     if not _upright(pieces)[j]:
         return stirred(z)
     return stirred(z, pieces.spans[j][0], pieces.shapes[j][0], pieces.length([z[0, :, -1]], [True]))
 
 
 def _orthonormalised(pieces: Pieces, image: Sequence[Tensor], cut: Sequence[bool]) -> tuple[list[Tensor], Tensor]:
-    """Return what :func:`~pliant.linalg.orthonormalised` does of the parts one above the other, and R.
+    """Return the orthonormal factor of the parts, stacked on top of each other, and the triangle R.
 
-    Each process has a few rows of the parts that are cut. It sends its R; the QR factorisation of all R gives the rest.
-    (Demmel, Grigori, Hoemmen, Langou 2012, Communication-optimal parallel and sequential QR and LU factorizations.)
+    The counterpart of :func:`~pliant.linalg.orthonormalised`. Each process has some rows of the parts that are cut. It
+    sends the R of its rows; the QR factorisation of all these R, one above the other, gives the rest. (Demmel, Grigori,
+    Hoemmen, Langou 2012, Communication-optimal parallel and sequential QR and LU factorizations.)
+
+    Args:
+        pieces: how the tensors of the ball lie on processes.
+        image: for each tensor (1, rows here, directions).
+        cut: which of them are cut over processes; the others are the same everywhere.
+
+    Returns:
+        The rows here of the orthonormal factor, shaped as ``image``; and R, (1, directions, directions).
     """
     own = [torch.linalg.qr(x) if is_cut else None for x, is_cut in zip(image, cut, strict=True)]
     tops, places = [], []

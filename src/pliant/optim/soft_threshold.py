@@ -1,4 +1,4 @@
-"""Soft thresholds: what the vertices do not agree on leaves the weights while they are trained."""
+"""Soft thresholds: parts of the weights that few vertices share shrink to 0 during training."""
 
 from __future__ import annotations
 
@@ -15,26 +15,30 @@ from pliant.optim.sfw import SFW
 
 
 class SoftThreshold:
-    """Shorten every part of the weights with a ball a little, after every ``every`` steps of the optimizer.
+    """A soft threshold that shortens all parts of constrained weights a little, every ``every`` optimizer steps.
 
-    Parts are the entries, filters, channels or singular directions that the vertices of a ball are made of. A step adds
-    η·u to the parts of its vertex, where u is their length. The threshold takes strength·η·u off *all* parts of the
-    weights, down to 0. So a part stays if more than a share ``strength`` of the vertices have it. The weights end up
-    made of fewer parts, and lose less when parts are removed.
+    Parts are the entries, filters, channels or singular directions that the vertices of a ball consist of. A step adds
+    η·u to the parts of its vertex, where u is their length. The threshold shortens *all* parts of the weights by
+    strength·η·u, down to 0. So a part survives if more than a share ``strength`` of the vertices contain it. The
+    weights end up with fewer parts, and lose less when parts are removed.
 
-    This is the proximal step of the parts' total length (L1 norm, group lasso, nuclear norm), in turns with the steps
-    of Frank-Wolfe. No norm grows by it: the weights stay in their balls. :meth:`pliant.SFW.gap` remains the gap of the
-    loss alone. It needs ``rescale=None``: only then is η the same for all tensors. Parameters that no step has moved
-    are left alone.
-
-    Args:
-        optimizer: an :class:`~pliant.SFW` with ``rescale=None``; balls without parts, such as L2 balls, are left alone.
-        strength: from 0, which does nothing, to below 1.
-        every: steps from one threshold to the next, which takes off their sum. Each threshold of a spectral ball
-            decomposes its weights.
+    This is the proximal step of the parts' total length (L1 norm, group lasso, nuclear norm), alternating with
+    Frank-Wolfe steps. It increases no norm, so the weights stay in their balls. :meth:`pliant.SFW.gap` remains the gap
+    of the loss alone. It needs ``rescale=None``, so that η is the same for all tensors. Parameters that no step has
+    moved are left unchanged.
 
     Call :meth:`step` after each step of the optimizer, before the scheduler's. To resume, load the optimizer's state
     and this one's.
+
+    Args:
+        optimizer: an :class:`~pliant.SFW` with ``rescale=None``; weights in balls without parts, such as L2 balls, are
+            left unchanged.
+        strength: from 0, which does nothing, to below 1.
+        every: number of optimizer steps between thresholds; each threshold makes up for all of these steps. Under a
+            spectral ball it decomposes the weights.
+
+    Raises:
+        BadInput: an argument is out of range, ``rescale`` is not None, or no group has a ball with parts.
     """
 
     def __init__(self, optimizer: SFW, strength: float, *, every: int = 20) -> None:
@@ -56,7 +60,7 @@ class SoftThreshold:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Note what a step of the optimizer has added, and take it off where it is time."""
+        """Add the threshold of one optimizer step to the pending amount; apply it every ``every`` steps."""
         self.last_step += 1
         for index, group in enumerate(self.optimizer.param_groups):
             length = _length_of_parts(self._balls.of(group), group)
@@ -72,7 +76,11 @@ class SoftThreshold:
         return {"last_step": self.last_step, "pending": list(self._pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state.
+
+        Raises:
+            BadInput: the state is of an optimizer with another number of groups.
+        """
         if len(state["pending"]) != len(self._pending):
             raise BadInput(
                 f"thresholds of {len(state['pending'])} groups cannot go on with {len(self._pending)} groups"
@@ -81,7 +89,7 @@ class SoftThreshold:
 
     def _apply(self, group: Group, amount: float) -> None:
         ball = self._balls.of(group)
-        assert ball is not None  # its vertices have parts
+        assert ball is not None  # step() calls this only for balls with parts
         moved = [p for p in group["params"] if self.optimizer.state.get(p)]
         for tensors in balls_over(moved, group):
             shorter = ball.norm.soft_threshold([whole(p) for p in tensors], amount)
@@ -90,7 +98,7 @@ class SoftThreshold:
 
 
 def _length_of_parts(ball: NormBall | None, group: Group) -> float | None:
-    """Return the L2 length of a part of a vertex, the root mean square over its parts; None for balls without parts."""
+    """Return the root mean square L2 length of the parts of a vertex; None for balls without parts."""
     if ball is None:
         return None
     shapes = ball_shapes(group)

@@ -1,4 +1,4 @@
-"""The last two lines of a step: how far towards the vertex, and there."""
+"""The last two lines of a step: the step size η, and the move of length η towards the vertex."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ def step_towards(
     rescale: Rescale,
     l2_norm: Callable[[Sequence[Tensor]], Tensor],
 ) -> None:
-    """Move weights towards the vertices of their balls in place: θ ← (1 − η)·θ + η·v.
+    """Move the weights of L balls over J tensors each towards their vertices, in place: θ ← (1 − η)·θ + η·v.
 
-    L balls of one kind over J tensors each; a zero direction leaves θ unchanged, and θ = v takes η = 1 (it is already
-    there).
+    A zero direction leaves θ unchanged; θ = v takes η = 1, which changes nothing either.
 
     Args:
         weights: J tensors (L, *shape), changed in place.
         lengths: L2 norm ‖m‖ of the direction of each ball, (L,).
-        vertices: of the unit balls, exact or approximate, shaped as the weights.
-        memory: J tensors shaped as the weights to write θ − v to, which may be the vertices' own; None: new ones.
-        radius: of the balls.
+        vertices: J vertices of the unit balls, exact or approximate, of the shapes of the weights.
+        memory: J tensors of the shapes of the weights that θ − v is written to, possibly the memory of the vertices;
+            None: new ones.
+        radius: the radius of the balls.
         diameter: L2 diameter of the balls.
         lr: step size before rescaling.
         rescale: as in :class:`~pliant.SFW`.
-        l2_norm: gives the L2 norm of J tensors together for each ball, (L,); where they are pieces, of the whole.
+        l2_norm: returns, for J tensors (L, *shape), the L2 norm over all of them for each ball, (L,); for pieces, the
+            norm of the whole tensors.
     """
-    differences = []
+    differences = []  # θ − v, J tensors (L, *shape)
     for index, (w, vertex) in enumerate(zip(weights, vertices, strict=True)):
         start, out = w.to(vertex.carrier.dtype), None if memory is None else memory[index]
         differences.append(torch.addcmul(start, vertex.carrier, radius * vertex.factor, out=out))
@@ -56,10 +57,10 @@ def step_towards(
             reference = torch.full_like(lengths, diameter)
         case None:
             reference = torch.ones_like(lengths)
-    eta = (lengths * lr / reference).clamp(0, 1)
+    eta = (lengths * lr / reference).clamp(0, 1)  # (L,)
     for w, d in zip(weights, differences, strict=True):
-        eta_of_each = along(eta.to(d.dtype), d)
+        step_sizes = along(eta.to(d.dtype), d)  # (L, 1, …, 1)
         if w.dtype == d.dtype:
-            w.addcmul_(d, eta_of_each, value=-1)
+            w.addcmul_(d, step_sizes, value=-1)
         else:
-            w.copy_(torch.addcmul(w.to(d.dtype), d, eta_of_each, value=-1))
+            w.copy_(torch.addcmul(w.to(d.dtype), d, step_sizes, value=-1))

@@ -1,13 +1,13 @@
-"""The oracles as an optimizer asks them, step after step: the vertices of ``Norm.lmo`` for less time and memory.
+"""The linear minimisation oracle as an optimizer needs it in every step: ``Norm.lmo`` in less time and memory.
 
-The norms say what a vertex is. Here are the shorter ways to it, each tested against ``Norm.lmo``:
+The norms define what a vertex is. Here are shorter ways to compute it, each tested against ``Norm.lmo``:
 
-* :func:`unit_vertices`: exact vertices, of one ball at a time in memory that exists already, or of many small balls of
-  one kind in one batch; the large ones among polar factors (``Spectral``, full rank) to about one in a thousand.
+* :func:`unit_vertices`: exact vertices, of one ball in memory that exists already, or of many small balls of one kind
+  in one batch; large polar factors (``Spectral``, full rank) are accurate to about one in a thousand.
 * ``kept_directions``: vertices of a ``Spectral`` ball whose singular directions are kept from the last step.
 
-A *stack* is a tensor (L, *shape): L tensors of one shape, each with a ball of its own. A ball over several tensors
-jointly has a list of J stacks with L = 1.
+A *stack* is a tensor (L, *shape): L tensors of one shape, its *members*, each with a ball of its own. A joint ball over
+J tensors has a list of J stacks with L = 1.
 """
 
 from __future__ import annotations
@@ -33,31 +33,36 @@ from pliant.linalg import (
 from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral
 from pliant.norms.shapes import without_vanished
 
-MANY = 32  # from this many singular directions on, products that find a polar factor cost less than a decomposition
-LEAST = 1e-3  # the length, relative to the mean, that a part of the weights counts at least: so what is 0 can come back
+MANY = 32  # from this many singular directions on, finding a polar factor by products costs less than a decomposition
+LEAST = 1e-3  # the smallest length, relative to the mean, that a part of the weights counts with: 0 could never recover
 SAFE = 2.0**40  # squares of numbers between 1/SAFE and SAFE, and their sums, neither overflow nor vanish in float32
 
 
 class Vertex(NamedTuple):
-    """The vertex −factor·carrier: scaled where it is used, so that scaling needs no pass over memory of its own."""
+    """The vertex −factor·carrier; the step multiplies by the factor, which saves a pass over memory here.
 
-    carrier: Tensor  # (L, *shape)
-    factor: Tensor  # broadcasts with the carrier
+    Args:
+        carrier: (L, *shape).
+        factor: of a shape that broadcasts with the carrier.
+    """
+
+    carrier: Tensor
+    factor: Tensor
 
 
 def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return the L2 norms of the members, stacks whose entries can be squared without loss, and the norms of those.
+    """Scale the members of stacks so that their entries can be squared without loss, and return their L2 norms.
 
-    Each member is divided by a power of two near its largest entry. Where the norms show that nothing can
-    overflow or vanish, the stacks are returned as they are. Half precision becomes float32; of mixed dtypes the widest.
+    Each member is divided by a power of two near its largest entry. If the norms show that nothing can overflow or
+    vanish, the entries are returned unchanged. Half precision becomes float32, mixed dtypes the widest of them.
 
     Args:
         stacks: J tensors (L, *shape).
         row_dim: the dimension of ``shape`` that counts rows, if the norms of single rows are wanted.
 
     Returns:
-        The norm over all J stacks of each member, (L,); the stacks; and for each one its norms, (L, rows, 1, …, 1), or
-        (L, 1, …, 1) without ``row_dim``.
+        The norm of each member before scaling, over all J stacks, (L,); the J scaled stacks; and for each scaled stack
+        the norms of its rows, (L, rows, 1, …, 1), or of its members, (L, 1, …, 1), without ``row_dim``.
     """
     dtype = common_dtype(stacks)
     stacks = [x.to(dtype) for x in stacks]
@@ -72,10 +77,18 @@ def well_scaled(stacks: Sequence[Tensor], row_dim: int | None = None) -> tuple[T
 
 
 def l2_norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Tensor]]:
-    """Return the L2 norms of the members over all stacks, (L,), and for each stack the norms of its rows or members."""
+    """Return the L2 norms of the members over all stacks, (L,), and for each stack the norms of its rows or members.
+
+    Args:
+        stacks: J tensors (L, *shape).
+        row_dim: the dimension of ``shape`` that counts rows; None for the norms of whole members.
+
+    Returns:
+        See :func:`well_scaled`.
+    """
     parts = []
     for x in stacks:
-        # Rows first, also of the whole: the rounding of a long sum in float32 would show.
+        # Sum by rows first, even for the norm of the whole: one long sum in float32 loses digits.
         rows = 1 if row_dim is None else row_dim + 1
         others = tuple(d for d in range(1, x.ndim) if d != rows)
         part = vector_norm(x, dim=others, keepdim=True) if others else x.abs()
@@ -90,14 +103,18 @@ def l2_norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Te
 def unit_vertices(
     norm: Norm, stacks: Sequence[Tensor], memory: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, list[Vertex]]:
-    """Return the L2 norms of directions, (L,), and the vertices of the unit balls for them.
+    """Return the L2 norms of directions, and the vertices of the unit balls that minimise ⟨direction, ·⟩.
 
-    They are exact, except polar factors of :data:`MANY` directions or more, which are inside the ball and nearly best.
+    The vertices are exact, except polar factors of :data:`MANY` directions or more, which are inside the ball and
+    nearly optimal.
 
     Args:
-        norm: of the balls.
+        norm: the norm of the balls.
         stacks: directions, one stack (L, *shape), or J stacks with L = 1 for a joint ball.
-        memory: for carriers where L = 1, shaped as the stacks.
+        memory: tensors of the shapes of the stacks, which the carriers are written to if L = 1; None: new memory.
+
+    Returns:
+        The norms, (L,), and a vertex for each stack.
     """
     row_dim = None
     if isinstance(norm, Rows) and not norm.orthogonal and all(x.ndim > 2 for x in stacks):
@@ -113,7 +130,7 @@ def unit_vertices(
     match norm:
         case Lp(p) | Spectral(Lp(p)) if p == 2:
             return lengths, on_the_sphere(stacks, parts)
-        case Spectral(KSupport(k)) if k == count:  # the Frobenius norm, too
+        case Spectral(KSupport(k)) if k == count:  # the Frobenius norm as well
             return lengths, on_the_sphere(stacks, parts)
         case Lp(p) if p == math.inf:
             signs = [torch.sign(x, out=out) for x, out in zip(stacks, memory, strict=True)]
@@ -125,7 +142,7 @@ def unit_vertices(
             keep_largest(stacks, k, memory)
             return lengths, on_the_sphere(memory)
         case Rows(inner) if row_dim is not None:
-            a = without_vanished(torch.cat([part.flatten() for part in parts]))
+            a = without_vanished(torch.cat([part.flatten() for part in parts]))  # (rows of all J tensors,)
             factors = divide_or_zero(inner.align(a), a).split([part.numel() for part in parts])
             return lengths, [Vertex(x, f.view_as(part)) for x, f, part in zip(stacks, factors, parts, strict=True)]
         case Blocks(KSupport(n), size, dim):
@@ -138,16 +155,20 @@ def unit_vertices(
 def persistent(
     norm: Rows | Channels, directions: Sequence[Tensor], weights: Sequence[Tensor], persistence: float
 ) -> list[Tensor]:
-    """Return directions whose rows or channels are multiplied by a power of how long they are in the weights.
+    """Return directions whose rows or channels are multiplied by a power of their lengths in the weights.
 
-    The vertex for these has the parts with the largest ‖mᵢ‖·‖θᵢ‖^persistence: of those that the loss asks for, rather
-    the ones that there are. Lengths are relative to the mean over the ball, and at least :data:`LEAST`.
+    The vertex for the result has the parts with the largest ‖mᵢ‖·‖θᵢ‖^persistence: among the parts that the loss asks
+    for, it prefers those that are already long. Lengths are relative to the mean over the ball, and at least
+    :data:`LEAST`.
 
     Args:
-        norm: of the balls.
+        norm: the norm of the balls.
         directions: one stack (L, *shape), or J stacks with L = 1 for a joint ball.
-        weights: shaped as the directions.
+        weights: of the shapes of the directions.
         persistence: the exponent.
+
+    Returns:
+        Stacks of the shapes of the directions.
     """
     if len(directions) == 1:
 
@@ -162,14 +183,14 @@ def persistent(
 
 
 def powers(lengths: Tensor, exponent: float) -> Tensor:
-    """Return powers of lengths (n,) relative to their mean; of those that are all 0, 1."""
+    """Return powers, (n,), of lengths (n,) relative to their mean; 1 if all lengths are 0."""
     mean = lengths.mean()
     relative = torch.where(mean == 0, 1, divide_or_zero(lengths, mean))
     return relative.clamp_min(LEAST) ** exponent
 
 
 def _asks_for_polar_factors(norm: Spectral, shapes: Sequence[Shape]) -> bool:
-    """Tell whether a vertex has all singular values 1, and some matrix is too large to be decomposed in each step."""
+    """Return whether all singular values of a vertex are 1, and a matrix is too large to decompose in every step."""
     full = norm.inner == Lp(math.inf) or norm.inner == KSparse(norm.length(shapes))
     return full and any(min(norm.group_shape(shape)) >= MANY for shape in shapes)
 
@@ -183,7 +204,7 @@ def _polar_factors(stack: Tensor, norm: Spectral) -> Tensor:
 
 
 def on_the_sphere(stacks: Sequence[Tensor], parts: list[Tensor] | None = None) -> list[Vertex]:
-    """Return the stacks, L = 1, as vertices: divided by their L2 norm; ``parts`` are norms that are known already."""
+    """Return the stacks, with L = 1, divided by their L2 norm, as vertices; ``parts`` are their norms, if known."""
     length = vector_norm(torch.cat([part.view(1) for part in parts or l2_norms(list(stacks), None)[1]]))
     factor = torch.where(length == 0, 0, 1 / length)
     return [Vertex(x, factor) for x in stacks]
@@ -200,10 +221,10 @@ def group_matrices(stack: Tensor, norm: Spectral) -> list[Tensor]:
 
 
 def rows_first(stack: Tensor, norm: Spectral) -> Tensor:
-    """Return the view (L, rows, …) with the other dimensions in the order of memory.
+    """Return the view (L, rows, …) of a stack, with the other dimensions in the order of memory.
 
-    Any order of the columns has the same singular values and left directions; this one needs no copy. Of a spatial
-    matrix the view is (L, filters, kernel columns, channels, kernel rows).
+    Any order of the columns has the same singular values and left directions; this one needs no copy. For a spatial
+    matrix the view is (L, filters, kernel columns, input channels, kernel rows).
     """
     if norm.spatial:
         return stack.permute(0, *(d + 1 for d in norm.spatial_order()))
@@ -213,5 +234,5 @@ def rows_first(stack: Tensor, norm: Spectral) -> Tensor:
 
 
 def along(values: Tensor, stack: Tensor) -> Tensor:
-    """Return (L,) as (L, 1, …, 1), to be multiplied with a stack."""
+    """Return values (L,) as (L, 1, …, 1), so that they broadcast with a stack."""
     return values.view(-1, *(1 for _ in range(stack.ndim - 1)))

@@ -1,13 +1,13 @@
-"""What can be taken out of a network, and the proof that it can.
+"""Parts that can be removed from a network, with a numerical proof.
 
-attention         which layers make the heads of an attention module, and how many heads there are
+attention         which layers produce the heads of an attention module, and how many heads there are
 thin_attention    ``nn.MultiheadAttention`` with fewer heads
 layers            facts about single layers: where their channels lie, whether the weight may be changed
 channel_groups    groups of channels that leave a network together, as plain data
 channels          candidates: coupled channels, from torch-pruning's graph
 heads             candidates: the heads of attention modules
-verification      ``coupled_channels``: which candidates may leave a network, tried out in float64
-soundness         which of many things hold together, by bisection
+verification      ``coupled_channels``: which candidates can be removed, verified in float64
+soundness         the largest part of a list that is sound together, by bisection
 """
 
 from pliant.structure.attention import Projections as Projections

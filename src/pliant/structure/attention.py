@@ -1,8 +1,8 @@
-"""Facts about attention: which layers make the heads of a module, and how many heads there are.
+"""Facts about attention: which layers produce the heads of a module, and how many heads there are.
 
-An attention module is recognised by its projections: linear layers for queries, keys and values, apart or packed in
-one, or the packed weight of ``nn.MultiheadAttention``. Nothing else is assumed about its forward; whether it still
-computes the right thing without some of its heads is for the caller to try.
+An attention module is recognised by its projections: linear layers for queries, keys and values, separate or packed in
+one, or the packed weight of ``nn.MultiheadAttention``. Nothing else is assumed about its forward; the caller has to
+verify that it is still right without some of its heads.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Projections:
     """The projections of an attention module and the number of heads in them.
 
     Args:
-        query, key, value: names of child layers; the same three times where one layer is packed, all "" where the
+        query, key, value: names of child layers; three times the same if one layer packs them all, and "" if the
             module holds the packed weight itself.
-        heads: number of heads of keys and values. Each is read by ``readers`` heads of queries and can leave only
+        heads: number of heads of keys and values. Each is read by ``readers`` heads of queries and can only be removed
             together with them.
-        readers: 1, more in grouped-query attention.
+        readers: heads of queries per head of keys; 1 except in grouped-query attention.
         size: number of channels of a head of queries.
-        attributes: (name, amount per head) of the module's numbers that have to follow the number of heads.
+        attributes: (name, amount per head) of the module's integers that depend on the number of heads.
     """
 
     query: str
@@ -49,12 +49,12 @@ class Projections:
 
     @property
     def packed(self) -> bool:
-        """True if queries, keys and values are rows of one weight."""
+        """Whether queries, keys and values are rows of one weight."""
         return self.query == self.value
 
 
 def projections(module: nn.Module) -> Projections | None:
-    """Return the projections of a module, or None if it is not recognised as attention."""
+    """Return the projections of a module; None if it is not recognised as attention."""
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module)
     children: dict[str, Layer] = {}
@@ -73,7 +73,7 @@ def projections(module: nn.Module) -> Projections | None:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether ``module`` is the ``Conv1D`` of transformers: a linear layer with weight (in, out)."""
-    library = sys.modules.get("transformers.pytorch_utils")  # not loaded: then there is no such layer either
+    library = sys.modules.get("transformers.pytorch_utils")  # if it is not loaded, there is no such layer
     return library is not None and isinstance(module, library.Conv1D)
 
 
@@ -85,7 +85,7 @@ def linear_width(module: nn.Module) -> int | None:
     return None if weight is None else weight.shape[1]
 
 
-# --- how many heads ---------------------------------------------------------------------------------------
+# --- how many heads ---------------------------------------------------------------------------------------------------
 
 
 def _multihead(module: nn.MultiheadAttention) -> Projections | None:
@@ -120,7 +120,7 @@ def _packed(module: nn.Module, name: str, width: int) -> Projections | None:
 def _projections(
     module: nn.Module, names: tuple[str, str, str], queries: int, heads: int, size: int, values: int
 ) -> Projections | None:
-    """Return the projections with ``queries`` and ``heads`` (of keys) heads, unless the numbers do not fit."""
+    """Return projections with these numbers of heads of queries and of keys; None if the numbers are inconsistent."""
     if not heads or queries % heads or values % heads or _count(module) not in (None, queries):
         return None
     attributes = []
@@ -133,7 +133,7 @@ def _projections(
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int, set[str]]]:
-    """Yield each positive integer that the module keeps: its name, its value and the words of its name."""
+    """Yield, for each positive integer attribute of the module, its name, its value and the words of its name."""
     for name, value in vars(module).items():
         if type(value) is int and value > 0:
             yield name, value, set(name.lower().split("_"))

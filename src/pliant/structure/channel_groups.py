@@ -19,8 +19,8 @@ class Slot:
         tensors: the (state_dict name, dim) pairs that lie along the axis; none for an attention module that only counts
             its heads.
         indices: int64 (channels, width); row ``c`` holds the positions on the axis that belong to channel ``c``. The
-            width is 1, or H·W where a linear layer reads a flattened image, or the size of an attention head.
-        norm: name of the BatchNorm that alone reads this layer's output, None without one.
+            width is 1, or H·W if a linear layer reads a flattened image, or the size of an attention head.
+        norm: name of the BatchNorm that is the only reader of this layer's output; None without one.
     """
 
     module: str
@@ -35,11 +35,11 @@ class ChannelGroup:
     """Channels that can be removed one by one, each from all producers and consumers.
 
     Args:
-        channels: their number.
-        producers: where they are made.
-        consumers: where they are read.
-        kind: ``"channels"`` of convolutions, ``"neurons"`` of linear layers alone, or ``"heads"`` of attention, where a
-            channel of the group is a head.
+        channels: the number of channels.
+        producers: the places where they are produced.
+        consumers: the places where they are read.
+        kind: ``"channels"`` of convolutions, ``"neurons"`` of linear layers only, or ``"heads"`` of attention, each
+            channel of the group being a head.
     """
 
     channels: int
@@ -60,7 +60,12 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """All verified groups of a model, and (layer, reason) for every other convolution, linear and attention layer."""
+    """The coupled channels of a model.
+
+    Args:
+        groups: all verified groups.
+        refused: (layer, reason) for every other convolution, linear and attention layer.
+    """
 
     groups: tuple[ChannelGroup, ...]
     refused: tuple[tuple[str, str], ...]

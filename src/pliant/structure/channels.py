@@ -1,7 +1,7 @@
-"""Coupled channels as torch-pruning sees them: candidates; nothing about them is believed until it is verified.
+"""Coupled channels as torch-pruning sees them: candidates, none of which is trusted until it is verified.
 
 torch-pruning's dependency graph (Fang et al. 2023, "DepGraph") reads off the autograd graph which layers share
-their channels. Its groups are turned into our own plain data here, or into a reason why that cannot be done.
+their channels. Its groups are converted to plain data here, or to a reason why that is impossible.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from pliant.structure.layers import (
 def channel_candidates(
     model: nn.Module, inputs: Inputs, calls: Counter[nn.Module]
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Return the groups that torch-pruning proposes and that can be read, and a reason for each other layer.
+    """Return the groups that torch-pruning proposes and that can be converted, and a reason for each other layer.
 
     Args:
         model: a copy; all its parameters are set to require a gradient.
-        inputs: what it is called on.
+        inputs: the inputs to call it on.
         calls: the result of :func:`~pliant.calling.count_calls` on this model.
     """
     model.requires_grad_(True)  # torch-pruning traces along gradients; frozen layers would be invisible
@@ -120,10 +120,10 @@ def _dependency_graph(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    """Return whether the graph shall not look inside: attention is full of reshapes that torch-pruning misreads.
+    """Return whether the graph should not look inside: torch-pruning misreads the many reshapes of attention.
 
-    What leaves attention are heads, and those are found without the graph. A module that holds more layers than the
-    projections and the output (a whole block, say) is looked into all the same.
+    Only heads can leave attention, and those are found without the graph. The graph does look into a module that holds
+    more layers than the projections and the output, such as a whole block.
     """
     attention = projections(module)
     if attention is None or isinstance(module, nn.MultiheadAttention):
@@ -132,7 +132,7 @@ def _is_opaque(module: nn.Module) -> bool:
 
 
 class _Opaque(torch.autograd.Function):
-    """Tells the graph which tensors a result came from, and not how."""
+    """A function that shows the graph which tensors a result depends on, but not how."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class _Place(NamedTuple):
 
 @dataclass(eq=False)
 class _Member:
-    """An axis of one node of the graph, known by the function that would prune it; ``channels``: position → channel."""
+    """An axis of one node of the graph, identified by its pruning function; ``channels``: position → channel."""
 
     node: Any
     handler: Any
@@ -162,11 +162,14 @@ class _Member:
 
 
 def _members(graph: Any, module: nn.Module) -> list[_Member]:
-    """Return everything that shares the outputs of ``module``.
+    """Return all axes that share the outputs of ``module``.
 
-    torch-pruning's own walk visits a node again for every new list of positions. Where a tensor is split and its
-    parts are multiplied, the positions run in circles and off the axis, and the walk does not end. This walk carries
-    on only with positions that it has not seen before, and raises ValueError where they lie beyond every axis.
+    torch-pruning's own walk visits a node again for every new list of positions. If a tensor is split and its parts are
+    multiplied, the positions run in circles and off the axis, and the walk does not end. This walk continues only with
+    positions that it has not seen before.
+
+    Raises:
+        ValueError: positions lie beyond every axis.
     """
     widest = max((axis.length for m in graph.model.modules() for axis in axes(m).values()), default=0)
     root = graph.module2node[module]
@@ -177,7 +180,7 @@ def _members(graph: Any, module: nn.Module) -> list[_Member]:
         node, handler, places = stack.pop()
         member = members.setdefault((node, handler), _Member(node, handler, {}))
         new = [place for place in places if place.idx not in member.channels]
-        if any(abs(place.idx) > 2 * widest for place in new):  # 2: a concatenation may be wider than what reads it
+        if any(abs(place.idx) > 2 * widest for place in new):  # 2: a concatenation may be wider than its reader
             raise ValueError("it is split into parts that are mixed with each other")
         member.channels.update((place.idx, place.root_idx) for place in new)
         for edge in node.dependencies if new else ():
@@ -190,7 +193,7 @@ def _members(graph: Any, module: nn.Module) -> list[_Member]:
 
 
 class _Reader:
-    """Reads one of torch-pruning's groups as our slots."""
+    """The conversion of torch-pruning's groups to slots."""
 
     def __init__(self, model: nn.Module, readable: nn.Module, graph: Any, calls: Counter[nn.Module]) -> None:
         self.graph, self.calls = graph, calls
@@ -200,7 +203,7 @@ class _Reader:
         self.free = {id(p): name for name, p in readable.named_parameters()}
 
     def read(self, members: list[_Member]) -> tuple[list[Slot], str | None]:
-        """Return the slots that could be read and, unless they are the whole group, the reason."""
+        """Return the slots that can be converted and, unless they are the whole group, the reason."""
         slots: list[Slot] = []
         reasons: list[str] = []
         at_end = False

@@ -1,8 +1,8 @@
-"""Attention heads as candidates for removal; nothing about them is believed until it is verified.
+"""Attention heads as candidates for removal, none of which is trusted until it is verified.
 
-The head ``h`` of an attention module leaves as the rows of its queries, keys and values, and as the columns of
-the output projection that read it. Which rows these are depends on how a packed projection is laid out, and the
-output projection need not lie in the module; what cannot be seen is offered as alternatives.
+A head of an attention module consists of the rows of its queries, keys and values, and of the columns of the output
+projection that read it. Which rows these are depends on the layout of a packed projection, and the output projection
+need not lie in the module; if the model does not show it, there are several alternatives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ _MOST = 3  # output projections to try; the right one has always been the first 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An attention module, the layers that make its heads, and the groups that these may form, the likeliest first."""
+    """An attention module that may lose heads.
+
+    Args:
+        module: name of the attention module.
+        layers: names of the layers that produce its heads.
+        alternatives: the groups that the heads may form, the likeliest first.
+    """
 
     module: str
     layers: tuple[str, ...]
@@ -31,7 +37,7 @@ class Site:
 
 
 def attention_sites(model: nn.Module, calls: Counter[nn.Module]) -> tuple[list[Site], dict[str, str]]:
-    """Return the attention modules that may lose heads, and the reason by layer for the projections of the others.
+    """Return the attention modules that may lose heads; and layer → reason for the projections of the others.
 
     Args:
         model: any module; not changed.
@@ -60,7 +66,7 @@ def attention_sites(model: nn.Module, calls: Counter[nn.Module]) -> tuple[list[S
 
 
 def projection_layers(model: nn.Module) -> list[str]:
-    """Return the names of all layers that make the heads of an attention module."""
+    """Return the names of all layers that produce the heads of an attention module."""
     names: dict[str, None] = {}
     for name, module in model.named_modules():
         attention = projections(module)
@@ -76,7 +82,7 @@ def _join(*parts: str) -> str:
 
 
 def _unfit(model: nn.Module, layers: tuple[str, ...], tied: frozenset[int], calls: Counter[nn.Module]) -> str | None:
-    """Return why heads cannot be cut out of the layers, or None."""
+    """Return why heads cannot be removed from the layers, or None."""
     for name in layers:
         module = model.get_submodule(name)
         if isinstance(module, nn.MultiheadAttention):
@@ -91,7 +97,7 @@ def _unfit(model: nn.Module, layers: tuple[str, ...], tied: frozenset[int], call
 
 
 def _multihead_obstacle(module: nn.MultiheadAttention, tied: frozenset[int]) -> str | None:
-    """Return why the packed weight is not simply the module's own, or None; the forward is replaced with it."""
+    """Return why the packed weight may not be cut, or None; cutting it also replaces the forward."""
     if not type(module).__module__.startswith(("torch.nn", "pliant.")) or "forward" in vars(module):
         return f"is a {type(module).__name__} with a forward of its own"
     if any(id(p) in tied for p in module.parameters(recurse=False)):
@@ -118,10 +124,10 @@ def _outputs(model: nn.Module, name: str, attention: Projections, tied: frozense
 
 
 def _groups(model: nn.Module, name: str, attention: Projections, output: str) -> list[ChannelGroup]:
-    """Return the group of heads that ``output`` reads, for each way in which packed rows may be laid out."""
+    """Return the group of heads that ``output`` reads, one for each possible layout of packed rows."""
     heads = attention.heads
     consumer = _slot(model, output, "inputs", _runs(heads, axis_length(model.get_submodule(output), "inputs")))
-    # The module comes first: when channels are cut it is known by its projections, as long as they are whole.
+    # The module comes first: it is recognised by its projections, so it must be updated before they are cut.
     counter = () if attention.query == "" else (_slot(model, name, "outputs", _runs(heads, heads)),)
     layers = [_join(name, child) for child in dict.fromkeys((attention.query, attention.key, attention.value))]
     if not attention.packed:
@@ -143,7 +149,7 @@ def _groups(model: nn.Module, name: str, attention: Projections, output: str) ->
 
 
 def _runs(heads: int, length: int) -> Tensor:
-    """Return ``length`` positions in order, split into one row for each head."""
+    """Return the positions 0 … length − 1, split into one row for each head: (heads, length/heads)."""
     return torch.arange(length).view(heads, -1)
 
 

@@ -37,9 +37,9 @@ class Axis:
     """One axis of a layer.
 
     Args:
-        length: number of entries.
-        tensors: the (tensor, dim) pairs that hold them.
-        attributes: (name, amount per entry) of the layer's numbers that count them.
+        length: number of positions.
+        tensors: the (tensor, dim) pairs that lie along the axis.
+        attributes: (name, amount per position) of the layer's integers that count them.
     """
 
     length: int
@@ -48,11 +48,11 @@ class Axis:
 
 
 def axes(module: nn.Module) -> dict[AxisName, Axis]:
-    """Return the axes along which channels can be taken out of ``module``; empty for layers of unknown types.
+    """Return the axes along which channels can be removed from ``module``; empty for layers of unknown types.
 
-    A BatchNorm, a PReLU and a depthwise convolution hand each channel on: they have the outputs axis only.
-    Convolutions with other groups have no axis, because a channel is tied to its place in its group. An attention
-    module counts its heads, which lie in its projections; ``nn.MultiheadAttention`` holds their rows itself.
+    A BatchNorm, a PReLU and a depthwise convolution pass each channel on: they have only the outputs axis. Other
+    grouped convolutions have no axis, because a channel is tied to its place in its group. An attention module counts
+    its heads, which lie in its projections; ``nn.MultiheadAttention`` holds their rows itself.
     """
     outputs: AxisName = "outputs"
     inputs: AxisName = "inputs"
@@ -98,20 +98,20 @@ def tensors_along(module: nn.Module, name: str, axis: AxisName) -> tuple[tuple[s
 
 
 def complement(module: nn.Module, axis: AxisName, positions: Tensor) -> Tensor:
-    """Return the positions on an axis that are not among the given ones (int64), ascending."""
+    """Return the positions on an axis that are not in ``positions``; int64 (n,), ascending."""
     mask = torch.ones(axis_length(module, axis), dtype=torch.bool)
     return mask.index_fill_(0, positions, False).nonzero().flatten()
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every convolution and linear layer once, under its first name; ``Conv1D`` is a linear one."""
+    """Yield every convolution and linear layer once, under its first name; ``Conv1D`` is a linear layer."""
     for name, module in model.named_modules():
         if _is_layer(module):
             yield name, module
 
 
 def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what :func:`named_layers` does, and PyTorch's attention, of which only heads can leave."""
+    """Yield the layers of :func:`named_layers` and PyTorch's attention modules, which only heads can leave."""
     for name, module in model.named_modules():
         if _is_layer(module) or isinstance(module, nn.MultiheadAttention):
             yield name, module
@@ -126,7 +126,7 @@ def other_matrices(model: nn.Module) -> list[tuple[str, str]]:
     others = []
     for name, module in model.named_modules():
         matrices = [child for child, p in module._parameters.items() if p is not None and p.dim() > 1]
-        known = _is_layer(module) or isinstance(module, parametrize.ParametrizationList)  # the layer it is in is named
+        known = _is_layer(module) or isinstance(module, parametrize.ParametrizationList)  # its layer is named
         if matrices and not known:
             kind = type(module).__name__
             others.append((name, f"holds {', '.join(matrices)} as a {kind}, which is no convolution or linear layer"))
@@ -134,11 +134,11 @@ def other_matrices(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def untransposed(module: nn.Module) -> nn.Module:
-    """Return ``module``, or for a ``Conv1D`` the linear layer that computes the same; its weight is a view."""
+    """Return ``module``, or for a ``Conv1D`` the equivalent linear layer, whose weight is a view."""
     if not is_conv1d(module):
         return module
     weight, bias = module._parameters["weight"], module._parameters["bias"]
-    assert weight is not None  # the caller has asked for an obstacle
+    assert weight is not None  # callers rule this out by obstacle()
     columns, rows = weight.shape
     linear = nn.Linear(columns, rows, bias=bias is not None, device="meta").train(module.training)
     linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
@@ -171,7 +171,7 @@ def obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:
 
 
 def tied_parameters(model: nn.Module) -> frozenset[int]:
-    """Return the ids of all parameters that two different modules, or two names of one, hold in common."""
+    """Return the ids of all parameters that two modules share, or that one module holds under two names."""
     owners: dict[tuple[Any, ...], list[int]] = {}
     for module in model.modules():
         for p in module._parameters.values():
@@ -182,7 +182,7 @@ def tied_parameters(model: nn.Module) -> frozenset[int]:
 
 
 def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
-    """Reduce ``module`` in place to the positions ``keep`` (int64, ascending) of one axis."""
+    """Reduce ``module`` in place to the positions ``keep``, int64 (n,), ascending, of one axis."""
     shortened = axes(module)[axis]
     for name, dim in shortened.tensors:
         old = getattr(module, name)
@@ -198,7 +198,7 @@ def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
 
 
 def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:
-    """Set the parameters of ``module`` at the positions ``gone`` (int64) of one axis to zero, in place."""
+    """Set the parameters of ``module`` at the positions ``gone``, int64 (n,), of one axis to zero, in place."""
     with torch.no_grad():
         for name, dim in axes(module)[axis].tensors:
             parameter = module._parameters.get(name)

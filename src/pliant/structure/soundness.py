@@ -1,4 +1,4 @@
-"""Which of many things hold together: found by bisection, in few trials where most of them do."""
+"""The largest part of a list that is sound together, found by bisection in few checks if most items are sound."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def largest_sound(
 ) -> tuple[list[Item], list[tuple[Item, str]]]:
     """Split ``items`` into a list that is sound as a whole and the rest, each with its fault.
 
-    Where all is well there is one trial; a single bad item among n costs about 2·log2(n) trials.
+    If all items are sound together, ``fault`` is called once; a single bad item among n costs about 2·log2(n) calls.
 
     Args:
-        items: in the order of preference.
-        fault: from a list of items to the reason why they do not hold together, None if they do.
+        items: the items, in order of preference.
+        fault: returns the reason why a list of items is not sound together, None if it is.
     """
     failed: list[tuple[Item, str]] = []
 

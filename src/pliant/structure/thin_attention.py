@@ -1,6 +1,6 @@
-"""Attention that has lost heads: ``nn.MultiheadAttention`` whose heads together are narrower than its inputs.
+"""Attention after removal of heads: ``nn.MultiheadAttention`` whose heads together are narrower than its inputs.
 
-An attention module with layers as projections works on with smaller layers. PyTorch's own needs another forward pass.
+An attention module with layers as projections still works with smaller layers. PyTorch's own needs another forward.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 class ThinAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose heads together are narrower than its inputs.
 
-    PyTorch's own forward takes the number of channels of all heads to be the ``embed_dim`` of the inputs. Here
-    it is ``num_heads · head_dim``, with in_proj_weight (3·num_heads·head_dim, embed_dim) and out_proj from
+    PyTorch's own forward assumes that the heads have as many channels as the inputs, ``embed_dim``. Here they have
+    ``num_heads · head_dim``, with in_proj_weight (3·num_heads·head_dim, embed_dim) and out_proj from
     num_heads·head_dim to embed_dim channels. Calls, results and the names in the state_dict are the same, except
-    that attention weights are the mean over the heads that are left.
+    that attention weights are the mean over the remaining heads.
 
-    Made by :func:`thin`, never constructed.
+    :func:`thin` converts a module to this class; it is never constructed.
     """
 
     def forward(
@@ -59,14 +59,15 @@ class ThinAttention(nn.MultiheadAttention):
             shares = shares.mean(1) if average_attn_weights else shares
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        # Not called, as in the dense module: nn.TransformerEncoder reads its weight, so the layer must not be replaced.
+        # As in the dense module, out_proj is not called: nn.TransformerEncoder reads its weight, so that the layer must
+        # not be replaced.
         output = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(0), None if shares is None else shares.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), shares
 
     def _mask(self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-        """Return the sum of both masks, −inf where a boolean one is True, to be added to the scores."""
+        """Return the sum of both masks, to be added to the scores; −inf where a boolean mask is True."""
         parts = []
         if attn_mask is not None:
             parts.append(attn_mask.unflatten(0, (len(q), self.num_heads)) if attn_mask.dim() == 3 else attn_mask)
@@ -80,7 +81,7 @@ class ThinAttention(nn.MultiheadAttention):
         return total
 
     def _nested(self, x: Tensor) -> Tensor:
-        """Attend within a nested batch, which ``nn.TransformerEncoder`` makes of padded sequences."""
+        """Attend within a nested batch, which ``nn.TransformerEncoder`` builds from padded sequences."""
         lengths = [len(sequence) for sequence in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         places = torch.arange(padded.shape[1], device=padded.device)
@@ -90,7 +91,7 @@ class ThinAttention(nn.MultiheadAttention):
 
 
 def thin(module: nn.MultiheadAttention) -> None:
-    """Let ``module`` work with the heads that its in_proj_weight has, in place."""
+    """Let ``module`` work with the number of heads that its in_proj_weight has, in place."""
     module.__class__ = ThinAttention
     module.num_heads = len(module.in_proj_weight) // (3 * module.head_dim)
     module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its fused kernel

@@ -1,19 +1,19 @@
-"""Coupled channels: what has to leave a network together with a filter or a head, and the proof that it may.
+"""Coupled channels: everything that must leave a network together with a filter or a head, verified numerically.
 
 Removing output channel ``c`` of a convolution also removes its bias, the scale, shift and statistics of the
 BatchNorm behind it, the same channel of every convolution that a residual connection adds to it (the
 *producers*), and the input columns of every layer that reads it (the *consumers*). A neuron of a gated MLP has
 two producers; an attention head has the rows of its queries, keys and values as producers, and the columns of
-the output projection as consumer. A :class:`~pliant.structure.ChannelGroup` says
-this for all channels, neurons or heads of one such set of layers, as plain data::
+the output projection as consumer. A :class:`~pliant.structure.ChannelGroup` describes this, as plain data, for all
+channels, neurons or heads of one set of layers::
 
     coupled_channels(model, example_inputs) -> Structure(groups, refused)
 
-Where the candidates come from (``channels`` reads torch-pruning's graph, ``heads`` looks for attention modules)
-does not matter, because every group is tried on a copy of the model in float64 with random weights and BatchNorm
-statistics. Without half of the channels, the small network must equal its *masked twin*, the network of the old shape
-in which only the consumers' input columns are zero. (A zeroed filter makes no twin: the BatchNorm shift behind it still
-flows.) What fails is refused by name with the reason.
+The source of the candidates (``channels`` reads torch-pruning's graph, ``heads`` looks for attention modules) need not
+be trusted, because every group is tried on a copy of the model in float64 with random weights and BatchNorm statistics.
+Without half of the channels, the small network must equal its *masked twin*, the network with dense shapes in which
+only the consumers' input columns are zero. (Zeroing filters would not give a twin: the BatchNorm shift behind them
+still flows.) Layers of groups that fail are refused by name with the reason.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ _TOLERANCE = 1e-8  # relative; float64 networks of a hundred layers agree to abo
 def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
     """Find and verify the groups of channels, neurons and heads that can be removed from ``model``.
 
-    The model, its gradients and the random number generators are left as they are. A model that cannot be traced gives
-    no groups except those of heads, and a reason for each other layer.
+    The model, its gradients and the random number generators do not change. If the model cannot be traced, the only
+    groups are heads, and each other layer is refused with the reason.
 
     Args:
         model: any module.
         example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments that the model takes in eval mode.
+
+    Returns:
+        The verified groups, and (layer, reason) for all other layers.
 
     Raises:
         BadInput: the model cannot be called with the example.
@@ -74,7 +77,15 @@ def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
 
 
 def positions(groups: Sequence[ChannelGroup], channels: Sequence[Tensor]) -> dict[tuple[str, AxisName], Tensor]:
-    """Return the positions on each axis of each layer that belong to the given channels (int64) of each group."""
+    """Return the positions on the axes of layers that belong to some channels of each group.
+
+    Args:
+        groups: the groups.
+        channels: for each group, int64 (n,), indices of channels.
+
+    Returns:
+        (layer, axis) → int64 (m,), the positions.
+    """
     parts: dict[tuple[str, AxisName], list[Tensor]] = {}
     for group, chosen in zip(groups, channels, strict=True):
         for slot in group.slots:
@@ -86,11 +97,11 @@ def _places(group: ChannelGroup) -> set[tuple[str, AxisName]]:
     return {(slot.module, slot.axis) for slot in group.slots}
 
 
-# --- verification -----------------------------------------------------------------------------------------
+# --- verification -----------------------------------------------------------------------------------------------------
 
 
 def _sound_heads(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Return the first alternative of each site that is sound, and the reason by layer where no alternative is."""
+    """Return the first sound alternative of each site; and layer → reason for sites without one."""
     sound: list[ChannelGroup] = []
     reasons: dict[str, str] = {}
     open_sites = list(sites)
@@ -115,20 +126,20 @@ def _sound_heads(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> tup
 
 
 def _first_two(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Return the first two samples, where the model takes them: two images prove as much as two hundred."""
+    """Return the first two samples if the model accepts them: two images prove as much as two hundred."""
     tensors = tensors_of(inputs)
     if any(x.dim() == 0 or len(x) <= 2 or len(x) != len(tensors[0]) for x in tensors):
         return inputs
     few = map_tensors(lambda x: x[:2], inputs)
     try:
         run(model, few)
-    except Exception:  # dim 0 is not a batch, or its size is fixed: the whole example is known to run
+    except Exception:  # dim 0 is not a batch, or its size is fixed; the whole example is known to run
         return inputs
     return few
 
 
 def _random_like(inputs: Inputs) -> Inputs:
-    """Return float64 noise for every floating-point input; integers, and what is named a mask, keep their values."""
+    """Return float64 noise for every floating-point input; integers and inputs named as masks keep their values."""
 
     def noise(x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -145,9 +156,9 @@ def _random_like(inputs: Inputs) -> Inputs:
 
 
 def _randomise(model: nn.Module) -> None:
-    """Turn ``model`` to float64 and draw the weights of its known layers anew, in place.
+    """Convert ``model`` to float64 and redraw the weights of its known layers, in place.
 
-    Trained weights may be sparse, and a mistake among zeros would not show.
+    Trained weights may be sparse, and zeros would hide a mistake.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -162,7 +173,7 @@ def _randomise(model: nn.Module) -> None:
         for module in model.modules():
             weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
             if isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module):
-                if weight is not None:  # None where a parametrisation computes it
+                if weight is not None:  # None if a parametrisation computes it
                     fan_in = weight.numel() // max(1, len(weight.T if is_conv1d(module) else weight))
                     normal(weight, (2.0 / max(1, fan_in)) ** 0.5)
                 if bias is not None:
@@ -183,7 +194,7 @@ def _randomise(model: nn.Module) -> None:
 
 
 def _fault(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Inputs) -> str | None:
-    """Remove half of the channels of ``groups`` from a copy; None if that equals the masked twin."""
+    """Remove half of the channels of ``groups`` from a copy; return None if it equals the masked twin, else why not."""
     generator = torch.Generator().manual_seed(2)
     halves = [torch.randperm(group.channels, generator=generator)[: group.channels // 2] for group in groups]
     removed = positions(groups, halves)
