@@ -69,38 +69,72 @@ def constrain(
     for rule in rules:
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[1], Preset | None)):
             raise BadInput(f"a rule is a pair of a pattern or predicate and a preset or None, got {rule!r}")
-    groups: dict[str, dict[str, Any]] = {}
-    unmatched, misfit, used = [], [], set()
     trainable = _trainable(model)
-    joint = {}
+    if not trainable:
+        raise BadInput("this model has no trainable parameter")
+    used: set[int] = set()  # indices of rules
+    joint = _joint_groups(model, rules, coupled, trainable, pretrained, used)
+    taken = {p for group in joint for p in group["params"]}
+    rest = {p: names for p, names in trainable.items() if p not in taken}
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter, (name, preset) in _presets(model, rules, default, rest, used).items():
+        ball = None if preset is None else _make_ball(preset, name, parameter, _owner(model, name), pretrained)
+        # A group without a ball takes the optimizer's default of weight_decay.
+        decay = {} if ball is None else {"weight_decay": 0.0}
+        group = groups.setdefault(repr(ball), {"params": [], "param_names": [], "ball": ball, **decay})
+        group["params"].append(parameter)
+        group["param_names"].append(rest[parameter][0])
+    for index, (selector, _) in enumerate(rules):
+        if index not in used:
+            warnings.warn(f"rule {index + 1} ({selector!r}) decides for no parameter of this model", stacklevel=2)
+    result = [*joint, *groups.values()]
+    for group in result:
+        group["ball"] = None if group["ball"] is None else group["ball"].to_spec()
+    return result
+
+
+def _joint_groups(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    coupled: Sequence[CoupledChannels],
+    trainable: dict[Tensor, list[str]],
+    pretrained: bool,
+    used: set[int],
+) -> list[dict[str, Any]]:
+    """Return a parameter group for each group of channels whose first weight gets a preset for coupled channels."""
+    by_name = {name: p for p, names in trainable.items() for name in names}
+    result: dict[str, dict[str, Any]] = {}
     for channels in coupled:
-        members = _members(channels, {name: p for p, names in trainable.items() for name in names})
-        decision = _choose(model, rules, [members[0][0]], members[0][1]) if members else None
-        preset = rules[decision[0]][1] if decision else None
-        if decision and preset and preset.coupled:
-            used.add(decision[0])
-            joint[channels.name] = _coupled_group(model, preset, channels, members, pretrained)
-    taken = {p for group in joint.values() for p in group["params"]}
+        members = _members(channels, by_name)
+        choice = _choose(model, rules, [members[0][0]], members[0][1]) if members else None
+        preset = rules[choice[0]][1] if choice else None
+        if choice and preset and preset.coupled:
+            used.add(choice[0])
+            result[channels.name] = _coupled_group(model, preset, channels, members, pretrained)
+    return list(result.values())
+
+
+def _presets(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    default: Preset | None,
+    trainable: dict[Tensor, list[str]],
+    used: set[int],
+) -> dict[Tensor, tuple[str, Preset | None]]:
+    """Return for each parameter the name that decided and its preset; raises BadInput where nothing fits."""
+    unmatched, misfit = [], []
+    result: dict[Tensor, tuple[str, Preset | None]] = {}
     for parameter, names in trainable.items():
-        if parameter in taken:
-            continue
         choice = _choose(model, rules, names, parameter)
-        name, preset = names[0], default
         if choice is not None:
             used.add(choice[0])
-            name, preset = choice[1], rules[choice[0]][1]
+            result[parameter] = choice[1], rules[choice[0]][1]
         elif default is _UNMATCHED:
-            unmatched.append(name)
-            continue
-        elif default is not None and default.structured and not _is_matrix(_owner(model, name), parameter):
-            misfit.append(name)
-            continue
-        ball = None if preset is None else _make_ball(preset, name, parameter, _owner(model, name), pretrained)
-        group = groups.setdefault(repr(ball), {"params": [], "param_names": [], "ball": ball, "weight_decay": 0.0})
-        if ball is None:
-            group.pop("weight_decay", None)  # a group without a ball takes the optimizer's default
-        group["params"].append(parameter)
-        group["param_names"].append(names[0])
+            unmatched.append(names[0])
+        elif default is not None and default.structured and not _is_matrix(_owner(model, names[0]), parameter):
+            misfit.append(names[0])
+        else:
+            result[parameter] = names[0], default
     if unmatched:
         raise BadInput(
             f"no rule matches {', '.join(unmatched)}: add a rule, or default=None to train them without a ball"
@@ -110,14 +144,6 @@ def constrain(
             f"the default preset is for weight matrices, not for {', '.join(misfit)}: make it a rule ('*', preset), "
             "and the default None or pliant.l2()"
         )
-    for index, (selector, _) in enumerate(rules):
-        if index not in used:
-            warnings.warn(f"rule {index + 1} ({selector!r}) decides for no parameter of this model", stacklevel=2)
-    if not groups and not joint:
-        raise BadInput("this model has no trainable parameter")
-    result = [*joint.values(), *groups.values()]
-    for group in result:
-        group["ball"] = None if group["ball"] is None else group["ball"].to_spec()
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pliant.compression.base import check_ratio
-from pliant.compression.budgets import one_budget
+from pliant.compression.budgets import Budget, one_budget
 from pliant.compression.by_name import check_names
 from pliant.compressor_names import CALIBRATION, SCHEME, check_pattern, factorises, names_in_help, takes_pattern
 from pliant.errors import BadInput
@@ -97,13 +97,19 @@ def compress_run(
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
     if max_drop is not None and precision != "auto":  # the accuracy that it asks for is measured in this precision
         label = f"{precision}-{label}"
-    name = "-".join([source.name, compressor.replace(":", "."), *_unusual(bench), label])
-    folder = Path(out) if out else source.path.resolve().with_name(name)
+    folder = Path(out) if out else source.path.resolve().with_name(_name(bench, label))
     remove_leftovers(folder)
     if folder.exists():
         raise BadInput(f"--out: {folder} exists: choose another --out, or remove it")
     if (source.path / PLAN).exists():
         raise BadInput(f"{run} is compressed already: give the run folder it was made from")
+    _write(folder, bench, size, budget)
+    return folder
+
+
+def _write(folder: Path, bench: Workbench, size: dict[str, Any], budget: Budget | None) -> None:
+    """Make the folder of the compressed network, and say what it holds."""
+    source = bench.run
     with making_folder(folder) as fresh:  # first, so that a place that cannot be written to is noticed soon
         network, plan, record = bench.measure(**size) if budget is None else bench.fit(budget)
         save_weights(network, fresh / WEIGHTS)
@@ -115,7 +121,11 @@ def compress_run(
     console.print(str(plan), markup=False)
     console.print(describe(record), markup=False)
     console.print(f"{folder}  {record.bytes_dense:,} -> {record.bytes:,} bytes", markup=False)
-    return folder
+
+
+def _name(bench: Workbench, label: str) -> str:
+    """Return the name of a folder whose name nobody has chosen; ``label`` says the size."""
+    return "-".join([bench.run.name, bench.compressor.replace(":", "."), *_unusual(bench), label])
 
 
 def _unusual(bench: Workbench) -> list[str]:
