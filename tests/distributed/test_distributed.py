@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from .cases import CASES
 from .launching import torchrun
+from .model_cases import CASES
 
 
 @pytest.fixture(scope="session")

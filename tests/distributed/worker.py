@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from .cases import CASES
 from .launching import leave
+from .model_cases import CASES
 
 
 def main(folder: Path, chosen: list[str]) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import pliant
 from pliant import measuring
-from pliant.cli import main
 from pliant.compression import (
     Chain,
     Compressor,
@@ -31,12 +30,8 @@ from pliant.compression import (
     SemiStructured,
 )
 from pliant.errors import BadInput, DamagedFile
-from pliant.experiments.compress import compress_run
 from pliant.experiments.networks import TransformerBlock
-from pliant.experiments.train import train
 from pliant.exporting import graph as tracing
-from pliant.exporting.folder import FORMATS
-from pliant.exporting.graph import Portable, max_difference
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -354,107 +349,6 @@ def test_weights_too_large_for_one_file_lie_beside_the_graph(tmp_path: Path, mon
     assert session.run(None, {"input": np.zeros((3, 64), np.float32)})[0].shape == (3, 64)
 
 
-# --- what cannot be exported ------------------------------------------------------------------------------------------
-
-
-def branches(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x) if x.sum() > 0 else x
-
-
-def fixed(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x).reshape(2, 2, 2)
-
-
-def counts(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x) if len(x) == 2 else x
-
-
-def pairs(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x) if len(x) % 2 else x
-
-
-def singular(layer: nn.Module, x: Tensor) -> Tensor:
-    return torch.linalg.svdvals(layer(x))
-
-
-def noisy(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x) + torch.rand(())
-
-
-def nothing(layer: nn.Module, x: Tensor) -> str:
-    return "no tensor"
-
-
-@pytest.mark.parametrize(
-    ("forward", "formats", "message"),
-    [
-        (branches, ["pt2"], r"pt2 and onnx .* cannot trace the model: its forward decides by the values of a tensor"),
-        (fixed, ["onnx"], r"resized to another batch, of shape \(3, 4\)|a batch of 2 only"),
-        (counts, ["pt2"], r"pt2 and onnx .* a batch of 2 only"),
-        (pairs, ["pt2"], r"pt2 and onnx .* batch"),
-        (singular, ["onnx"], r"^onnx: the graph cannot be converted: .*svd"),
-        (noisy, ["onnx"], r"^onnx: .*differs from the model by .* is its forward random"),
-        (nothing, ["pt2"], r"returns no tensor"),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_a_model_that_a_format_cannot_hold_is_told_in_one_line_and_leaves_nothing(
-    forward: Callable[..., Any], formats: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    torch.manual_seed(0)
-    with pytest.raises(BadInput, match=message) as caught:
-        pliant.export(Own(forward), tmp_path / "new" / "out", torch.ones(2, 4), formats)
-    assert len(str(caught.value).splitlines()) == 1
-    assert not any(tmp_path.glob("new/*"))
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("forward", [branches, fixed])
-def test_weights_alone_need_no_graph(forward: Callable[..., Any], tmp_path: Path) -> None:
-    pliant.export(Own(forward), tmp_path / "out", torch.ones(2, 4), ["safetensors"])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "export.json"}
-    assert manifest(tmp_path / "out")["inputs"][0]["shape"] == [2, 4]
-
-
-@pytest.mark.parametrize(
-    ("example", "message"),
-    [
-        (torch.ones(2, 3), r"cannot be called on the example of shape \(2, 3\)"),
-        (torch.ones(()), "batch dimension"),
-        (torch.ones(0, 4), "batch dimension"),
-        ({"y": torch.ones(2, 4)}, "cannot be called"),
-        ("x", "tensor or a tuple|tensor, a tuple"),
-        ((), "tensor or a tuple|tensor, a tuple"),
-    ],
-)
-def test_an_example_that_does_not_fit(example: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=message):
-        pliant.export(nn.Linear(4, 2), tmp_path / "out", example)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_plan_that_is_not_the_models(tmp_path: Path) -> None:
-    plan = FilterPruning(0.5).plan(build(), X)
-    with pytest.raises(BadInput, match="plan is for another model"):
-        pliant.export(build(), tmp_path / "out", X, ["safetensors"], plan=plan)
-
-
-@pytest.mark.parametrize(
-    ("formats", "message"),
-    [(["onx"], "did you mean 'onnx'"), ([], "at least one of"), ("onnx", "a list"), ([3], "unknown format")],
-)
-def test_formats_that_are_unknown(formats: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=message):
-        pliant.export(nn.Linear(4, 2), tmp_path / "out", torch.ones(2, 4), formats)
-
-
-def test_a_missing_package_is_named_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "PACKAGES", ("onnx", "package_that_nobody_has"))
-    with pytest.raises(BadInput, match=r"package_that_nobody_has: pip install 'pliant\[export\]'"):
-        pliant.export(nn.Linear(4, 2), tmp_path / "out", torch.ones(2, 4))
-    pliant.export(nn.Linear(4, 2), tmp_path / "out", torch.ones(2, 4), ["safetensors", "pt2"])
-
-
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
@@ -477,15 +371,6 @@ def test_an_export_is_replaced_only_when_asked_and_anything_else_never(tmp_path:
             pliant.export(nn.Linear(4, 2), target, torch.ones(2, 4), weights, overwrite=True)
     assert [path.name for path in precious.iterdir()] == ["thesis.tex"]
     assert {path.name for path in tmp_path.iterdir()} == {"out", "precious"}
-
-
-def test_a_failed_export_leaves_the_former_one(tmp_path: Path) -> None:
-    pliant.export(nn.Linear(4, 2), tmp_path / "out", torch.ones(2, 4), ["safetensors"])
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(BadInput):
-        pliant.export(Own(branches), tmp_path / "out", torch.ones(2, 4), ["safetensors", "pt2"], overwrite=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --- damaged and foreign folders --------------------------------------------------------------------------------------
@@ -511,102 +396,3 @@ def test_rebuilding_from_what_is_no_export_of_this_model(
         (folder / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(DamagedFile, match=name):
             pliant.rebuild(build(), folder)
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(model="mlp", epochs=1, batch_size=256, precision="fp32", out=str(tmp_path_factory.mktemp("r") / "run"))
-
-
-def test_a_run_and_a_compressed_folder_are_exported(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = tmp_path / "small"
-    compress_run(run, "filters", ratio=0.5, calibration=64, out=str(small))
-    capsys.readouterr()
-    for source, formats in ((run, "pt2,safetensors"), (small, "safetensors, onnx")):
-        out = tmp_path / f"{source.name}-out"
-        assert main(["export", str(source), "--out", str(out), "--formats", formats]) == 0
-        assert capsys.readouterr().out.strip() == str(out)
-        assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-        network, loaded = pliant.load(source), pliant.load(out)
-        torch.testing.assert_close(loaded.state_dict(), network.state_dict(), rtol=0, atol=0)
-        assert manifest(out)["model"] == "mlp"
-    images = torch.rand(3, 1, 8, 8)
-    (logits,) = tracing.onnx_session(out / "model.onnx").run(None, {"input": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), network(images).detach(), rtol=1e-4, atol=1e-5)
-    assert (tmp_path / "small-out" / "plan.json").exists()
-
-
-def test_the_default_folder_lies_beside(run: Path) -> None:
-    assert main(["export", str(run), "--formats", "safetensors"]) == 0
-    beside = run.with_name("run-export")
-    assert manifest(beside)["files"].keys() == {"model.safetensors", "config.yaml", "shape.json"}
-    assert main(["export", str(run), "--formats", "safetensors", "--overwrite"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere"], "not a run folder"),
-        (["nowhere", "--formats", "onx"], "did you mean 'onnx'"),
-        (["nowhere", "--formats", ","], "at least one of"),
-        (["nowhere", "--format", "onnx"], "did you mean --formats?"),
-        ([], "folder"),
-    ],
-)
-def test_bad_commands_get_one_line(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = main(["export", *arguments])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert code == 2
-    assert message in line
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_run_is_one_line_and_leaves_nothing(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(run, broken)
-    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-8])
-    assert main(["export", str(broken), "--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "model.safetensors is damaged" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
-
-
-# --- the parts --------------------------------------------------------------------------------------------------------
-
-
-def test_difference_by_hand() -> None:
-    inf, nan = torch.inf, torch.nan
-    assert max_difference(torch.tensor([1.0, -3.0]), torch.tensor([1.5, -3.0])) == (0.5, 3.0)
-    assert max_difference(torch.tensor([inf, nan, 1.0]), torch.tensor([inf, nan, 1.0])) == (0.0, 1.0)
-    assert max_difference(torch.tensor([nan]), torch.tensor([1.0]))[0] == inf
-    assert max_difference(torch.tensor([inf]), torch.tensor([-inf]))[0] == inf
-    assert max_difference(torch.tensor([True, False]), torch.tensor([True, True])) == (1.0, 1.0)
-    assert max_difference(torch.empty(0), torch.empty(0)) == (0.0, 0.0)
-
-
-def test_a_batch_of_one_is_no_constant() -> None:
-    portable = Portable(nn.Linear(4, 2), torch.ones(1, 4))
-    assert portable.batch == 2
-    for batch in (1, 2, 7):
-        assert portable.program.module()(torch.ones(batch, 4)).shape == (batch, 2)
-
-
-def test_formats_are_those_of_the_documentation() -> None:
-    assert FORMATS == ("safetensors", "pt2", "onnx")

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from pliant import SFW, KSparse, Lp, NormBall, Spectral, linalg
+from pliant import SFW, KSparse, Lp, NormBall, Spectral
 from pliant.errors import BadInput
 from pliant.experiments import baselines
 from pliant.experiments.baselines import (
@@ -21,33 +20,16 @@ from pliant.experiments.baselines import (
     Q3R,
     SSL,
     TRP,
-    Composition,
-    Conditioned,
-    CondLR,
     CrAM,
     MatrixSGD,
     Muon,
     NuMuon,
     Scion,
     SpectralDecay,
-    cycles,
-    factorise,
-    merged,
-    rates,
-    retrain,
 )
 from pliant.experiments.baselines import matrices as mat
-from pliant.experiments.baselines.condlr import condition_, near_mean
 from pliant.experiments.baselines.numuon import k_of_step
 from pliant.experiments.baselines.trp import needed
-
-
-@pytest.fixture(autouse=True)
-def in_float64() -> Any:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -71,74 +53,6 @@ def stepped(method: Callable[..., MatrixSGD], p: nn.Parameter, **options: Any) -
     copied.grad = None if p.grad is None else p.grad.clone()
     method([group(copied)], lr=0.1, momentum=0.0, **options).step()
     return copied.detach()
-
-
-# --- matrices ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layer", "row_dim", "blocks", "shape"),
-    [
-        (nn.Linear(5, 4), 0, 1, (1, 4, 5)),
-        (nn.Conv2d(6, 4, (2, 3)), 0, 1, (1, 4, 36)),
-        (nn.Conv2d(6, 4, 3).to(memory_format=torch.channels_last), 0, 1, (1, 4, 54)),
-        (nn.Conv2d(6, 4, 3, groups=2), 0, 2, (2, 2, 27)),
-        (nn.ConvTranspose2d(6, 4, 3), 1, 1, (1, 4, 54)),
-    ],
-)
-def test_weights_are_read_as_matrices_and_written_back(
-    layer: nn.Module, row_dim: int, blocks: int, shape: tuple[int, ...]
-) -> None:
-    w = layer.weight.detach()
-    read = mat.as_matrices(w, row_dim, blocks)
-    assert read.shape == shape
-    torch.testing.assert_close(read.flatten(0, 1)[1], w.select(row_dim, 1).flatten())
-    out = torch.zeros_like(w)
-    mat.write_matrices(read, out, row_dim)
-    assert torch.equal(out, w)
-
-
-@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
-def test_decompositions_multiply_to_the_matrix(shape: tuple[int, int]) -> None:
-    a = torch.randn(3, *shape)
-    u, s, vh = mat.svd(a)
-    assert u.shape == (3, shape[0], min(shape))
-    torch.testing.assert_close((u * s[:, None]) @ vh, a)
-    assert (s.diff() <= 0).all()
-
-
-@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
-def test_the_iteration_finds_the_polar_factor(shape: tuple[int, int]) -> None:
-    a = of_singular_values([1.0, 0.7, 0.5, 0.2, 0.05, 0.004], *shape)[None]
-    exact = mat.polar_by_svd(a)
-    # The largest error of a singular value from 1/500 of the Frobenius norm upwards is 6e-4.
-    assert torch.linalg.matrix_norm(linalg.polar(a) - exact, 2) < 7e-4
-    assert 0.1 < torch.linalg.matrix_norm(linalg.polar(a, converging=0) - exact, 2) < 0.32
-    torch.testing.assert_close(linalg.polar(1e-3 * a), linalg.polar(a))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_iteration_can_be_asked_to_stay_inside(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for spread in (0.0, 1.0, 3.0, 8.0):  # powers of ten between the largest and the smallest column
-        a = torch.randn(20, 12, 30, generator=generator, dtype=torch.float64)
-        a = (a * torch.logspace(0, -spread, 12, dtype=torch.float64)[:, None]).to(dtype)
-        values = torch.linalg.svdvals(linalg.polar(a, inside=True))
-        assert values.max() <= 1 + 8 * torch.finfo(dtype).eps
-        assert values[..., 0].min() > 0.989
-        if spread == 0:
-            assert values.min() > 0.989
-    assert torch.linalg.svdvals(linalg.polar(a)).max() > 1 + 1e-6  # the other steps do not
-
-
-def test_polar_factors_of_singular_matrices_stay_singular() -> None:
-    a = of_singular_values([3.0, 1.0], 5, 4)[None]
-    for factor in (linalg.polar(a), mat.polar_by_svd(a)):
-        values = torch.linalg.svdvals(factor)[0]
-        torch.testing.assert_close(values[:2], torch.ones(2), rtol=0, atol=7e-4)
-        assert values[2] < 1e-10
-    for factor in (linalg.polar(0 * a), mat.polar_by_svd(0 * a)):
-        assert torch.equal(factor, 0 * a)
 
 
 # --- what all of them share -------------------------------------------------------------------------------------------
@@ -525,182 +439,6 @@ def test_cram_draws_every_share_from_torchs_generator(monkeypatch: pytest.Monkey
     torch.manual_seed(5)
     first = 10 * baselines.cram.SHARES[int(torch.randint(3, ()))]
     assert seen[0] == first
-
-
-# --- products ---------------------------------------------------------------------------------------------------------
-
-torch.manual_seed(0)  # these layers are made when the file is read, before the seed of a test
-LAYERS = [
-    (nn.Linear(5, 8), 0, 1),
-    (nn.Linear(8, 5), 0, 1),
-    (nn.Conv2d(3, 6, 3), 0, 1),
-    (nn.Conv2d(4, 6, 3, groups=2), 0, 2),
-    (nn.ConvTranspose2d(4, 6, 3), 1, 1),
-]
-
-
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize(("layer", "row_dim", "blocks"), LAYERS)
-def test_loritas_product_starts_as_an_initialisation_and_is_what_is_merged(
-    layer: nn.Module, row_dim: int, blocks: int, count: int
-) -> None:
-    model = nn.Sequential(copy.deepcopy(layer).double())
-    before = model[0].weight.detach().clone()
-    names = set(model.state_dict())
-    factors = factorise(model[0], Composition(before.shape, row_dim, blocks, count=count))
-    assert len(factors) == count
-    read = mat.as_matrices(before, row_dim, blocks)
-    torch.testing.assert_close(
-        torch.linalg.svdvals(mat.as_matrices(model[0].weight.detach(), row_dim, blocks)), torch.linalg.svdvals(read)
-    )
-    with torch.no_grad():
-        for _, p in factors:
-            p.add_(0.1 * torch.randn_like(p))
-    product = factors[0][1]
-    for _, p in factors[1:]:
-        product = product @ p
-    whole = merged(model)
-    x = torch.randn(2, layer.in_features) if isinstance(layer, nn.Linear) else torch.randn(2, layer.in_channels, 5, 5)
-    assert torch.equal(whole(x), model(x))
-    assert set(whole.state_dict()) == names
-    assert type(whole[0]) is type(layer)
-    torch.testing.assert_close(mat.as_matrices(whole[0].weight.detach(), row_dim, blocks), product.detach())
-    assert len(list(model.parameters())) == count + 1  # merging made a copy
-
-
-def test_decay_of_two_factors_is_decay_of_the_nuclear_norm() -> None:
-    model = nn.Sequential(nn.Linear(6, 4, bias=False))
-    target = of_singular_values([3.0, 1.5, 0.4, 0.2], 4, 6)
-    factorise(model[0], Composition(target.shape, 0, 1, count=2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
-    for _ in range(800):
-        optimizer.zero_grad()
-        functional.mse_loss(model[0].weight, target, reduction="sum").mul(0.5).backward()
-        optimizer.step()
-    # The least of ½‖W − T‖² + 0.5·‖W‖_* soft-thresholds the singular values of T at 0.5.
-    values = torch.linalg.svdvals(merged(model)[0].weight.detach())
-    torch.testing.assert_close(values, torch.tensor([2.5, 1.0, 0.0, 0.0]), rtol=0, atol=1e-6)
-
-
-def test_merging_leaves_other_models_and_parametrisations_alone() -> None:
-    plain = nn.Sequential(nn.Linear(3, 2))
-    assert merged(plain) is plain
-    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Linear(2, 2))
-    factorise(normed[1], Composition(torch.Size((2, 2)), 0, 1, count=2))
-    assert {name for name in merged(normed).state_dict() if name.startswith("0.")} == {
-        name for name in normed.state_dict() if name.startswith("0.")
-    }
-
-
-@pytest.mark.parametrize(("layer", "row_dim", "blocks"), LAYERS)
-def test_condlr_keeps_rank_and_condition(layer: nn.Module, row_dim: int, blocks: int) -> None:
-    model = nn.Sequential(copy.deepcopy(layer).double())
-    shape = model[0].weight.shape
-    factors = factorise(model[0], Conditioned(shape, row_dim, blocks, k=2, condition=3.0))
-    bias = model[0].bias
-    optimizer = CondLR([{"params": factors, "condition": 3.0}, {"params": [("bias", bias)]}], lr=0.1, momentum=0.9)
-    for _ in range(5):
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-        values = torch.linalg.svdvals(mat.as_matrices(merged(model)[0].weight.detach(), row_dim, blocks))
-        assert (values[:, 0] / values[:, 1]).max() <= 3 + 1e-12
-        assert values[:, 2:].max() < 1e-12
-    left, _, right = (p for _, p in factors)
-    torch.testing.assert_close(left.mT @ left, torch.eye(2).expand(blocks, 2, 2))
-    torch.testing.assert_close(right @ right.mT, torch.eye(2).expand(blocks, 2, 2))
-
-
-def test_condlr_changes_a_well_conditioned_product_no_further() -> None:
-    left, core, right = torch.randn(1, 6, 3), torch.randn(1, 3, 3), torch.randn(1, 3, 5)
-    product = left @ core @ right
-    condition_(left, core, right, condition=1e9)
-    torch.testing.assert_close(left @ core @ right, product)
-
-
-def test_condlr_moves_the_factors_no_further_than_the_step() -> None:
-    # LAPACK's Q has columns of its own sign; where one is the other way round, so would be the momentum.
-    left, right = (torch.linalg.qr(torch.randn(2, size, 3))[0] * torch.tensor([1.0, -1.0, 1.0]) for size in (6, 5))
-    factors = left, 2 * torch.eye(3).repeat(2, 1, 1), right.mT.contiguous()
-    for size in (0.0, 1e-3):
-        moved = [factor + size * torch.randn_like(factor) for factor in factors]
-        condition_(*moved, condition=4.0)
-        for now, before in zip(moved, factors, strict=True):
-            assert (now - before).norm() < 1e-5 + 20 * size
-
-
-def test_singular_values_are_clamped_around_their_mean() -> None:
-    # Mean 2, t = (3 − 1)/(3 + 1) = ½: the interval [1, 3], whose ends have the ratio 3.
-    s = torch.tensor([4.0, 2.5, 1.2, 0.3])
-    torch.testing.assert_close(near_mean(s, 3.0), torch.tensor([3.0, 2.5, 1.2, 1.0]))
-
-
-# --- retraining -------------------------------------------------------------------------------------------------------
-
-ORIGINAL = [0.1] * 50 + [0.01] * 25 + [0.001] * 25
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("FT", {0: 0.001, 10: 0.001, 19: 0.001}),
-        ("LRW", {0: 0.001, 19: 0.001}),
-        ("SLR", {0: 0.1 / 3, 1: 0.2 / 3, 2: 0.1, 10: 0.1, 11: 0.01, 15: 0.01, 16: 0.001, 19: 0.001}),
-        ("CLR", {0: 0.1 / 3, 2: 0.1, 11: 0.0505, 19: 0.001 + 0.0495 * (1 + math.cos(math.pi * 17 / 18))}),
-        ("LLR", {0: 0.1 / 3, 1: 0.2 / 3, 2: 0.1, 11: 0.05, 19: 0.1 / 18}),
-    ],
-)
-def test_learning_rates_of_retraining(schedule: str, expected: dict[int, float]) -> None:
-    found = rates(schedule, ORIGINAL, 20)
-    assert len(found) == 20
-    assert {step: found[step] for step in expected} == pytest.approx(expected)
-
-
-def test_a_squeezed_schedule_warms_up_once() -> None:
-    found = rates("SLR", [0.02, 0.06, *ORIGINAL], 20)
-    assert found == pytest.approx(rates("SLR", ORIGINAL, 20))
-
-
-def test_rewinding_repeats_the_end_of_the_training() -> None:
-    assert rates("LRW", ORIGINAL, 60) == ORIGINAL[40:]
-    assert rates("LRW", ORIGINAL, 100) == ORIGINAL
-
-
-@pytest.mark.parametrize(
-    ("schedule", "steps", "message"),
-    [("LRW", 101, "101 steps"), ("FT", 0, "0 steps"), ("LRR", 5, "did you mean")],
-)
-def test_retraining_that_cannot_be_is_refused(schedule: str, steps: int, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        rates(schedule, ORIGINAL, steps)
-
-
-@pytest.mark.parametrize("schedule", baselines.retraining.SCHEDULES)
-def test_a_single_step_of_retraining_has_a_rate(schedule: str) -> None:
-    (rate,) = rates(schedule, ORIGINAL, 1)
-    assert rate > 0
-
-
-def test_retraining_learns_and_keeps_zeros() -> None:
-    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)).eval()
-    x, y = torch.randn(40, 6), torch.randint(3, (40,))
-    with torch.no_grad():
-        model[0].weight[:, ::2] = 0
-        model[3].bias.zero_()  # a bias may be 0 by chance, and is free
-    before = functional.cross_entropy(model(x), y)
-    retrain(model, [(x, y)] * 30, rates("LLR", [0.3], 30))
-    assert functional.cross_entropy(model(x), y) < before - 0.3
-    assert torch.equal(model[0].weight[:, ::2], torch.zeros(16, 3))
-    assert (model[0].weight[:, 1::2] != 0).all()
-    assert (model[3].bias != 0).all()
-    assert not model.training
-    with pytest.raises(ValueError, match="zip"):
-        retrain(model, [(x, y)], [0.1, 0.1])
-
-
-def test_cycles_of_pruning_take_the_same_share_of_what_is_left() -> None:
-    assert cycles(0.875, 3) == pytest.approx([0.5, 0.75, 0.875])
-    assert cycles(0.7, 1) == pytest.approx([0.7])
 
 
 # --- torchao ----------------------------------------------------------------------------------------------------------
