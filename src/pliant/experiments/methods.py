@@ -1,9 +1,9 @@
-"""The training methods: ``--method NAME`` as a row of :data:`METHODS`, with the settings that are its own.
+"""The training methods: each ``--method NAME`` is a row of :data:`METHODS`, with its own settings.
 
-How a method may take part in a training:
+A method can take part in a training in three ways:
 
-* add a penalty, choose another direction, act after each step: inside its optimizer, whose state a checkpoint keeps;
-* take a second pass through the network in each step: ``passes=2``, the optimizer's ``step`` calls a closure;
+* add a penalty, choose another direction, act after each step: in its optimizer, whose state a checkpoint keeps;
+* take a second pass through the network in each step: with ``passes=2``, the optimizer's ``step`` calls a closure;
 * change the model before the training: in ``build``; :func:`~pliant.experiments.baselines.merged` undoes it at the end.
 
 A method of another package is a :class:`Method` or a subclass of ``MatrixSGD``, named ``package.module:name`` or by an
@@ -40,7 +40,7 @@ from pliant.experiments.training.settings import (
 from pliant.extensions import find
 
 RESERVED = ("out", "resume", "config", "print_config", "help", "others")
-"""Names that are no settings, but flags or keywords."""
+"""Names of flags and keywords that are not settings."""
 _FIELDS: dict[str, Any] = {
     "summary": str,
     "build": Callable,
@@ -54,18 +54,19 @@ _FIELDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method and the settings it takes where none are given.
+    """A training method and the defaults of its settings.
 
     Args:
-        summary: what it is, in a few words.
-        build: from the model, all settings and some images to the optimizer; may parametrise weights of the model.
-        lr: learning rate; None where it follows from ``turnover`` and the length of the training.
-        own: the settings that not every method has, with this one's defaults; None where it has one but needs none. A
+        summary: a description in a few words.
+        build: a function of the model, all settings and some images that returns the optimizer; it may parametrise
+            weights of the model.
+        lr: learning rate; None if it follows from ``turnover`` and the length of the training.
+        own: its own settings, those that not every method has, with their defaults; None for an optional setting. A
             setting that no other method has needs a default other than None, or a
-            :class:`~pliant.experiments.training.settings.Setting` in its place.
-        docs: what its own settings are, where it is not what all methods understand by that name.
+            :class:`~pliant.experiments.training.settings.Setting` instead of a default.
+        docs: descriptions of its own settings, if they differ from the common ones.
         passes: forward and backward passes per step.
-        cut_by: the compressors that its networks are made for; none for all.
+        cut_by: the compressors that suit its networks; empty for all.
         trials: settings to choose from in a comparison whose suite does not name the method.
     """
 
@@ -80,25 +81,25 @@ class Method:
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
-        """Its own settings, with its defaults and what they are, in the order of run folders."""
+        """Its own settings, with their defaults and descriptions, in the order of run folders."""
         names = [name for name in SETTINGS if name in self.own] + self.others
         return {name: self._setting(name, self.own[name]) for name in names}
 
     @property
     def others(self) -> list[str]:
-        """The names of those settings that it alone has."""
+        """The names of the settings that no other method has."""
         return [name for name in self.own if name not in SETTINGS]
 
     def _setting(self, name: str, value: Any) -> Setting:
-        given = value if isinstance(value, Setting) else Setting(value)
-        known = SETTINGS.get(name, given)
-        doc = self.docs.get(name) or given.doc or known.doc or "a setting of this method."
-        kind = type(given.default) if known.kind is None else known.kind
-        rule = known.rule if given.rule is None else given.rule
-        return dataclasses.replace(known, default=given.default, doc=doc, kind=kind | None, rule=rule)
+        own = value if isinstance(value, Setting) else Setting(value)
+        known = SETTINGS.get(name, own)
+        doc = self.docs.get(name) or own.doc or known.doc or "a setting of this method."
+        kind = type(own.default) if known.kind is None else known.kind
+        rule = known.rule if own.rule is None else own.rule
+        return dataclasses.replace(known, default=own.default, doc=doc, kind=kind | None, rule=rule)
 
     def fault(self) -> str | None:
-        """Return what is wrong with its fields, None if nothing is."""
+        """Return what is wrong with its fields; None if nothing is."""
         for name, kind in _FIELDS.items():
             if not isinstance(getattr(self, name), kind):
                 return f"{name} is a {kind.__name__.lower()}, got {getattr(self, name)!r}"
@@ -129,14 +130,14 @@ def matrix_method(
     trials: tuple[Mapping[str, Any], ...] = (),
     **fixed: Any,
 ) -> Method:
-    """Return the method of an optimizer: its options, but the fixed ones, are its own settings.
+    """Return the method of an optimizer, whose own settings are the optimizer's options, except the fixed ones.
 
     Args:
-        summary: what it is, in a few words.
+        summary: a description in a few words.
         optimizer: a subclass of :class:`~pliant.experiments.baselines.MatrixSGD`.
-        cut_by, lr, passes, docs, trials: as of :class:`Method`.
-        own: settings beside the options, and other defaults of these.
-        fixed: options that are no settings.
+        cut_by, lr, passes, docs, trials: as in :class:`Method`.
+        own: settings in addition to the options, and other defaults for options.
+        fixed: values of options that are not settings.
     """
     options = {name: value for name, value in optimizer.options.items() if name not in fixed}
     build = matrix_sgd(optimizer, **fixed)
@@ -144,9 +145,10 @@ def matrix_method(
 
 
 def find_method(name: str) -> Method:
-    """Return the method of a name: ours, of an installed package, or ``package.module:name``.
+    """Return the method of this name, from this package, an installed package, or ``package.module:name``.
 
-    Raises BadInput if there is none, or it is not what a method should be.
+    Raises:
+        BadInput: nothing has this name, or the object is not a method.
     """
     return find("method", name, METHODS, _fault, lambda _, thing: _as_method(thing))
 
@@ -166,7 +168,7 @@ def _as_method(thing: Any) -> Method:
 
 
 def settings_from(given: Mapping[str, Any]) -> Settings:
-    """Return the settings that names and values say; raises BadInput for a wrong one."""
+    """Return the settings with these values by name; raise BadInput for an unknown name or a bad value."""
     settings = Settings(**{name: value for name, value in given.items() if name in SETTINGS})
     rest = {name: value for name, value in given.items() if name not in SETTINGS}
     own = find_method(settings.method).settings if rest else {}
@@ -177,9 +179,10 @@ def settings_from(given: Mapping[str, Any]) -> Settings:
 
 
 def resolved(settings: Settings) -> Resolved:
-    """Return the settings that a training runs with: the method's own where they are None.
+    """Return the settings that a training uses: None is replaced by the method's own value.
 
-    Raises BadInput for an unknown method, or a setting that it does not have.
+    Raises:
+        BadInput: the method is unknown, or a setting is not one of its own.
     """
     method = find_method(settings.method)
     for name in (*OWN, *settings.others):
@@ -204,15 +207,15 @@ def resolved(settings: Settings) -> Resolved:
 
 
 def _gradient_recipe(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a method that the recipe "gradient" decides."""
+    """Return the settings of a method that the recipe "gradient" sets."""
     decided = {name: value for name, value in GRADIENT.items() if name in defaults}
     if "k" in defaults and defaults["k"] is None:
-        del decided["k"]  # the pattern tells it
+        del decided["k"]  # it follows from the pattern
     return decided
 
 
 def _turnover(settings: Settings, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return turnover and lr: one of them decides the steps."""
+    """Return turnover and lr, one of which determines the steps."""
     if values["lr"] is None and values["rescale"] == "none":
         return {}
     if settings.turnover is not None:
@@ -221,7 +224,7 @@ def _turnover(settings: Settings, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_convex(settings: Settings) -> dict[str, Any]:
-    """Return the settings that only convex steps have: their length is known."""
+    """Return the settings that only convex steps have, whose step size is known, with no value."""
     for name in ("strength", "persistence"):
         if settings[name]:
             raise BadInput(f"--{name} of --method {settings.method} needs --rescale none")
@@ -229,7 +232,7 @@ def _not_convex(settings: Settings) -> dict[str, Any]:
 
 
 def _without_k(settings: Settings) -> dict[str, Any]:
-    """Return the settings that only norms with a k have: one of another package need not have one."""
+    """Return the settings that only norms with a k have, without a value; norms of other packages need not have a k."""
     for name in ("k", "k_start"):
         if settings[name] is not None:
             raise BadInput(f"--{name} is for norms that have a k, unlike --vertices {settings.vertices}")
@@ -240,19 +243,19 @@ def make_optimizer(model: nn.Module, settings: Resolved, images: Tensor | None =
     """Return the optimizer of a method.
 
     Args:
-        model: some methods parametrise its weights; otherwise it is left as it is.
-        settings: what the training runs with.
-        images: two or more, to find coupled channels with.
+        model: the model; some methods parametrise its weights, others leave it unchanged.
+        settings: the settings that the training uses.
+        images: two or more images, to find coupled channels with.
 
     Raises:
-        BadInput: a value out of range, or a model without a weight that the method is about.
+        BadInput: a value is out of range, or the model has no weight that the method acts on.
     """
     return find_method(settings.method).build(model, settings, images)
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------
 
-# Steps as long as SGD's, with balls that train every shipped network.
+# Steps as long as SGD's, with balls in which every shipped network trains well.
 _SFW = {
     "recipe": "default",
     "radius": 10.0,
@@ -263,9 +266,9 @@ _SFW = {
     "every": None,
     "other_lr": None,
 }
-# Convex steps towards vertices of equal directions, k annealed from all: the network learns early as fast as with
-# Muon's steps, and is made of few parts at the end. What the weights are made of is replaced `turnover` times,
-# however long the training is. The soft threshold lets go of what vertices disagree about: with it, fewer turns do
+# Convex steps towards vertices whose directions have equal lengths, with k annealed from all: the network learns as
+# fast as with Muon's steps early on, and consists of few parts at the end. The weights are replaced `turnover` times,
+# however long the training is. The soft threshold removes parts that few vertices share; with it, a smaller turnover is
 # best. Chosen on validation images of CIFAR-10 at 16×16, of Fashion-MNIST and, the threshold for rank, of digits.
 _ANNEALED = {
     **_SFW,
@@ -277,9 +280,9 @@ _ANNEALED = {
 }
 
 
-# The other recipes. "gradient": k-support balls, steps as long as those of SGD, a constant k. "paper" is that with L2
-# balls on biases, normalisations and the classifier, as Zimmer, Spiegel, Pokutta, arXiv 2205.11921; there filters are
-# then pruned and weights truncated by the same share in all layers: --allocation uniform of a sweep.
+# The other recipes. "gradient": k-support balls, steps as long as those of SGD, a constant k. "paper" adds L2 balls on
+# biases, normalisations and the classifier, as in Zimmer, Spiegel, Pokutta, arXiv 2205.11921, where filters are then
+# pruned and weights truncated by the same share in all layers: --allocation uniform of a sweep.
 GRADIENT: dict[str, Any] = {
     "lr": 0.1,
     "radius": 10.0,
@@ -305,7 +308,7 @@ _FILTERS, _RANK, _WEIGHTS, _NM = ("filters",), ("rank",), ("weights",), ("nm",)
 
 
 def _k(settings: Resolved) -> float:
-    """Return k; any one for a norm that has none."""
+    """Return k; an arbitrary number for a norm without k."""
     k: float | None = settings.k
     return 1 if k is None else k
 
@@ -416,7 +419,7 @@ METHODS = {
         docs={
             "energy": "share of the squared singular values that a truncation may leave out.",
             "every": "steps between two truncations.",
-            "strength": "what a truncation takes off the singular values that stay, in units of lr.",
+            "strength": "the amount by which a truncation lowers the singular values that stay, in units of lr.",
         },
         cut_by=_RANK,
     ),
@@ -445,7 +448,7 @@ METHODS = {
         },
         cut_by=_RANK,
     ),
-    # A step of these has the same length whatever the gradient, so their lr is not that of SGD beside them.
+    # The length of their steps does not depend on the gradient, so that their lr differs from SGD's.
     "muon": matrix_method(
         "steps along polar factors",
         baselines.Muon,

@@ -1,4 +1,4 @@
-"""The verb ``train``: one network, with SGD, SFW or one of their rivals, as a run folder."""
+"""The verb ``train``: train one network with SGD, SFW or another method, and write a run folder."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def train(settings: Settings, /, *, out: str | None = None, resume: bool = False
 def train(*first: Any, out: str | None = None, resume: bool = False, **settings: Any) -> Path:
     """Train one network and return its run folder.
 
-    ``pliant train --help`` lists all settings with their defaults, and so does the page on the command line;
-    ``pliant train --method NAME --help`` lists those of a method, too. In Python each is a keyword of the same name::
+    ``pliant train --help`` and the page on the command line list all settings with their defaults; ``pliant train
+    --method NAME --help`` adds those of a method. In Python each setting is a keyword of the same name::
 
         pliant.train("digits", model="resnet8", method="sfw-rank", k=0.1, epochs=10)
 
     Args:
-        data: the data set; also as a keyword. Or all settings in the place of keywords, as
-            :class:`~pliant.experiments.training.settings.Settings`.
-        settings: the others; None is what the method decides. What is decided stands in config.yaml of the run folder.
+        data: the data set, also as a keyword; or all settings at once, as
+            :class:`~pliant.experiments.training.settings.Settings`, without keywords.
+        settings: the other settings; None leaves a value to the method. config.yaml of the run folder has all values.
         out: run folder; by default runs/DATA-MODEL-METHOD-seedN.
-        resume: go on from the last checkpoint of the run folder, with its settings.
+        resume: continue from the last checkpoint of the run folder, with its settings.
 
     Raises:
         BadInput: a setting is unknown or out of range, or the run folder exists.
@@ -65,15 +65,15 @@ def train(*first: Any, out: str | None = None, resume: bool = False, **settings:
 
 
 def resumable(folder: Path, given: Mapping[str, Any]) -> Settings:
-    """Return the settings of a run that goes on.
+    """Return the settings of a run to resume.
 
     Args:
         folder: the run folder.
-        given: settings that were asked for; None and "auto" ask for nothing.
+        given: the settings given now; None and "auto" stand for no choice.
 
     Raises:
-        BadInput: the folder is not of a training, or the settings are others.
-        DamagedFile: it cannot be read.
+        BadInput: the folder is not a run folder, or the settings given now differ from its own.
+        DamagedFile: the folder cannot be read.
     """
     if (folder / PLAN).exists():
         raise BadInput(f"{folder} holds a compressed network, not a run: choose another --out")
@@ -88,19 +88,25 @@ def resumable(folder: Path, given: Mapping[str, Any]) -> Settings:
 
 
 def train_run(settings: Settings, folder: Path, data: ImageData | None = None) -> Path:
-    """Train in a folder, going on from its checkpoint if there is one; do nothing if the training is complete.
+    """Train in a folder and return it; continue from its checkpoint if there is one, do nothing if it is complete.
 
     Args:
-        settings: what is wanted; a folder with a checkpoint has the same.
+        settings: the settings; the same as those of a checkpoint in the folder.
         folder: the run folder; made if needed.
-        data: what ``settings`` name, if it is in memory already.
+        data: the data set that ``settings`` name, if it is in memory already.
+
+    Raises:
+        BadInput: a setting does not suit the method, the data, the network or this machine.
+        DamagedFile: data files or the checkpoint cannot be read.
+        Diverged: the loss or a gradient became NaN or infinite.
+        Busy: another process trains in this folder.
     """
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINT).exists():
         return folder  # complete, and its checkpoint was deleted
     fresh = is_empty(folder)
     session = Session(settings, data)
     processes = session.accelerator
-    processes.wait_for_everyone()  # until now all have looked at the folder, from now on the main process writes to it
+    processes.wait_for_everyone()  # all have looked at the folder; from now on the main process writes to it
     main = processes.is_main_process
     make_folders(folder.parent)
     lock = locked(folder) if main else contextlib.nullcontext()
@@ -118,14 +124,14 @@ def train_run(settings: Settings, folder: Path, data: ImageData | None = None) -
         # Nothing is lost when newly initialised weights are scaled into small balls.
         warnings.filterwarnings("ignore", message=".* started outside of their balls")
         session.run(folder)
-    processes.wait_for_everyone()  # whoever returns may read the weights
+    processes.wait_for_everyone()  # after this, every process may read the weights
     if processes.num_processes > 1:
         atexit.register(_leave_processes)
     return folder
 
 
 def _given(first: tuple[Any, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was given to :func:`train`, by name."""
+    """Return the arguments of :func:`train`, by name."""
     if len(first) > 1 or (first and "data" in settings):
         raise BadInput("expected one data set, and all other settings by name")
     if first and isinstance(first[0], Settings):
@@ -134,8 +140,8 @@ def _given(first: tuple[Any, ...], settings: Mapping[str, Any]) -> dict[str, Any
         settings = first[0].to_config()
     elif first:
         settings = {"data": first[0], **settings}
-    place = settings.get("data_dir")
-    return {**settings, **({"data_dir": str(Path(place).expanduser().resolve())} if isinstance(place, str) else {})}
+    folder = settings.get("data_dir")
+    return {**settings, **({"data_dir": str(Path(folder).expanduser().resolve())} if isinstance(folder, str) else {})}
 
 
 def _default_folder(settings: Settings) -> str:
@@ -144,7 +150,7 @@ def _default_folder(settings: Settings) -> str:
 
 
 def _saved_settings(folder: Path) -> Settings:
-    """Return the settings of a run; those that came after it was made are as they were by default."""
+    """Return the settings of a run; settings that are newer than the run have their defaults."""
     config = Run.open(folder).config
     try:
         method = find_method(config["method"])
@@ -164,10 +170,10 @@ def _start_folder(folder: Path, session: Session) -> None:
 
 
 def _leave_processes() -> None:
-    """End the threads through which processes talk, while the interpreter still runs.
+    """End the threads of communication between processes while the interpreter still runs.
 
-    They hold tensors for a moment longer than the sum that they were in. If Python shuts down before they let go, the
-    process aborts ("terminate called without an active exception"). A process group joins its threads once nobody
+    They hold tensors a moment longer than the reductions that use them. If Python shuts down before they release them,
+    the process aborts ("terminate called without an active exception"). A process group joins its threads once nothing
     refers to it; the wrapped networks do until they are collected.
     """
     gc.collect()

@@ -1,4 +1,4 @@
-"""Trainings whose result is the same in every bit from run to run."""
+"""Trainings whose results are bitwise equal from run to run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from pliant.errors import BadInput
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Let torch use deterministic algorithms alone for a while, and say which operation has none."""
+    """Return a context in which torch uses only deterministic algorithms.
+
+    Args:
+        wanted: if False, the context does nothing.
+
+    Raises:
+        BadInput: an operation has no deterministic algorithm; the message names it.
+    """
     if not wanted:
         yield
         return

@@ -1,4 +1,4 @@
-"""What a person sees while a network trains: a progress bar on a terminal, some lines elsewhere."""
+"""The progress that a person sees while a network trains: a progress bar on a terminal, some lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Display:
 
     Args:
         title: name of the run.
-        steps: steps of the whole training.
-        done: steps done before.
-        quiet: show nothing, as all processes of a training but one.
+        steps: number of steps of the whole training.
+        done: number of steps that are already done.
+        quiet: show nothing, as in all processes of a training but one.
     """
 
     def __init__(self, title: str, steps: int, *, done: int = 0, quiet: bool = False) -> None:

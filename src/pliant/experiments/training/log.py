@@ -1,4 +1,4 @@
-"""The log of a run: a line per epoch in train.jsonl, and in the trackers that are wanted."""
+"""The log of a run: a line per epoch in train.jsonl and in the chosen trackers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pliant.files import sync, write_text
 
 
 class Log:
-    """train.jsonl, one line per epoch, and the trackers that are wanted.
+    """The log of a run: train.jsonl, one line per epoch, and the chosen trackers.
 
     Args:
         folder: the run folder.
-        keep: keep the lines of this many epochs, when a training is resumed.
-        settings: of the run; ``tracker`` names the trackers.
+        keep: how many lines to keep, one per epoch, when a training is resumed.
+        settings: the settings of the run; ``tracker`` names the trackers.
     """
 
     def __init__(self, folder: Path, *, keep: int, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Keeps trainings from a fault of oneDNN, with which torch computes convolutions on CPUs."""
+"""A workaround for a fault of oneDNN, which torch uses for convolutions on CPUs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ NARROW = 8  # floats in a vector of AVX2
 
 @contextlib.contextmanager
 def sound_convolutions(model: nn.Module) -> Iterator[None]:
-    """Make sure for a while that forward and backward passes of ``model`` do not abort the process.
+    """Return a context in which forward and backward passes of ``model`` do not abort the process.
 
     On CPUs without AVX-512, oneDNN as of torch 2.13 writes beyond its memory in the backward pass of 1×1 convolutions
-    with a stride and fewer than 8 input channels, channels last. A network with one is computed without oneDNN; it
-    is a small one.
+    with a stride and fewer than 8 input channels, channels last. A network with such a convolution, always a small
+    network, is computed without oneDNN.
     """
     before = torch.backends.mkldnn.enabled
     if torch.backends.cpu.get_cpu_capability() == "AVX2" and any(map(_is_narrow, model.modules())):

@@ -1,8 +1,8 @@
-"""Optimizers over a model's parameters: what the methods of :mod:`pliant.experiments.methods` train with.
+"""Optimizers over a model's parameters, for the methods of :mod:`pliant.experiments.methods`.
 
-A method is about the *matrices*: the weights of all convolutions and linear layers but the classifier. The SFW methods
-put one structured ball on each of them, the baselines do theirs to them; biases, normalisations and the classifier
-take the steps of SGD under every method, with the same weight decay.
+A method acts on the *matrices*: the weights of all convolutions and linear layers except the classifier. The SFW
+methods constrain each of them to a structured ball, the baselines treat them in their own ways; biases, normalisations
+and the classifier take the steps of SGD under every method, with the same weight decay.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from pliant.structure.layers import tied_parameters
 from pliant.structure.verification import coupled_channels
 
 Build = Callable[[nn.Module, Resolved, Tensor | None], Optimizer]
-"""From the model, the settings and some images to the optimizer."""
+"""A function of the model, the settings and some images that returns the optimizer."""
 
 
-# --- beside the optimizer ---------------------------------------------------------------------------------------------
+# --- schedules --------------------------------------------------------------------------------------------------------
 
 
 def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSchedule | None:
-    """Let k fall from ``k_start`` to its final value in a training of that many steps.
+    """Anneal k from ``k_start`` to its final value in a training of ``steps`` steps.
 
-    Returns the schedule to step beside the optimizer; None where k is constant, or the optimizer has it in its groups.
+    Returns:
+        The schedule to step after the optimizer; None if k is constant or the optimizer itself anneals it.
     """
     start = settings.k_start
     if start is None:
@@ -52,7 +53,7 @@ def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSc
 
 
 def make_threshold(optimizer: Optimizer, settings: Resolved) -> SoftThreshold | None:
-    """Return what takes the parts off the weights that SFW's vertices do not agree on, None without one."""
+    """Return the soft threshold to apply between SFW's steps, None if there is none."""
     if not isinstance(optimizer, SFW) or not settings.strength:
         return None
     every = {} if settings.every is None else {"every": settings.every}
@@ -63,7 +64,7 @@ def make_threshold(optimizer: Optimizer, settings: Resolved) -> SoftThreshold | 
 
 
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers, by name, whose weights a method is about: all convolutions and linear ones but the last."""
+    """Return name → layer for the weights that methods act on: all convolutions and linear layers except the last."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     layers = {
         name: module
@@ -125,7 +126,7 @@ def sgd(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
 
 
 def sfw(preset: Callable[[Resolved], Preset]) -> Build:
-    """Return what builds SFW with the balls of a preset on the matrices."""
+    """Return a function that builds SFW with the balls of a preset on the matrices."""
 
     def build(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optimizer:
         rest = l2(settings.radius) if settings.recipe == "paper" else None
@@ -144,13 +145,13 @@ def sfw(preset: Callable[[Resolved], Preset]) -> Build:
 
 
 def _constrained(model: nn.Module, settings: Resolved) -> Callable[[str, Tensor], bool]:
-    """Return the predicate that tells the weights with a ball."""
-    # The dimension of the input channels of every matrix.
+    """Return the predicate that selects the weights with a ball."""
+    # Weight name → the dimension of its input channels.
     inputs = {f"{name}.weight": 1 - layout_of(module).dim for name, module in matrix_layers(model).items()}
     m = 1 if settings.pattern is None else parse_pattern(settings.pattern)[1]
 
     def constrained(name: str, parameter: Tensor) -> bool:
-        # Hardware reads N:M along whole blocks of input channels; the first layer's 1 or 3 do not fill one.
+        # N:M patterns need whole blocks of input channels; the 1 or 3 channels of the first layer do not fill one.
         return name in inputs and parameter.shape[inputs[name]] % m == 0
 
     if not any(constrained(name, p) for name, p in model.named_parameters()):
@@ -166,7 +167,7 @@ def nm_preset(settings: Resolved) -> Preset:
 
 
 def matrix_sgd(method: type[MatrixSGD], **fixed: Any) -> Build:
-    """Return what builds a subclass of MatrixSGD; its options are settings, but for the fixed ones."""
+    """Return a function that builds a subclass of MatrixSGD; its options are settings, except the fixed ones."""
 
     def build(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
         # k is a count for each matrix, so it is in its group.
@@ -177,7 +178,7 @@ def matrix_sgd(method: type[MatrixSGD], **fixed: Any) -> Build:
 
 
 def pat(part: str) -> Build:
-    """Return what builds torchao's proximal optimizer, for "filters" or for "rank"."""
+    """Return a function that builds torchao's proximal optimizer, for "filters" or for "rank"."""
 
     def build(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
         groups = _matrix_groups(model, settings)
@@ -187,7 +188,7 @@ def pat(part: str) -> Build:
 
 
 def _untied(model: nn.Module, settings: Resolved) -> list[tuple[str, nn.Module]]:
-    """Return the layers whose weight is theirs alone: a factor must not change two of them."""
+    """Return the layers whose weight is not shared, because a factor must not change two layers."""
     tied = tied_parameters(model)
     layers = [
         (name, module)
@@ -200,7 +201,7 @@ def _untied(model: nn.Module, settings: Resolved) -> list[tuple[str, nn.Module]]
 
 
 def lorita(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optimizer:
-    """Put products of matrices in the place of weights, and build SGD over their factors."""
+    """Replace weights by products of matrices, and build SGD over their factors."""
     for _, module in _untied(model, settings):
         layout = layout_of(module)
         assert isinstance(module.weight, Tensor)
@@ -210,7 +211,7 @@ def lorita(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optim
 
 
 def condlr(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
-    """Put well-conditioned products in the place of weights, and build the optimizer that keeps them so."""
+    """Replace weights by well-conditioned products, and build the optimizer that keeps them well-conditioned."""
     groups: list[dict[str, Any]] = []
     condition = settings.condition
     for name, module in _untied(model, settings):

@@ -1,7 +1,7 @@
 """The settings of a training: one schema for ``pliant train``, suites, run folders and the documentation.
 
-:class:`Settings` holds what is wanted; None is what a method decides. :class:`Resolved` holds what a training runs
-with: :func:`pliant.experiments.methods.resolved` puts the method's own in the place of None.
+:class:`Settings` holds the settings as given; None leaves a value to the method. :class:`Resolved` holds the settings
+that a training uses: :func:`pliant.experiments.methods.resolved` replaces None by the method's own values.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ VERTICES = ("support", "sparse", "orthogonal")
 RECIPES = ("default", "gradient", "paper")
 
 Rule = Callable[[str, Any], None]
-"""From the name and the value of a setting, which is not None; raises BadInput for a value out of range."""
+"""A function of the name and the value of a setting, not None, that raises BadInput for a value out of range."""
 
 
-# --- what is known of one setting -------------------------------------------------------------------------------------
+# --- one setting ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting.
+    """The description of one setting.
 
     Args:
-        default: its value where none is given.
-        doc: what it is, for its flag's help.
-        kind: its type, such as ``int | None``; None for that of the default.
-        rule: its range.
-        group: under which title it is listed.
+        default: its default value.
+        doc: its description, for the help of its flag.
+        kind: its type, such as ``int | None``; None for the type of the default.
+        rule: a function that checks its range.
+        group: the title under which it is listed.
     """
 
     default: Any
@@ -68,7 +68,7 @@ class Setting:
 
 
 def differ(name: str, one: object, other: object) -> bool:
-    """Return whether two values of a setting are different: an integer k is a count and a float a share."""
+    """Return whether two values of a setting differ: 1 and 1.0 are different k, a count and a share."""
     return one != other or (name in ("k", "k_start") and type(one) is not type(other))
 
 
@@ -76,7 +76,7 @@ def differ(name: str, one: object, other: object) -> bool:
 
 
 def in_range(text: str, holds: Callable[[Any], bool]) -> Rule:
-    """Return the rule that a value must satisfy; ``text`` says it: "must be positive"."""
+    """Return a rule, which ``text`` states in words such as "must be positive"."""
 
     def rule(name: str, value: Any) -> None:
         if not holds(value):
@@ -86,7 +86,7 @@ def in_range(text: str, holds: Callable[[Any], bool]) -> Rule:
 
 
 def at_least(least: int) -> Rule:
-    """Return the rule of a count."""
+    """Return the rule of a count with a lower bound."""
     return in_range(f"must be at least {least}", lambda value: value >= least)
 
 
@@ -96,7 +96,7 @@ def from_number(least: int) -> Rule:
 
 
 def one_of(known: Collection[str]) -> Rule:
-    """Return the rule of a name."""
+    """Return the rule of a name that must be one of those known."""
 
     def rule(name: str, value: Any) -> None:
         if value not in known:
@@ -122,9 +122,10 @@ def _check_pattern(_: str, value: Any) -> None:
 
 
 def vertices_of(name: str) -> Any:
-    """Return what the presets take for a name: one of :data:`VERTICES`, or a class of vector norms of another package.
+    """Return the argument ``vertices`` of presets: one of :data:`VERTICES`, or a norm class of another package.
 
-    Raises BadInput if it is neither.
+    Raises:
+        BadInput: the name is neither.
     """
     if name in VERTICES:
         return name
@@ -162,7 +163,7 @@ def _check_tracker(_: str, value: Any) -> None:
 
 
 def _in(group: str) -> Callable[..., Any]:
-    """Return what makes the fields of a group."""
+    """Return a function that returns the fields of a group of settings."""
 
     def make(default: Any, doc: str, rule: Rule | None = None) -> Any:
         return field(default=default, metadata={"doc": doc, "rule": rule, "group": group})
@@ -175,15 +176,15 @@ _data, _network, _method, _schedule, _machine = map(_in, ("data", "network", "me
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All settings of a training, checked: ``SETTINGS`` in the same module says what each is.
+    """All settings of a training, checked; ``SETTINGS`` in the same module describes them.
 
-    Those of the group "method" belong to some methods only; None is the method's own value, and so is None for ``lr``.
+    Settings of the group "method" belong to some methods only; None stands for the method's own value, also for ``lr``.
 
     Args:
-        others: settings that the method alone declares, by name.
+        others: settings that only this method declares, by name.
 
     Raises:
-        BadInput: a value of the wrong kind, or out of range.
+        BadInput: a value is of the wrong kind or out of range.
     """
 
     data: str = _data("digits", f"{', '.join(DATA_SETS)} or package.module:name.")
@@ -193,11 +194,11 @@ class Settings:
     width: float = _network(1.0, "factor on all channel counts.", POSITIVE)
     method: str = _method(
         "sgd",
-        "how the network is trained: one of those listed. `pliant train --method NAME --help` tells its own settings.",
+        "how the network is trained: one of those listed. `pliant train --method NAME --help` lists its own settings.",
     )
     recipe: str | None = _method(
         None,
-        "default; gradient for steps as long as SGD's with a constant k; or paper, which is that with balls on all "
+        "default; gradient for steps as long as SGD's with a constant k; or paper, the same with balls on all "
         "parameters.",
         one_of(RECIPES),
     )
@@ -220,11 +221,12 @@ class Settings:
         one_of(SCHEMES),
     )
     coupled: bool | None = _method(
-        None, "one ball for all that leaves with a channel: tied filters, biases, normalisations."
+        None, "one ball for everything that leaves with a channel: tied filters, biases, normalisations."
     )
     turnover: float | None = _method(
         None,
-        "how often the training replaces the weights, instead of lr: the sum of its convex steps; needs rescale none.",
+        "how many times the training replaces the weights, instead of lr: the sum of its step sizes; needs rescale "
+        "none.",
         POSITIVE,
     )
     rescale: str | None = _method(
@@ -238,20 +240,19 @@ class Settings:
         in_range("must lie in (0, 1]", lambda value: 0 < value <= 1),
     )
     strength: float | None = _method(
-        None, "factor of what the method adds to SGD: of its penalty, threshold, decay or perturbation.", from_number(0)
+        None, "factor of the penalty, threshold, decay or perturbation that the method adds to SGD.", from_number(0)
     )
     every: int | None = _method(None, "steps between two decompositions or thresholds.", at_least(1))
     persistence: float | None = _method(
         None,
-        "how much the length that a filter has already counts when the vertices choose filters: its power; needs "
-        "rescale none.",
+        "exponent with which the current length of a filter counts when vertices choose filters; needs rescale none.",
         from_number(0),
     )
     energy: float | None = _method(None, "share of the squared singular values that may be left out.", SHARE)
-    factors: int | None = _method(None, "how many matrices are multiplied for a weight.", at_least(2))
+    factors: int | None = _method(None, "number of factors whose product is a weight.", at_least(2))
     condition: float | None = _method(None, "largest ratio of the singular values of a weight.", from_number(1))
     other_lr: float | None = _method(
-        None, "learning rate of what trains without a ball or direction; without it, lr.", POSITIVE
+        None, "learning rate of parameters without a ball or direction; without it, lr.", POSITIVE
     )
     epochs: int = _schedule(30, "passes over the training images.", at_least(1))
     batch_size: int = _schedule(128, "images per step.", at_least(1))
@@ -262,16 +263,14 @@ class Settings:
     )
     warmup: float = _schedule(0.05, "share of the training during which lr rises linearly.", SHARE)
     momentum: float = _schedule(0.9, "of SGD, SFW and all others.", SHARE)
-    weight_decay: float = _schedule(
-        5e-4, "of all weights; not of those with a ball, nor of those with a direction.", from_number(0)
-    )
+    weight_decay: float = _schedule(5e-4, "of all parameters without a ball or direction.", from_number(0))
     augment: bool = _data(True, "random crops, and flips where the data set allows them.")
     precision: str = _machine("auto", "fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware has it.")
     channels_last: bool = _machine(True, "memory format of the network and the images.")
-    seed: int = _schedule(0, "of the initialisation, the order of the images and the augmentation.", SEED)
+    seed: int = _schedule(0, "seed of the initialisation, the order of the images and the augmentation.", SEED)
     deterministic: bool = _machine(
         False,
-        "refuse operations whose result may differ from run to run on the same machine. Without it, only some on a GPU "
+        "refuse operations whose results may differ from run to run on the same machine, as those of some GPU kernels "
         "do.",
     )
     checkpoint_steps: int | None = _machine(
@@ -294,14 +293,14 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], others: Collection[str] = ()) -> Settings:
-        """Return the settings of a run; those that came after it was made are as they are by default.
+        """Return the settings of a run; settings that are newer than the run have their defaults.
 
         Args:
-            config: what :meth:`to_config` returned, or an earlier version.
-            others: names of the settings that the method alone declares.
+            config: a result of :meth:`to_config`, perhaps of an earlier version.
+            others: names of the settings that only its method declares.
 
         Raises:
-            BadInput: a value of the wrong kind, or out of range.
+            BadInput: a value is of the wrong kind or out of range.
         """
         known = {name: config[name] for name in SETTINGS if name in config}
         return cls(**known, others={name: config[name] for name in others if name in config})
@@ -332,14 +331,14 @@ OWN = tuple(name for name, setting in SETTINGS.items() if setting.group == "meth
 
 
 class Resolved(Settings):
-    """Settings with the method's own in the place of None; the kinds below are those that its method has.
+    """Settings with the method's own values instead of None; a field below has its type if the method uses it.
 
-    ``lr`` alone stays None where it follows from ``turnover`` and the length of the training.
+    Only ``lr`` may stay None, if it follows from ``turnover`` and the length of the training.
     """
 
     k: Any  # None for N:M by its pattern
     radius: float
-    turnover: float  # where lr is None
+    turnover: float  # if lr is None
     vertices: Any
     rescale: Any
     pattern: str

@@ -1,8 +1,8 @@
 """Trackers: the lines of train.jsonl, sent to TensorBoard, Weights & Biases, MLflow or Trackio through Accelerate.
 
-None of them is asked for more than it does on one machine without a network: Weights & Biases writes below the run
-folder unless WANDB_MODE says otherwise; MLflow and Trackio write where their own settings say. None writes to stdout,
-where the run folder is told to programs.
+All of them work on one machine without a network: Weights & Biases writes below the run folder unless WANDB_MODE says
+otherwise; MLflow and Trackio write where their own settings say. None writes to stdout, where programs read the run
+folder.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ PACKAGES = {  # what to install
     "mlflow": "mlflow",
     "trackio": "trackio",
 }
-FOLDER_TAG = "folder"  # of a run in MLflow: by it a resumed run finds its own
+FOLDER_TAG = "folder"  # a tag of runs in MLflow, by which a resumed run finds its own
 
 
 def tracker_names(setting: str | None) -> list[str]:
     """Return the trackers of a setting such as "tensorboard,wandb".
 
-    Raises BadInput for one that is unknown or whose package is not installed.
+    Raises:
+        BadInput: a tracker is unknown, or its package is not installed.
     """
     names = [] if setting is None else [name.strip() for name in setting.split(",")]
     for name in names:
@@ -40,13 +41,13 @@ def tracker_names(setting: str | None) -> list[str]:
 
 
 def start_trackers(names: list[str], folder: Path, settings: dict[str, Any], *, done: int) -> list[Any]:
-    """Return Accelerate's trackers, started, with the settings of the run.
+    """Start Accelerate's trackers with the settings of the run, and return them.
 
     Args:
-        names: from :func:`tracker_names`.
-        folder: the run folder; its name is that of the run, in the project "pliant".
-        settings: those of the run.
-        done: epochs that a resumed run has behind it.
+        names: the result of :func:`tracker_names`.
+        folder: the run folder, which gives its name to the run, in the project "pliant".
+        settings: the settings of the run.
+        done: how many epochs of a resumed run are done.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -75,7 +76,7 @@ def start_trackers(names: list[str], folder: Path, settings: dict[str, Any], *, 
         for name in names:
             tracker = LOGGER_TYPE_TO_CLASS[name](**arguments[name])
             tracker.start()
-            if name != "trackio":  # has them; Accelerate would add a setting "allow_val_change"
+            if name != "trackio":  # it has them already; Accelerate would add a setting "allow_val_change"
                 tracker.store_init_configuration(configuration)
             if name == "mlflow":
                 import mlflow
@@ -86,19 +87,19 @@ def start_trackers(names: list[str], folder: Path, settings: dict[str, Any], *, 
 
 
 def finish_trackers(trackers: list[Any]) -> None:
-    """Let trackers write what they still hold."""
+    """Let trackers write their remaining data."""
     with contextlib.redirect_stdout(sys.stderr):
         for tracker in trackers:
             if tracker.name == "trackio":
                 import trackio
 
-                trackio.finish()  # Accelerate's leaves a run behind that is finished once more at exit
+                trackio.finish()  # Accelerate's finish() leaves a run that is finished again at exit
             else:
                 tracker.finish()
 
 
 def _mlflow_run(folder: Path) -> str | None:
-    """Return the last run that was logged from this folder, None if the store has none."""
+    """Return the last run that was logged from this folder; None if the store has none."""
     import mlflow
 
     tag = f"tags.{FOLDER_TAG} = '{folder.resolve().as_uri()}'"  # a URI has no quotation marks
