@@ -1,8 +1,8 @@
-"""A comparison: a suite, and what is there of it in a folder.
+"""A comparison: a suite, and its results so far in a folder.
 
-For every task and method of the suite: train all trials, choose for each family the one with the largest area under its
-validation curve, train that with every seed, measure. What is complete is kept: a comparison that was stopped, or whose
-suite has grown, goes on.
+For every task and method of the suite: train all trials, choose for each family the trial with the largest area under
+its validation curve, train that with every seed, measure. Complete results are kept, so that a comparison continues
+after it was stopped or after its suite has grown.
 
 FOLDER/suite.yaml    the suite
        trials.jsonl  one line per trial and family: the settings, the validation curve and its area
@@ -38,18 +38,18 @@ TRIALS = "trials.jsonl"
 
 
 class Comparison:
-    """A suite and what is already there of it.
+    """A suite and its results so far.
 
     Args:
-        suite: what to compare.
-        folder: where.
-        each: performs jobs and gives their lines, in any order.
+        suite: the description of the comparison.
+        folder: its folder.
+        performer: performs jobs and yields their lines, in any order.
     """
 
-    def __init__(self, suite: Suite, folder: Path, each: Performer) -> None:
+    def __init__(self, suite: Suite, folder: Path, performer: Performer) -> None:
         self.suite = suite
         self.folder = folder
-        self.each = each
+        self.performer = performer
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         trials = folder / TRIALS
         self.trials = read_lines(trials, Outcome.from_dict, "trials") if trials.exists() else []
@@ -57,9 +57,9 @@ class Comparison:
         self.records = read_records(self.records_file) if self.records_file.exists() else []
 
     def run(self) -> None:
-        """Do what is missing: the search, then the chosen settings with every seed, then what needs these."""
+        """Perform the missing jobs: the search, then the chosen settings with every seed, then jobs that need these."""
         search = [job for job in self._search() if not self._searched(job)]
-        self._missing(self._wanted())  # refuses what was measured otherwise, before anything is written or trained
+        self._missing(self._wanted())  # raises for other measurements, before anything is written or trained
         write_text(self.folder / SUITE, self.suite.text)
         self._perform("search", search)
         self._perform("seeds", self._missing(job for seed in self.suite.seeds for job in self._chosen(seed)))
@@ -68,17 +68,17 @@ class Comparison:
             self._perform("equal time", self._missing(self._equal_time()))
 
     def current(self) -> list[Record]:
-        """Return the records of what the suite wants now.
+        """Return the records of the runs that the suite wants now.
 
-        Where another trial was chosen once, before the suite grew, its records stay in the file; reported beside those
-        of the choice of today, test images would decide between them.
+        If another trial was chosen earlier, before the suite grew, its records stay in the file but are not reported:
+        next to the current choice, test images would decide between them.
         """
         wanted = {job.name for job in self._wanted()}
         latest = {record.key(): record for record in self.records if record.run in wanted}
         return list(latest.values())
 
     def diverged(self) -> list[str]:
-        """Return a sentence that tells what is missing in the records, for it diverged; none if nothing did."""
+        """Return sentences about trainings that diverged and are therefore missing in the records; [] if none did."""
         runs = dict.fromkeys(outcome.run for outcome in self.trials if outcome.area is None)
         wanted = {job.training for job in self._wanted()}
         lost = [run for run in runs if run in wanted]
@@ -97,7 +97,7 @@ class Comparison:
         if "time" in self.suite.equal:
             yield from self._equal_time()
 
-    # --- what is to be done ---
+    # --- jobs ---
 
     def _search(self) -> Iterator[Job]:
         for task in self.suite.tasks:
@@ -106,7 +106,7 @@ class Comparison:
                     yield self._job(task, entrant, trial, self.suite.seeds[0], entrant.families, search=True)
 
     def _chosen(self, seed: int) -> Iterator[Job]:
-        """Yield the runs of the best trials; one for several families where they agree."""
+        """Yield the runs of the best trials; a single run for all families with the same best trial."""
         for task in self.suite.tasks:
             for entrant in self.suite.methods:
                 best = {family: self._best(task, entrant, family) for family in entrant.families}
@@ -123,18 +123,20 @@ class Comparison:
         for seed in self.suite.seeds:
             for job in self._chosen(seed):
                 if job.label == wanted.method:
-                    again = dataclasses.replace(job, retraining_epochs=wanted.epochs)
+                    longer = dataclasses.replace(job, retraining_epochs=wanted.epochs)
                     for rounds, schedule in itertools.product(wanted.rounds, wanted.schedules):
-                        families = {family: wanted.measures(of, rounds) for family, of in job.families.items()}
+                        families = {
+                            family: wanted.measures(measures, rounds) for family, measures in job.families.items()
+                        }
                         yield dataclasses.replace(
-                            again, families=families, retraining=schedule, retraining_rounds=rounds
+                            longer, families=families, retraining=schedule, retraining_rounds=rounds
                         )
 
     def _equal_time(self) -> Iterator[Job]:
         """Yield runs of fewer epochs for the methods whose steps take longer than SGD's.
 
-        They have as many as do not take longer than SGD's time and TIME_SLACK; those of an earlier seed, once there
-        is one, for the times of steps are never quite the same.
+        The number of epochs is the largest that takes at most TIME_SLACK times SGD's time. Once there is a run with one
+        seed, the other seeds use its number, because the times of steps vary from run to run.
         """
         for seed in self.suite.seeds:
             for job in self._chosen(seed):
@@ -162,24 +164,24 @@ class Comparison:
             search=search,
         )
 
-    # --- what is there ---
+    # --- results so far ---
 
     def _searched(self, job: Job) -> bool:
-        found = [outcome for outcome in self.trials if outcome.run == job.training]
-        for outcome in found:
+        outcomes = [outcome for outcome in self.trials if outcome.run == job.training]
+        for outcome in outcomes:
             job.check(outcome.config, self.folder / TRIALS)
             if outcome.family in job.families:
                 self._check_measure(outcome, job)
-        return {outcome.family for outcome in found} >= set(job.families)
+        return {outcome.family for outcome in outcomes} >= set(job.families)
 
     def _check_measure(self, outcome: Outcome, job: Job) -> None:
-        """Raise BadInput if the search was by another measure than the first one of the family is now."""
+        """Raise BadInput if the search used another measure than the one that is now the first of the family."""
         first = job.families[outcome.family][0]
-        # Files from before the name was kept are also from before there was another scheme.
+        # Old files do not name the compressor; when they were written, "channel" was the only scheme.
         compressor = outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name
-        told = {"compressor": compressor, **outcome.measure}
+        recorded = {"compressor": compressor, **outcome.measure}
         for name, now in {"compressor": first.name, **job.chosen_by(outcome.family)}.items():
-            before = told.get(name, now)  # files from before a thing was kept do not tell it
+            before = recorded.get(name, now)  # old files do not record everything
             if before != now:
                 raise BadInput(
                     f"{self.folder / TRIALS} has chosen {outcome.label} with {name} {shown(before)}, the first measure "
@@ -187,7 +189,7 @@ class Comparison:
                 )
 
     def _missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """Return the jobs with something left to measure, without what is measured already."""
+        """Return the jobs with missing measurements, without those that exist."""
         diverged = {outcome.run for outcome in self.trials if outcome.area is None}
         measured = grouped(self.records, lambda record: record.run)
         missing = []
@@ -202,7 +204,7 @@ class Comparison:
         return missing
 
     def _is_here(self, job: Job, done: list[Record]) -> bool:
-        """Return whether the network that the records are of lies here; without it, it is trained again."""
+        """Return whether the folder has the network of the records; otherwise it is trained again."""
         path = self.folder / "runs" / job.training
         return (path / WEIGHTS).exists() and {record.weights for record in done} <= {sha256(path / WEIGHTS)}
 
@@ -217,12 +219,12 @@ class Comparison:
         return jobs[max(areas, key=lambda run: areas[run])].trial if areas else None
 
     def _step_ratio(self, job: Job) -> float | None:
-        """Return how much longer a step takes than SGD's, over all seeds; None if that was not measured."""
+        """Return the time of a step relative to SGD's, over all seeds; None if it was not measured."""
         runs = {run.name for run in self._of_all_seeds(job)}
         return step_ratio(record for record in self.records if record.run in runs)
 
     def _epochs_in_time(self, job: Job) -> int | None:
-        """Return how many epochs the runs at equal time have that are there; None without one."""
+        """Return the number of epochs of the existing runs at equal time; None if there is none."""
         lengths = range(1, job.settings.epochs + 1)
         names = {_shortened(run, epochs).name: epochs for run in self._of_all_seeds(job) for epochs in lengths}
         return next((names[record.run] for record in self.records if record.run in names), None)
@@ -232,14 +234,14 @@ class Comparison:
             dataclasses.replace(job, settings=dataclasses.replace(job.settings, seed=seed)) for seed in self.suite.seeds
         ]
 
-    # --- doing it ---
+    # --- performing ---
 
     def _perform(self, stage: str, jobs: list[Job]) -> None:
         if not jobs:
             return
         self._say(f"{stage}: {len(jobs)} trainings")
         started = time.perf_counter()
-        for done, (job, lines) in enumerate(self.each(jobs, self.folder), start=1):
+        for done, (job, lines) in enumerate(self.performer(jobs, self.folder), start=1):
             for line in lines:
                 self._keep(line)
             seconds = time.perf_counter() - started
@@ -254,8 +256,8 @@ class Comparison:
             return
         append_line(self.folder / TRIALS, line.to_dict())
         self.trials.append(line)
-        found = line.error if line.area is None else f"area {line.area:.1%} on the validation images"
-        self._say(f"{line.run}  {line.family}: {found}")
+        result = line.error if line.area is None else f"area {line.area:.1%} on the validation images"
+        self._say(f"{line.run}  {line.family}: {result}")
 
     def _say(self, text: str) -> None:
         self.console.print(text)

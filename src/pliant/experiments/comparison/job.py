@@ -1,7 +1,7 @@
-"""What a comparison does and what comes of it, as plain data: it travels to other machines and into files.
+"""The jobs of a comparison and their results, as plain data that travels to other machines and into files.
 
-A :class:`Job` is a training and what is to be measured of it; an :class:`Outcome` is what a trial came to in the search
-for settings, which sees validation images only. The other measurements are records, :class:`~pliant.records.Record`.
+A :class:`Job` is a training and its measurements; an :class:`Outcome` is the result of a trial in the search for
+settings, which uses validation images only. The other results are records, :class:`~pliant.records.Record`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Job:
-    """A training and what is to be measured of it.
+    """A training and its measurements.
 
     Args:
         task: name of the task.
         label: name of the method in the comparison.
-        trial: the settings that tell the method's trials apart.
-        settings: those of the training.
-        families: what to measure, by family.
-        calibration: images for whitening and the BatchNorm re-estimation.
-        search: whether the first measure of each family is taken on the validation images, nothing else.
-        equal: what the training is granted as much of as SGD: "epochs" or "time".
-        retraining: schedule by which each compressed network is trained again; empty for none.
-        retraining_epochs: for how long.
-        retraining_rounds: how many times, each after a part of the compression.
+        trial: the settings that distinguish the method's trials.
+        settings: the settings of the training.
+        families: the measures of each family.
+        calibration: number of images for whitening and the BatchNorm re-estimation.
+        search: whether to take only the first measure of each family, on the validation images.
+        equal: the resource that the training and SGD have equally much of: "epochs" or "time".
+        retraining: schedule by which each compressed network is retrained; empty for no retraining.
+        retraining_epochs: epochs of each retraining.
+        retraining_rounds: how many times the network is retrained, each time after a part of the compression.
         rounds: how many steps are timed in each part of the training.
     """
 
@@ -66,29 +66,34 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of the run in the records; retraining makes it another one."""
+        """Name of the run in the records, which includes the retraining."""
         if not self.retraining:
             return self.training
         rounds = f"x{self.retraining_rounds}" if self.retraining_rounds > 1 else ""
         return f"{self.training}+{self.retraining}{rounds}"
 
     def check(self, config: dict[str, Any], where: Path) -> None:
-        """Raise BadInput if a result of this name was made with other settings."""
+        """Raise BadInput if a result of this name has other settings.
+
+        Args:
+            config: the settings of the result.
+            where: its file, for the message.
+        """
         settings = resolved(self.settings)
         free = set(PLACES)
         if settings.lr is None and config.get("turnover") is None:
-            # Turnover and the length of the training decide lr: a run has that instead, the search has turnover.
+            # lr follows from turnover and the length of the training: the config of a run has lr instead of turnover.
             free |= {"lr", "turnover"}
         if settings.precision == "auto":
-            free |= {"precision"}  # a run has what its machine is good at
+            free |= {"precision"}  # the config of a run has the precision that its machine chose
         expected = {name: value for name, value in settings.to_config().items() if name not in free}
-        # How it was measured, where the results tell that.
+        # Older results do not record how they were measured.
         expected |= {name: value for name, value in self._measured().items() if name in config}
         for name, value in expected.items():
-            found = config.get(name)  # None, too, for a setting that did not exist yet
-            if differ(name, found, value):
+            recorded = config.get(name)  # None also for a setting that is newer than the result
+            if differ(name, recorded, value):
                 raise BadInput(
-                    f"{where} holds {self.training} with {name} {shown(found)}, the suite says {value!r}: "
+                    f"{where} holds {self.training} with {name} {shown(recorded)}, the suite says {value!r}: "
                     "choose another --out, or remove what is there"
                 )
 
@@ -96,17 +101,17 @@ class Job:
         return {"calibration": self.calibration, "retraining_epochs": self.retraining_epochs}
 
     def chosen_by(self, family: str) -> dict[str, Any]:
-        """Return what the area of a trial depends on beside its training and compressor, as plain data."""
+        """Return, as plain data, what the area of a trial depends on besides its training and compressor."""
         first = self.families[family][0]
         points = [list(point) for point in first.points]
         return {"allocation": first.allocation, "points": points, "calibration": self.calibration}
 
     def without(self, done: set[tuple[str, str, float, str]], anew: bool = False) -> Job:
-        """Return the job without what is measured.
+        """Return the job without the measurements that exist.
 
         Args:
-            done: as (compressor, allocation, ratio, pattern), as records have them.
-            anew: a measure of which something is missing is taken at all its points, for it will be of another network.
+            done: (compressor, allocation, ratio, pattern) of existing records.
+            anew: whether to repeat all points of a measure if one is missing, because the network will be another one.
         """
         families = {}
         for family, measures in self.families.items():
@@ -124,14 +129,14 @@ class Outcome:
     """A trial of the search in one family: the validation curve of its network.
 
     Args:
-        task, label, family, run: which it is.
-        trial: the settings that tell the method's trials apart.
+        task, label, family, run: names of the task, the method in the comparison, the family and the run.
+        trial: the settings that distinguish the method's trials.
         config: all settings of the training.
         points: pairs (removed share of all parameters or of the non-zeros, validation accuracy).
-        area: under that curve; None for a training that diverged.
-        error: what diverged.
-        compressor: what cut it, as records name it; empty in files from before this was kept.
-        measure: what else the area depends on, see :meth:`Job.chosen_by`; empty in files from before this was kept.
+        area: area under that curve; None if the training diverged.
+        error: the message of the divergence.
+        compressor: the compressor as records name it; empty in old files.
+        measure: the result of :meth:`Job.chosen_by`; empty in old files.
     """
 
     task: str
@@ -152,7 +157,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Outcome:
-        """Return the outcome that :meth:`to_dict` made ``values`` of; raises BadInput if they are none."""
+        """Return the outcome that :meth:`to_dict` described; raise BadInput if ``values`` do not describe one."""
         values = {"compressor": "", "measure": {}, **values}
         kinds: dict[str, Any] = {
             **dict.fromkeys(("task", "label", "family", "run", "error", "compressor"), str),

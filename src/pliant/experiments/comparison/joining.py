@@ -1,8 +1,8 @@
 """Methods that join a comparison whose suite does not name them, such as those of other packages.
 
-Each takes part in the families whose first compressor its networks are made for, with as many trials as the others: its
+Each takes part in the families whose first compressor suits its networks, with as many trials as the other methods: its
 own :attr:`~pliant.experiments.methods.Method.trials`, then a grid over its learning rate, the default times 1, 1/2, 2,
-1/4, 4 and so on (over ``turnover`` where the learning rate follows from it).
+1/4, 4 and so on (over ``turnover`` if the learning rate follows from it).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ SUITE = "suite.yaml"
 
 
 def join(suite: Suite, names: Sequence[str]) -> Suite:
-    """Return a suite with some methods more.
+    """Return a suite with additional methods.
 
-    Raises BadInput if one cannot be found, or is made for none of the suite's families.
+    Raises:
+        BadInput: a method cannot be found, or suits none of the suite's families.
     """
     names = [name for name in dict.fromkeys(names) if name not in {entrant.label for entrant in suite.methods}]
     if not names:
@@ -53,7 +54,7 @@ def joined_before(folder: Path) -> list[str]:
 
 
 def trials_of(method: Method, count: int) -> list[dict[str, Any]]:
-    """Return that many different settings of a method to choose from."""
+    """Return ``count`` different settings of a method to choose from."""
     name = "turnover" if method.lr is None else "lr"
     default = method.settings["turnover"].default if method.lr is None else method.lr
     grid = ({name: float(f"{default * factor:.6g}")} for factor in _factors())

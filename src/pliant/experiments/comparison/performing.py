@@ -1,4 +1,4 @@
-"""Performing a job: train what it describes, unless that is done, and take its measurements."""
+"""Performing a job: train its network, unless that is done, and take its measurements."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ from pliant.reporting.area import area
 def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[Line]:
     """Train in ``folder``/runs, unless that is done, and yield the measurements one by one.
 
-    A training that diverges yields an :class:`Outcome` that says so, for each family; a job without a family raises
-    Diverged.
+    A training that diverges yields an :class:`Outcome` without area for each family.
 
     Args:
-        job: what to train and to measure.
-        folder: of the comparison.
-        data: what the settings name, if it is in memory already, or something in its place.
+        job: the training and its measurements.
+        folder: the folder of the comparison.
+        data: the data set that the settings name, if it is in memory already, or a substitute.
+
+    Raises:
+        Diverged: the training diverged, and the job has no family.
+        BadInput: a result of the same name has other settings.
     """
     data = data or data_of(job.settings)
     path = folder / "runs" / job.training
@@ -48,7 +51,7 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
             raise
         yield from (_outcome(job, family, [], None, str(error)) for family in job.families)
         return
-    shutil.rmtree((path / CHECKPOINT).parent, ignore_errors=True)  # complete: nothing goes on from it
+    shutil.rmtree((path / CHECKPOINT).parent, ignore_errors=True)  # the training is complete: it is not needed
     run = Run.open(path, data)
     yield from _search(job, run) if job.search else _measure(job, run)
 
@@ -72,7 +75,7 @@ def _search(job: Job, run: Run) -> Iterator[Outcome]:
 
 
 def _measure(job: Job, run: Run) -> Iterator[Record]:
-    """Yield the records of a network at every point of every measure, retrained where the job says so."""
+    """Yield the records of a network at every point of every measure, retrained if the job has a retraining."""
     cost = step_cost(job, run.data, run.seconds)
     retrained = retraining(job, run.data, Settings.from_config(run.config)) if job.retraining else None
     extra: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Rehearsing a comparison: every method and measure of a suite once, for a few steps, on images made of noise.
+"""The rehearsal of a comparison: every method and measure of a suite once, for a few steps, on noise images.
 
-What would fail after hours on a large machine fails here in minutes: a method that does not fit a network, a compressor
-that finds nothing to remove. Nothing is kept.
+Errors that would appear after hours on a large machine appear here in minutes: a method that does not suit a network, a
+compressor that finds nothing to remove. Nothing is kept.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ IMAGES, BATCH = 12, 4
 def rehearse(suite: Suite) -> None:
     """Train each method of each task for three steps on noise, and take each measure at one size.
 
-    Compressors know nothing of how a network was trained: the first method of a family takes its measures, the others
-    are trained. Raises whatever error the comparison itself would meet.
+    Compressors do not depend on how a network was trained, so only the first method of a family takes its measures; the
+    others are only trained.
+
+    Raises:
+        PliantError: any error that the comparison itself would meet.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     with tempfile.TemporaryDirectory(prefix="pliant-") as folder:
@@ -41,15 +44,16 @@ def rehearse(suite: Suite) -> None:
                 new = {family: measures for family, measures in job.families.items() if family not in seen}
                 seen |= set(new)
                 search = dataclasses.replace(job, families=new, search=True)
-                for one in (search, *([dataclasses.replace(job, families=new)] if new else []), *_again(suite, job)):
-                    lines = _performed(one, Path(folder), data)
-                    told = f"{len(lines)} measurements" if one.families else "trained"
-                    console.print(f"{one.name}: {told}" + (", search" if one.search and one.families else ""))
+                measured = [dataclasses.replace(job, families=new)] if new else []
+                for part in (search, *measured, *_retrainings(suite, job)):
+                    lines = _performed(part, Path(folder), data)
+                    result = f"{len(lines)} measurements" if part.families else "trained"
+                    console.print(f"{part.name}: {result}" + (", search" if part.search and part.families else ""))
     console.print("Everything runs; nothing is kept.")
 
 
 def noise(name: str, image_size: int | None) -> ImageData:
-    """Return uniform noise with the image shape and the classes of a data set; if unknown, those of CIFAR-10."""
+    """Return uniform noise with the image shape and the classes of a data set; of CIFAR-10, if these are unknown."""
     row = data_set(name)
     classes, shape = row.num_classes or 10, row.shape or (3, 32, 32)
     if image_size is not None:
@@ -79,7 +83,7 @@ def _job(suite: Suite, task: str, entrant: Entrant) -> Job:
 
 
 def _performed(job: Job, folder: Path, data: ImageData) -> list[Line]:
-    """Return what a job yields; raises Diverged, where a comparison would go on without that training."""
+    """Return the lines of a job; raise Diverged even if the comparison would continue without that training."""
     try:
         lines = list(perform(job, folder, data))
     except Diverged as error:
@@ -94,17 +98,17 @@ def _few(measure: Measure) -> Measure:
     return dataclasses.replace(measure, points=measure.points[:1] + measure.points[-1:])
 
 
-def _again(suite: Suite, job: Job) -> list[Job]:
-    """Return the jobs that train again: the first schedule after each compressor, the others after one."""
+def _retrainings(suite: Suite, job: Job) -> list[Job]:
+    """Return the jobs that retrain: the first schedule after each compressor, the other schedules after one."""
     wanted = suite.retraining
     if wanted is None or wanted.method != job.label:
         return []
-    again = []
+    jobs = []
     for rounds in wanted.rounds:
-        measures = {family: tuple(map(_few, wanted.measures(of, rounds))) for family, of in job.families.items()}
+        measures = {family: tuple(map(_few, wanted.measures(own, rounds))) for family, own in job.families.items()}
         families = {family: few for family, few in measures.items() if few}
         first = dict(list(families.items())[:1])
-        again += [
+        jobs += [
             dataclasses.replace(
                 job,
                 families=first if index else families,
@@ -115,4 +119,4 @@ def _again(suite: Suite, job: Job) -> list[Job]:
             for index, schedule in enumerate(wanted.schedules)
             if families
         ]
-    return again
+    return jobs

@@ -1,7 +1,7 @@
 """Suites: what a comparison trains, searches and measures, read from YAML; the shipped ones lie in suites/.
 
 A suite names *tasks* (a data set and a network), *families* of compressors, and *methods*, each with the families it
-takes part in and its *trials*: the settings to choose from on the validation images, as many for every method.
+takes part in and its *trials*: the settings to choose from on the validation images, equally many for every method.
 
     settings: {epochs: 40}                    # of pliant train, for every run
     tasks:
@@ -9,7 +9,7 @@ takes part in and its *trials*: the settings to choose from on the validation im
     seeds: [0, 1, 2]
     families:
       rank:
-        - {compressor: rank, ratios: [0, 0.5, 0.9]}               # the first one decides the search
+        - {compressor: rank, ratios: [0, 0.5, 0.9]}               # the first one is used in the search
         - {compressor: rank, whiten: false, ratios: [0, 0.5, 0.9]}
     methods:
       sgd: {families: [rank], trials: [{lr: 0.1}, {lr: 0.05}]}
@@ -41,17 +41,22 @@ from pliant.extensions import names
 
 SHIPPED = Path(__file__).parent / "suites"
 EQUAL = ("epochs", "time")
-# What a comparison decides itself, so no setting may.
+# Set by the comparison itself, so that no setting may.
 _RESERVED = ("seed", "method")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A compressor and the sizes at which it measures a network."""
+    """A compressor and the sizes at which networks are measured under it.
+
+    Args:
+        compressor: its name, as in the shell.
+        points: pairs (ratio, pattern); the dense network is (0, "").
+        allocation, whiten, scheme: options of the compressor.
+    """
 
     compressor: str
     points: tuple[tuple[float, str], ...]
-    """Pairs (ratio, pattern): the dense network is (0, "")."""
     allocation: str = "global"
     whiten: bool = True
     scheme: str | None = None
@@ -62,7 +67,7 @@ class Measure:
         return record_name(self.compressor, self.whiten, self.scheme)
 
     def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
-        """Return what tells the record of a point apart among those of a run."""
+        """Return the key that identifies the record of a point among the records of a run."""
         return (
             self.name,
             allocation_of(self.compressor, self.allocation),
@@ -79,7 +84,7 @@ class Entrant:
         label: its name in the comparison.
         method: its name: one of :data:`~pliant.experiments.methods.METHODS`, or of another package.
         families: names of the suite's families that it is measured in.
-        trials: settings to choose from; each names what it sets beside the suite's and the task's settings.
+        trials: settings to choose from, in addition to those of the suite and the task.
     """
 
     label: str
@@ -90,9 +95,15 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Retraining:
-    """The references that may train again: networks of ``method``, compressed, then trained for some epochs more.
+    """The references that may train again: networks of one method, compressed, then retrained.
 
-    In one round of both; where weights become zeros also in several, those of ``rounds``: iterative magnitude pruning.
+    Args:
+        method: label of the method.
+        schedules: learning rate schedules of the retraining.
+        epochs: number of epochs of each retraining.
+        ratios: ratios of the compression.
+        rounds: numbers of rounds of compression and retraining; more than one, iterative magnitude pruning, is for
+            compressors that zero weights.
     """
 
     method: str
@@ -102,7 +113,7 @@ class Retraining:
     rounds: tuple[int, ...] = (1,)
 
     def measures(self, family: tuple[Measure, ...], rounds: int = 1) -> tuple[Measure, ...]:
-        """Return the first measure of a family at the ratios of the retraining; none if it cannot be made so."""
+        """Return the first measure of a family at the ratios of the retraining; () if that is not possible."""
         compressor = family[0].compressor
         if takes_pattern(compressor) or (rounds > 1 and compressor != "weights"):
             return ()
@@ -110,7 +121,7 @@ class Retraining:
         return (dataclasses.replace(family[0], points=points),)
 
     def check(self, epochs: int) -> None:
-        """Raise BadInput if a schedule goes back further than a training of so many epochs is long."""
+        """Raise BadInput if a schedule rewinds more epochs than the training has."""
         if "LRW" in self.schedules and self.epochs > epochs:
             raise BadInput(
                 f"retraining.epochs: LRW goes back at most the {epochs} epochs of the training, got {self.epochs}"
@@ -123,9 +134,9 @@ class Suite:
 
     name: str
     text: str
-    """As it was read."""
+    """The YAML text."""
     tasks: dict[str, dict[str, Any]]
-    """What the suite and the task set, by the name of the task; a training has a method and a seed, too."""
+    """Task name → settings of the suite and the task; a training also has a method and a seed."""
     seeds: tuple[int, ...]
     families: dict[str, tuple[Measure, ...]]
     methods: tuple[Entrant, ...]
@@ -133,7 +144,7 @@ class Suite:
     equal: tuple[str, ...] = ("epochs",)
     calibration: int = CALIBRATION
     joined: tuple[str, ...] = ()
-    """Labels of the methods that joined a comparison, beside those that its suite names."""
+    """Labels of the methods that joined the comparison, in addition to those that its suite names."""
 
     @classmethod
     def open(cls, name: str | Path) -> Suite:
@@ -141,7 +152,7 @@ class Suite:
 
         Raises:
             DamagedFile: there is no such file, or it is not YAML.
-            BadInput: a name or value in it is unknown or out of range, or its methods have unequal numbers of trials.
+            BadInput: a name in it is unknown, a value is out of range, or its methods have unequal numbers of trials.
         """
         path = Path(name)
         shipped = SHIPPED / f"{name}.yaml"
@@ -163,7 +174,7 @@ class Suite:
 
     @classmethod
     def from_dict(cls, name: str, content: object) -> Suite:
-        """Return the suite that plain data describe; raises BadInput as :meth:`open` does."""
+        """Return the suite that plain data describe; raise BadInput as :meth:`open` does."""
         suite = _mapping("a suite", content, _SUITE)
         common = _settings("settings", suite.get("settings", {}))
         tasks = {
@@ -177,7 +188,7 @@ class Suite:
         methods = tuple(
             _entrant(label, entry, families) for label, entry in _mapping("methods", suite["methods"]).items()
         )
-        made = cls(
+        result = cls(
             name=name,
             text=yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
             tasks=tasks,
@@ -189,14 +200,14 @@ class Suite:
             calibration=suite.get("calibration", CALIBRATION),
             joined=_joined(suite.get("joined", []), methods),
         )
-        made._check()
-        return made
+        result._check()
+        return result
 
     def _check(self) -> None:
         counts = {entrant.label: len(entrant.trials) for entrant in self.methods}
         if len(set(counts.values())) != 1:
-            told = ", ".join(f"{label} {count}" for label, count in counts.items())
-            raise BadInput(f"a fair comparison gives every method the same number of trials; here: {told}")
+            listed = ", ".join(f"{label} {count}" for label, count in counts.items())
+            raise BadInput(f"a fair comparison gives every method the same number of trials; here: {listed}")
         for value in self.equal:
             check_choice("equal", value, EQUAL)
         if self.equal[:1] != ("epochs",):
@@ -220,7 +231,7 @@ class Suite:
         return settings_from({**self.tasks[task], **trial, "method": entrant.method, "seed": seed})
 
     def task_settings(self, task: str) -> Settings:
-        """Return the settings of a task, which say its data and its network."""
+        """Return the settings of a task, among them its data set and its network."""
         return settings_from(self.tasks[task])
 
 
@@ -247,7 +258,7 @@ def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entra
         check_choice(f"family of {where}", family, tuple(families))
     trials = fields.get("trials", [{}])
     if isinstance(trials, dict):
-        values = [_list(f"{where}.trials.{name}", of) for name, of in trials.items()]
+        values = [_list(f"{where}.trials.{name}", choices) for name, choices in trials.items()]
         trials = [dict(zip(trials, combination, strict=True)) for combination in itertools.product(*values)]
     checked = tuple(_settings(f"{where}.trials", trial, own) for trial in _list(f"{where}.trials", trials))
     if any(trial in checked[:i] for i, trial in enumerate(checked)):
@@ -256,7 +267,7 @@ def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entra
 
 
 def _method(where: str, name: str) -> Method:
-    """Return a method; raises BadInput that says where it is named."""
+    """Return a method; raise a BadInput that says where it is named if there is none."""
     if ":" not in name and name not in (known := names("method", METHODS)):
         raise unknown(f"method of {where}", name, known)
     try:
@@ -320,7 +331,7 @@ def _joined(labels: object, methods: tuple[Entrant, ...]) -> tuple[str, ...]:
 
 
 def _settings(where: str, value: object, own: Collection[str] = ()) -> dict[str, Any]:
-    """Return settings by name; ``own`` names those that one method alone has."""
+    """Return settings by name; ``own`` names the settings that only one method has."""
     settings = _mapping(where, value)
     for name in settings:
         if name in _RESERVED:
@@ -331,7 +342,7 @@ def _settings(where: str, value: object, own: Collection[str] = ()) -> dict[str,
 
 
 def _mapping(where: str, value: object, known: Mapping[str, bool] | None = None) -> dict[str, Any]:
-    """Return a mapping; ``known`` tells the names it may have and which of them it must have."""
+    """Return a mapping; ``known`` maps each allowed name to whether it is required."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise BadInput(f"expected names and values for {where}, got {value!r:.60}")
     if known is not None:
@@ -357,7 +368,7 @@ def _integers(where: str, value: object) -> list[int]:
 
 
 def _name(kind: str, name: str, also: str = "") -> str:
-    """Return a name that may stand in the name of a folder; ``also``: letters that are replaced there."""
+    """Return a name that may be part of a folder's name; ``also`` lists characters that are replaced there."""
     if name and not all(letter.isalnum() or letter in f"-_.{also}" for letter in name):
         raise BadInput(f"the name of a {kind} has letters, digits, '-', '_' and '.' only, got {shown(name)}")
     return name

@@ -1,4 +1,4 @@
-"""Who performs the jobs of a comparison: this process, one after the other, or the machines of a Ray cluster."""
+"""Where the jobs of a comparison are performed: in this process, one after the other, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pliant.experiments.comparison.performing import perform
 from pliant.reporting.grouping import grouped
 
 Performer = Callable[[list[Job], Path], Iterator[tuple[Job, Iterable[Line]]]]
-"""Performs jobs in the folder of a comparison and gives the lines of each, in any order."""
+"""A function that performs jobs in the folder of a comparison and yields the lines of each, in any order."""
 
 
 def here(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
@@ -23,7 +23,14 @@ def here(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
 
 
 def on_ray(address: str) -> Performer:
-    """Return what performs jobs on a Ray cluster, whose machines train in folders of their own."""
+    """Return a function that performs jobs on a Ray cluster, whose machines train in folders of their own.
+
+    Args:
+        address: HOST:PORT of the cluster, or auto.
+
+    Raises:
+        BadInput: Ray is not installed, or the cluster cannot be reached.
+    """
     try:
         import ray
     except ImportError:
@@ -38,11 +45,11 @@ def on_ray(address: str) -> Performer:
     def performed(job: Job, folder: Path) -> list[Line]:
         return list(perform(job, folder))
 
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0  # one for each training, where there are any
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0  # one for each training, if the cluster has any
     remote = ray.remote(max_retries=3, num_gpus=gpus)(performed)
 
-    def each(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
-        # Jobs of the same training take turns: only one of them can train it.
+    def on_cluster(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
+        # Jobs of the same training run one after the other: only one of them can train.
         queues = grouped(jobs, lambda job: job.training)
         waiting: dict[Any, Job] = {}
 
@@ -60,18 +67,18 @@ def on_ray(address: str) -> Performer:
                 start(queues[job.training])
             try:
                 lines = ray.get(done)
-            except Exception as error:  # what the others measure is kept first
+            except Exception as error:  # raised at the end, after the measurements of other jobs are kept
                 errors.append(error)
             else:
                 yield job, lines
         if errors:
             raise errors[0]
 
-    return each
+    return on_cluster
 
 
 def _check_reachable(address: str) -> None:
-    """Raise BadInput if nothing answers at HOST:PORT: Ray itself goes on trying for a minute."""
+    """Raise BadInput if nothing answers at HOST:PORT; Ray itself would try for a minute."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
