@@ -1,8 +1,7 @@
 """The command line: pliant train | sweep | report | compare | compress | export | demo.
 
-Every verb is a Python function; its flags are the function's keywords, and the same settings can come from a YAML file
-with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
-torch.
+Every verb is a Python function, and its flags are the function's keywords; a YAML file can give the same settings with
+--config. Only the module of the given verb is imported, so that `pliant report` and `pliant --help` need no torch.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ class Verb:
     """One verb.
 
     Args:
-        module: where its function is.
-        function: what does it.
-        help: what it does.
+        module: module of its function.
+        function: name of its function.
+        help: its description.
         positional: name of its positional argument, if there is one.
-        several: whether that takes several values.
+        several: whether the positional argument takes several values.
         prints_path: whether to print the path that the function returns.
-        flags: module with a function ``add_flags`` that adds its flags to a parser; without one, they are the
+        flags: module with a function ``add_flags`` that adds its flags to a parser; if empty, the flags are the
             parameters of the function.
     """
 
@@ -55,7 +54,7 @@ VERBS = {
     "train": Verb(
         "experiments.train",
         "train",
-        "train one network, with SGD, SFW or one of their rivals",
+        "train one network with SGD, SFW or another method",
         prints_path=True,
         flags="experiments.training.flags",
     ),
@@ -63,7 +62,7 @@ VERBS = {
         "experiments.sweep", "sweep", "compress trained networks at many ratios and measure", "runs", True, True
     ),
     "report": Verb("reporting.page", "report", "turn records into a table and an HTML page", "records", True),
-    "compare": Verb("experiments.compare", "compare", "compare methods fairly, as a suite says", "suite"),
+    "compare": Verb("experiments.compare", "compare", "compare methods fairly, according to a suite", "suite"),
     "compress": Verb("experiments.compress", "compress_run", "compress a trained network to one size", "run"),
     "export": Verb(
         "experiments.export", "export_run", "write a network for other programs", "folder", prints_path=True
@@ -73,7 +72,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error of the user's with one line on stderr."""
+    """Run the command line and return the exit code: 0, or 2 after a user's error, with one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with warnings.catch_warnings():
@@ -106,7 +105,7 @@ def _run(arguments: list[str]) -> int:
     _check_files(rest, verb)
     parser = make_parser(name, rest)
     switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
-    # Without the defaults, but in a file of settings to fill in: a function may want to know what was given.
+    # Leave defaults out, because a function may need to know which settings were given; --print_config shows them.
     defaults = any(argument.startswith("--print_config") for argument in rest)
     given = vars(parser.parse_args(_with_values(rest, switches), defaults=defaults))
     path = _function(verb)(**{name: value for name, value in given.items() if name != "config"})
@@ -116,7 +115,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _check_files(arguments: list[str], verb: Verb) -> None:
-    """Raise BadInput for a file of settings that is no mapping in YAML: the parser would not name the file."""
+    """Raise BadInput for a file of settings that is not a YAML mapping; the parser's error would not name the file."""
     for index, argument in enumerate(arguments):
         flag, _, name = argument.partition("=")
         name = name or (arguments[index + 1] if index + 1 < len(arguments) else "")
@@ -129,9 +128,9 @@ def _check_files(arguments: list[str], verb: Verb) -> None:
             raise BadInput(f"--config {name} is no YAML file in UTF-8: {' '.join(reason.split())}") from None
         if not isinstance(settings, dict):
             raise BadInput(f"--config {name}: expected settings such as 'seed: 1', got {type(settings).__name__}")
-        given = settings.get(verb.positional, "") if verb.positional else ""
-        if not all(isinstance(part, str) for part in (given if isinstance(given, list) else [given])):
-            raise BadInput(f"--config {name}: {verb.positional} expects text, got {given!r}")
+        value = settings.get(verb.positional, "") if verb.positional else ""
+        if not all(isinstance(part, str) for part in (value if isinstance(value, list) else [value])):
+            raise BadInput(f"--config {name}: {verb.positional} expects text, got {value!r}")
 
 
 def _function(verb: Verb) -> Callable[..., Any]:
@@ -143,8 +142,8 @@ def make_parser(name: str, arguments: Sequence[str] = ()) -> Parser:
     """Return the parser of a verb.
 
     Args:
-        name: of the verb.
-        arguments: what it will read; some flags depend on others.
+        name: name of the verb.
+        arguments: the arguments to be parsed, because some flags depend on others.
     """
     verb = VERBS[name]
     function = _function(verb)
@@ -169,8 +168,8 @@ def make_parser(name: str, arguments: Sequence[str] = ()) -> Parser:
 
 
 def _peek(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the values that arguments and files of settings seem to give, before a parser reads them."""
-    found: dict[str, Any] = {}
+    """Return the values that arguments and files of settings seem to set, before a parser reads them."""
+    values: dict[str, Any] = {}
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if not equals:
@@ -178,14 +177,14 @@ def _peek(arguments: Sequence[str]) -> dict[str, Any]:
             if value.startswith("--"):
                 continue
         if flag == "--config" and Path(value).is_file():
-            found |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            values |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))
         elif flag.startswith("--"):
-            found[flag[2:]] = value
-    return found
+            values[flag[2:]] = value
+    return values
 
 
 class Help(jsonargparse.DefaultHelpFormatter):
-    """Help that keeps lines as they are in texts of several lines, and shows what a flag's method decides."""
+    """Help that keeps the line breaks of texts of several lines, and shows the values that a method sets."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" not in text:
@@ -202,13 +201,13 @@ class Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and where to look, and exit with code 2."""
+        """Print what is wrong and where to find help, and exit with code 2."""
         known = [option for action in self._actions for option in action.option_strings]
         raise SystemExit(_fail(f"{_one_line(message, known)} (see {self.prog} --help)"))
 
 
 def _one_line(message: str, known: list[str]) -> str:
-    """Say jsonargparse's and argparse's messages in one line of a user's words."""
+    """Return a message of jsonargparse or argparse as one line in the words of a user."""
     if stray := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         flag = stray[1].partition("=")[0]
         kind = "unknown flag" if flag.startswith("-") else "unexpected argument"
@@ -232,12 +231,12 @@ def _one_line(message: str, known: list[str]) -> str:
 
 def _kind(text: str) -> str:
     names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-    found = re.search(r"<class '(\w+)'>", text)
-    return names.get(found[1], found[1]) if found else text.strip()
+    match = re.search(r"<class '(\w+)'>", text)
+    return names.get(match[1], match[1]) if match else text.strip()
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
-    """Let a switch stand alone: ``--resume`` means ``--resume=true``."""
+    """Return the arguments with values for switches that have none: ``--resume`` becomes ``--resume=true``."""
     result = []
     for index, argument in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
