@@ -1,7 +1,7 @@
 """Train once, deploy at any size: compression-aware training with Stochastic Frank-Wolfe.
 
-The public names stand in ``__init__.pyi``, once, where type checkers look for them. They are loaded when first used, so
-that ``import pliant`` is quick and ``pliant.report`` works where torch is not installed.
+The public names are listed only in ``__init__.pyi``, where type checkers look for them. They are loaded when first
+used, so that ``import pliant`` is quick and ``pliant.report`` works without torch.
 """
 
 import lazy_loader

@@ -1,8 +1,8 @@
 """How a user's model is called on an example.
 
 The forward pass is somebody else's code: it may take a tensor, a tuple of tensors or keyword arguments, return any
-container, draw random numbers, print, and raise anything. Whatever runs a model in order to look at it goes through
-here, so that examples are checked in one place and the random state stays as it was::
+container, draw random numbers, print, and raise anything. All code that runs a model in order to inspect it uses this
+module, so that examples are checked in one place and the random state does not change::
 
     inputs = as_inputs(example_inputs)      the example as a tuple of tensors or a dict of arguments
     outputs = run(model, inputs)            the tensors that the model returns for it
@@ -27,13 +27,13 @@ Example = Tensor | Sequence[Tensor] | Mapping[str, Any]  # for model(x), model(*
 Inputs = tuple[Tensor, ...] | dict[str, Any]
 Item = TypeVar("Item")
 
-# The names that transformers gives to the keys and values that generating networks hand from step to step: those of
-# versions before 5.24 and of later ones.
+# The names in transformers for the keys and values that generating networks pass from step to step: before version
+# 5.24, and since.
 _CACHES = ("past_key_values", "cache")
 
 
 def as_inputs(example_inputs: Example) -> Inputs:
-    """Return the example as a tuple of tensors or a dict of keyword arguments, or raise BadInput."""
+    """Return the example as a tuple of tensors or a dict of keyword arguments; raise BadInput if it is neither."""
     if isinstance(example_inputs, Mapping):
         named = dict(example_inputs)
         if all(isinstance(name, str) for name in named) and tensors_of(named):
@@ -59,15 +59,16 @@ def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
 
 
 def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
-    """Run ``model`` in the mode that it is in, and count the calls of each module.
+    """Run ``model`` in its current mode, and count the calls of each module.
 
-    Raises BadInput if the model cannot be called on the inputs.
+    Raises:
+        BadInput: the model cannot be called on the inputs.
     """
     calls: Counter[nn.Module] = Counter()
     handles = [m.register_forward_hook(lambda m, args, out: calls.update([m])) for m in model.modules()]
     try:
         run(model, inputs)
-    except Exception as error:  # whatever a user's forward may raise
+    except Exception as error:  # a user's forward may raise anything
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(inputs))
         raise BadInput(f"the model cannot be called on the example of shape {shapes}: {first_line(error)}") from error
     finally:
@@ -79,8 +80,7 @@ def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
 def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Call ``model`` and list the tensors that it returns, without the cache of keys and values of generating networks.
 
-    The cache holds what attention has computed so far. It has the shape of the heads, and only the same attention reads
-    it.
+    The cache holds earlier results of attention. Its shape depends on the heads, and only the same attention reads it.
     """
     output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     if isinstance(output, Mapping):
@@ -89,7 +89,7 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Call ``model`` without gradients and list its tensors; the random number generators stay as they were."""
+    """Call ``model`` without gradients and list its tensors; the random number generators do not change."""
     devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
     with torch.no_grad(), torch.random.fork_rng(devices):
         return call(model, inputs)
@@ -97,7 +97,7 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the warnings and printed text of a library of which only the result matters."""
+    """Suppress the warnings and the printed text of a library."""
     with (
         warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(io.StringIO()),
@@ -108,7 +108,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a while, then each of its modules back into its own mode."""
+    """Return a context in which a model is in eval mode; on exit each module returns to its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -119,5 +119,5 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def inputs_of(batch: Any) -> Any:
-    """Return what the model is called on: the first of a tuple or list (images, labels), or the batch itself."""
+    """Return the model's inputs in a batch: the first of a tuple or list (images, labels), or the batch itself."""
     return batch[0] if isinstance(batch, (tuple, list)) else batch

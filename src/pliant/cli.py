@@ -1,8 +1,7 @@
 """The command line: pliant train | sweep | report | compare | compress | export | demo.
 
-Every verb is a Python function; its flags are the function's keywords, and the same settings can come from a YAML file
-with --config. Only the module of the verb in use is imported, so that `pliant report` and `pliant --help` need no
-torch.
+Every verb is a Python function, and its flags are the function's keywords; a YAML file can give the same settings with
+--config. Only the module of the given verb is imported, so that `pliant report` and `pliant --help` need no torch.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ class Verb:
     """One verb.
 
     Args:
-        module: where its function is.
-        function: what does it.
-        help: what it does.
+        module: module of its function.
+        function: name of its function.
+        help: its description.
         positional: name of its positional argument, if there is one.
-        several: whether that takes several values.
+        several: whether the positional argument takes several values.
         prints_path: whether to print the path that the function returns.
-        flags: module with a function ``add_flags`` that adds its flags to a parser; without one, they are the
+        flags: module with a function ``add_flags`` that adds its flags to a parser; if empty, the flags are the
             parameters of the function.
     """
 
@@ -55,7 +54,7 @@ VERBS = {
     "train": Verb(
         "experiments.train",
         "train",
-        "train one network, with SGD, SFW or one of their rivals",
+        "train one network with SGD, SFW or another method",
         prints_path=True,
         flags="experiments.training.flags",
     ),
@@ -63,7 +62,7 @@ VERBS = {
         "experiments.sweep", "sweep", "compress trained networks at many ratios and measure", "runs", True, True
     ),
     "report": Verb("reporting.page", "report", "turn records into a table and an HTML page", "records", True),
-    "compare": Verb("experiments.compare", "compare", "compare methods fairly, as a suite says", "suite"),
+    "compare": Verb("experiments.compare", "compare", "compare methods fairly, according to a suite", "suite"),
     "compress": Verb("experiments.compress", "compress_run", "compress a trained network to one size", "run"),
     "export": Verb(
         "experiments.export", "export_run", "write a network for other programs", "folder", prints_path=True
@@ -129,9 +128,9 @@ def _check_files(arguments: list[str], verb: Verb) -> None:
             raise BadInput(f"--config {name} is not a YAML file in UTF-8: {' '.join(reason.split())}") from None
         if not isinstance(settings, dict):
             raise BadInput(f"--config {name}: expected settings such as 'seed: 1', got {type(settings).__name__}")
-        given = settings.get(verb.positional, "") if verb.positional else ""
-        if not all(isinstance(part, str) for part in (given if isinstance(given, list) else [given])):
-            raise BadInput(f"--config {name}: {verb.positional} expects text, got {given!r}")
+        value = settings.get(verb.positional, "") if verb.positional else ""
+        if not all(isinstance(part, str) for part in (value if isinstance(value, list) else [value])):
+            raise BadInput(f"--config {name}: {verb.positional} expects text, got {value!r}")
 
 
 def _function(verb: Verb) -> Callable[..., Any]:
@@ -202,7 +201,7 @@ class Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and where to look, and exit with code 2."""
+        """Print what is wrong and where to find help, and exit with code 2."""
         known = [option for action in self._actions for option in action.option_strings]
         raise SystemExit(_fail(f"{_one_line(message, known)} (see {self.prog} --help)"))
 
@@ -237,7 +236,7 @@ def _kind(text: str) -> str:
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
-    """Let a switch stand alone: ``--resume`` means ``--resume=true``."""
+    """Return the arguments with values for switches that have none: ``--resume`` becomes ``--resume=true``."""
     result = []
     for index, argument in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else ""

@@ -1,8 +1,8 @@
-"""What the shell, suites, records and reports call the compressors: a row for each, and the words beside it.
+"""The names of compressors in the shell, suites, records and reports: a row for each, and related words.
 
-A compressor is named by its row (``filters``), several in a chain by a plus between them (``filters+rank``), and in
-records with its variant after a dash (``rank-whitened-spatial``). ``pliant.compression.by_name`` finds the classes,
-those of other packages too. Standard library only.
+A compressor is named by its row (``filters``), a chain by several names joined by a plus (``filters+rank``), and in
+records a variant follows after a dash (``rank-whitened-spatial``). ``pliant.compression.by_name`` finds the classes,
+including those of other packages. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ SCHEMES = ("channel", "spatial")
 SCHEME = "spatial"
 """How convolutions are factorised by default."""
 CALIBRATION = 2048
-"""How many training images a compression looks at by default."""
+"""How many training images are used for calibration by default."""
 
 
 @dataclass(frozen=True)
 class CompressorRow:
-    """A compressor as all that is not code knows it.
+    """The names and properties of a compressor outside of code.
 
     Args:
-        name: in the shell, in suites and in records.
+        name: name in the shell, in suites and in records.
         home: its class, as package.module:name.
-        unit: of what a layer keeps, ``kind`` of a :class:`~pliant.records.LayerCount`; empty where it keeps everything.
-        removed: title of its figures where parameters leave the network; empty where they never do.
-        zeroed: title of its figures where parameters become zeros; empty where they never do.
-        takes: what says how much to remove, "ratio" or "pattern"; empty for a compressor that knows one size only, and
-            is used in chains only.
+        unit: unit of the kept parts of a layer, ``kind`` of a :class:`~pliant.records.LayerCount`; empty if it keeps
+            everything.
+        removed: title of its figures if parameters leave the network; empty if they never do.
+        zeroed: title of its figures if parameters become zeros; empty if they never do.
+        takes: the option that sets how much to remove, "ratio" or "pattern"; empty for a compressor with a single size,
+            which is used in chains only.
         in_chains: where it may stand in a chain, "anywhere" or "last"; empty for nowhere.
     """
 
@@ -48,7 +49,7 @@ class CompressorRow:
 
     @property
     def class_name(self) -> str:
-        """What plans call it."""
+        """Its name in plans."""
         return self.home.rpartition(":")[2]
 
 
@@ -65,12 +66,12 @@ _ROWS = (
 COMPRESSORS = {row.name: row for row in _ROWS}
 """All rows by name, in the order of reports."""
 ALONE = tuple(row.name for row in _ROWS if row.takes)
-"""What a network can be compressed by."""
+"""The names of compressors that can be used alone."""
 LINKS = tuple(row.name for row in _ROWS if row.in_chains)
-"""What may stand in a chain such as filters+rank+int8."""
+"""The names of compressors that may stand in a chain such as filters+rank+int8."""
 
 TITLE = "compressor_title"
-"""Beside a record by a compressor of another package: its title, so that a report does not need the package."""
+"""The field in records by a compressor of another package with its title, so that reports do not need the package."""
 
 _IN_WORDS = (
     f"{', '.join(ALONE[:-1])} or {ALONE[-1]}, the name of one that another package offers, package.module:name, or a "
@@ -81,18 +82,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def names_in_help(function: Function) -> Function:
-    """Put the names of the compressors into a docstring, from which --help is made, in place of ``{compressors}``."""
+    """Replace ``{compressors}`` in a docstring, which --help shows, by the names of the compressors."""
     function.__doc__ = (function.__doc__ or "").replace("{compressors}", _IN_WORDS)
     return function
 
 
 def takes_pattern(compressor: str) -> bool:
-    """Return whether a compressor takes a pattern such as 2:4 in place of a ratio."""
+    """Return whether a compressor takes a pattern such as 2:4 instead of a ratio."""
     return compressor in COMPRESSORS and COMPRESSORS[compressor].takes == "pattern"
 
 
 def check_pattern(compressor: str, pattern: str | None, **ratio: object) -> None:
-    """Raise BadInput if a pattern is given to a compressor that takes a ratio, or a ratio to one of patterns."""
+    """Raise BadInput if a compressor that takes a ratio gets a pattern, or one that takes a pattern gets a ratio."""
     ((name, value),) = ratio.items()
     patterned = " or ".join(filter(takes_pattern, COMPRESSORS))
     if pattern is not None and not takes_pattern(compressor):
@@ -102,7 +103,7 @@ def check_pattern(compressor: str, pattern: str | None, **ratio: object) -> None
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Return (N, M) of a pattern such as "2:4"; raises BadInput for anything else."""
+    """Return (N, M) of a pattern such as "2:4"; raise BadInput for anything else."""
     n, colon, m = pattern.partition(":")
     if not (colon and n.isdecimal() and m.isdecimal() and 1 <= int(n) <= int(m)):
         raise BadInput(f"a pattern is N:M with 1 <= N <= M, such as 2:4; got {pattern!r}")
@@ -110,14 +111,15 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
 
 
 def factorises(compressor: str) -> bool:
-    """Return whether a compressor or a link of it is rank."""
+    """Return whether a compressor, or a link of a chain, is rank."""
     return "rank" in compressor.split("+")
 
 
 def resolve_scheme(compressor: str, scheme: str | None) -> str | None:
     """Return the scheme of a compressor, :data:`SCHEME` for None; None if the compressor does not factorise.
 
-    Raises BadInput for an unknown scheme, or one given to a compressor that has no use for it.
+    Raises:
+        BadInput: the scheme is unknown, or the compressor does not factorise.
     """
     if scheme is None:
         return SCHEME if factorises(compressor) else None
@@ -128,11 +130,11 @@ def resolve_scheme(compressor: str, scheme: str | None) -> str | None:
 
 
 def record_name(compressor: str, whiten: bool, scheme: str | None = None) -> str:
-    """Return the name that records give a compressor: with its variant. ``scheme``: None for the default."""
+    """Return the name of a compressor in records, with its variant; ``scheme`` None is the default scheme."""
     scheme = resolve_scheme(compressor, scheme)
     words = [compressor]
     if whiten and factorises(compressor):
         words.append("whitened")
-    if scheme is not None and scheme != "channel":  # the only one when the first records were made
+    if scheme is not None and scheme != "channel":  # records without a scheme are from when "channel" was the only one
         words.append(scheme)
     return "-".join(words)

@@ -1,7 +1,7 @@
 """The errors a user can cause, and how they read.
 
-Every message is one line that says what was expected, what came and what to do. The command line prints it
-after ``pliant: error:`` and exits with code 2; in Python the same line is the exception's text.
+Every message is one line that says what was expected, what was given and what to do. The command line prints it after
+``pliant: error:`` and exits with code 2; in Python the same line is the exception's text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _SHOWN = 100  # characters of a value in a message
 
 
 class PliantError(Exception):
-    """Base of all errors whose cause lies outside of pliant: input, files, data, a diverged training."""
+    """Base of all errors with a cause outside of pliant: input, files, data, a diverged training."""
 
 
 class BadInput(PliantError, ValueError):
@@ -37,13 +37,13 @@ class Refused(PliantError):
 
 
 def shown(value: object) -> str:
-    """Return what came, for a message: its ``repr`` on one line, cut where there is a document in place of a number."""
+    """Return the ``repr`` of a value on one line for a message, cut if it is long."""
     text = " ".join(part.strip() for part in repr(value).splitlines())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
-    """Return the error for a ``name`` that is not among the ``known`` ones, with the nearest match first."""
+    """Return the error for a ``name`` that is not among the ``known`` names, with the nearest match as a hint."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -51,7 +51,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
 
 
 def check_choice(what: str, value: str, known: Collection[str]) -> None:
-    """Raise the error for an unknown name unless ``value`` is one of ``known``."""
+    """Raise BadInput unless ``value`` is one of ``known``."""
     if value not in known:
         raise unknown(what, str(value), known)
 

@@ -1,13 +1,13 @@
-"""Names from outside of the package: what installed packages offer, and ``package.module:name``.
+"""Names from other packages: offers of installed packages, and ``package.module:name``.
 
-A norm, a compressor, a training method, a data set and a network can come from another package. An installed one says
-in its pyproject.toml what it offers, under a name of its own choice::
+A norm, a compressor, a training method, a data set or a network can come from another package. An installed package
+declares its offers in its pyproject.toml, under names of its own choice::
 
     [project.entry-points."pliant.methods"]
     l1 = "my_package.methods:l1"
 
-One that is not installed is named where it is used: ``--method my_package.methods:l1``. Nothing of a package is
-imported before it is asked for by name, so a broken one harms nobody else. Standard library only.
+An object of a package that is not installed is named by its module: ``--method my_package.methods:l1``. A package is
+imported only when one of its names is used, so a broken package does not affect others. Standard library only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Thing = TypeVar("Thing")
 
 
 def installed(kind: str) -> dict[str, EntryPoint]:
-    """Return what installed packages offer of a kind (a key of :data:`GROUPS`), by name; nothing is imported."""
+    """Return name → offer of installed packages for a kind (a key of :data:`GROUPS`); nothing is imported."""
     return {entry.name: entry for entry in sorted(entry_points(group=GROUPS[kind]), key=_package)}
 
 
@@ -46,18 +46,18 @@ def find(
     fault: Callable[[Any], str | None],
     adapt: Callable[[str, Any], Thing] | None = None,
 ) -> Thing:
-    """Return what a name stands for: ours, ``package.module:name``, or what an installed package offers.
+    """Return the object of a name: one of this package, ``package.module:name``, or an installed package's offer.
 
     Args:
         kind: a key of :data:`GROUPS`.
-        name: as the user wrote it. A package cannot take one of our names.
-        own: ours, by name.
-        fault: from an object of another package to what is wrong with it, None if it is what it should be.
-        adapt: from name and object to what our table would hold; None where they are the same.
+        name: the name as the user wrote it. Other packages cannot take a name of this package.
+        own: the objects of this package, by name.
+        fault: returns what is wrong with an object of another package, None if nothing is.
+        adapt: maps a name and an object of another package to an entry like those of ``own``; None: use the object.
 
     Raises:
-        BadInput: nothing has this name, or it cannot be imported, or is not what it should be: one line that names
-            the package and the reason.
+        BadInput: nothing has this name, or the object cannot be imported or has a fault; the message names the package
+            and the reason.
     """
     if name in own:
         return own[name]
@@ -71,7 +71,7 @@ def find(
 
 
 def names(kind: str, own: Mapping[str, Any]) -> list[str]:
-    """Return the names of a kind, ours first, then those of installed packages."""
+    """Return the names of a kind: those of this package first, then those of installed packages."""
     return list(dict.fromkeys([*own, *installed(kind)]))
 
 
@@ -81,7 +81,7 @@ def names_of(kind: str, thing: object) -> list[str]:
 
 
 def already_imported(name: str) -> Any:
-    """Return the object that ``package.module:name`` names, if this process has it already, else None."""
+    """Return the object that ``package.module:name`` names if it is already imported, else None."""
     module, _, attribute = name.partition(":")
     return _already_imported(module, attribute)
 
@@ -90,13 +90,13 @@ def import_named(kind: str, name: str, what: str = "object", example: str = "my_
     """Return the object that ``package.module:name`` names; the current directory is searched first.
 
     Args:
-        kind: of what it should be, for messages.
-        name: with a colon.
-        what: what is looked for in the module, for messages.
-        example: of such a name.
+        kind: the expected kind of object, for messages.
+        name: a name with a colon.
+        what: a word for the attribute of the module, for messages.
+        example: an example of such a name, for messages.
 
     Raises:
-        BadInput: the name is not of this form, the import fails, or the module does not have it.
+        BadInput: the name is not of this form, the import fails, or the module has no such attribute.
     """
     module_name, _, attribute = name.partition(":")
     if not (module_name and all(part.isidentifier() for part in [*module_name.split("."), attribute])):
@@ -104,7 +104,7 @@ def import_named(kind: str, name: str, what: str = "object", example: str = "my_
     with current_directory_importable():
         try:
             module = importlib.import_module(module_name)
-        except (Exception, SystemExit) as error:  # whatever the code of others raises
+        except (Exception, SystemExit) as error:  # other packages may raise anything
             raise BadInput(f"{kind} {name!r}: import failed with {one_line(error)}") from error
         if not hasattr(module, attribute):
             raise BadInput(f"{kind} {name!r}: module {module_name} has no {what} named {attribute!r}")
@@ -112,7 +112,7 @@ def import_named(kind: str, name: str, what: str = "object", example: str = "my_
 
 
 def described(kind: str, name: str) -> str:
-    """Return what messages call a thing of another package: with the package, where an installed one offers it."""
+    """Return words for an object of another package, for messages; with the package if an installed one offers it."""
     entry = installed(kind).get(name)
     return f"{kind} {name!r}" if entry is None else _described(kind, entry)
 
@@ -136,7 +136,7 @@ def _already_imported(module: str, attribute: str) -> Any:
 
 
 def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return a description of what offers a name, for messages, and the object."""
+    """Return a description of the offer of a name, for messages, and the object."""
     offers = [entry for entry in entry_points(group=GROUPS[kind]) if entry.name == name]
     if not offers:
         raise unknown(kind, name, names(kind, own))
@@ -146,7 +146,7 @@ def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, An
     entry = offers[0]
     try:
         return _described(kind, entry), entry.load()
-    except (Exception, SystemExit) as error:  # whatever the code of others raises
+    except (Exception, SystemExit) as error:  # other packages may raise anything
         raise BadInput(f"{_described(kind, entry)} cannot be imported: {one_line(error)}") from error
 
 

@@ -1,8 +1,7 @@
-"""Writing files so that nobody ever sees half of one, one process at a time, and telling them apart.
+"""Atomic writing of files and folders, by one process at a time, and hashes of files.
 
-A process may be killed at any moment. What it leaves then is called ``.NAME.*.tmp`` or ``.NAME.lock``, beside the file
-or folder NAME that it was working on; nothing reads it, and the next process that writes NAME removes it. Standard
-library only.
+A process may be killed at any moment. It then leaves ``.NAME.*.tmp`` or ``.NAME.lock`` next to the file or folder NAME
+that it was writing; nothing reads these, and the next process that writes NAME removes them. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ if sys.platform != "win32":
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` to write to; on success it takes the name ``path`` in one step.
+    """Yield a temporary path next to ``path`` to write to; on success it is renamed to ``path`` atomically.
 
     The content is on disk before the name changes, so after a crash or on a full disk the former file is still whole.
-    The folder must exist. On an error the temporary file is removed and the error goes on.
+    The folder must exist. On an error the temporary file is removed and the error propagates.
     """
     path = Path(path)
     with locked(path, wait=True):
@@ -40,7 +39,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             sync(temporary)
-            # mkstemp makes private files; a result is as readable as any file this user makes.
+            # mkstemp makes private files; give the result the permissions of an ordinary file of this user.
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
@@ -52,11 +51,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def making_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` to fill; on success it takes the name ``path``: whole, or not at all.
+    """Yield a temporary folder next to ``path`` to fill; on success it is renamed to ``path``: whole, or not at all.
 
-    Missing parents are made. A folder of that name is an OSError, unless it is empty or ``replace`` is True: then the
-    former one is removed once the new one has its name. On an error the temporary folder is removed, the former one
-    stays and the error goes on. Raises Busy if another process is making the same folder.
+    Missing parents are made. On an error the temporary folder is removed, a former folder stays and the error
+    propagates.
+
+    Args:
+        path: the folder.
+        replace: remove a former folder of that name once the new one has its name.
+
+    Raises:
+        Busy: another process is making the same folder.
+        OSError: the folder exists, is not empty and may not be replaced, or it cannot be written.
     """
     path = Path(path)
     make_folders(path.parent)
@@ -83,11 +89,15 @@ def making_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 def locked(path: str | Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes from working on ``path``: a file or folder, which need not exist; its parent must.
 
-    The lock is the file ``.NAME.lock`` beside it. The system releases it when the process ends, in whatever way. There
+    The lock is the file ``.NAME.lock`` next to it. The system releases it when the process ends, in whatever way. There
     are no such locks on Windows.
 
+    Args:
+        path: the file or folder.
+        wait: wait for another process that works on it, instead of raising Busy.
+
     Raises:
-        Busy: another process is working on it. With ``wait`` this waits for that process instead.
+        Busy: another process is working on it.
     """
     path = Path(path).resolve()
     lock = path.with_name(f".{path.name}.lock")
@@ -115,11 +125,11 @@ def _take(lock: Path, path: Path, wait: bool) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its former holder has removed the file meanwhile
+        os.close(handle)  # its former holder has since removed the file: try again
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what killed processes left beside ``path``; raises Busy if another process is working on it."""
+    """Remove the leftovers of killed processes next to ``path``; raise Busy if another process is working on it."""
     path = Path(path)
     if path.parent.is_dir():
         with locked(path):
@@ -127,12 +137,12 @@ def remove_leftovers(path: str | Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Tell whether a folder is absent, or holds nothing but what killed processes left."""
+    """Return whether a folder is absent, or holds nothing but leftovers of killed processes."""
     return not folder.exists() or (folder.is_dir() and not any(not _is_leftover(entry) for entry in folder.iterdir()))
 
 
 def make_folders(path: str | Path) -> None:
-    """Make a folder and its missing parents, so that they outlive a loss of power. An existing folder is fine."""
+    """Make a folder and its missing parents, durably, even after a loss of power; an existing folder is fine."""
     path = Path(path)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in (path, *path.parents):
@@ -144,17 +154,17 @@ def make_folders(path: str | Path) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file in one step.
+    """Write a file atomically.
 
-    A library that writes a file itself reports a full disk in an error of its own. Let it make bytes and write them
-    here: then it is an OSError.
+    A library that writes a file itself reports a full disk by an error of its own; write its bytes here instead, so
+    that the error is an OSError.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file in one step."""
+    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -165,7 +175,7 @@ def sha256(path: str | Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of what is in a folder, is on disk."""
+    """Wait until a file, or the list of entries of a folder, is on disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no handle to a folder
     descriptor = os.open(path, os.O_RDONLY)
@@ -180,8 +190,8 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside ``path``, which is locked by this one."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # as the module tempfile makes them
+    """Remove the leftovers of killed processes next to ``path``, which this process has locked."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # as the module tempfile names them
     for left in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]:
         if not left.is_dir():
             left.unlink(missing_ok=True)

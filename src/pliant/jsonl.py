@@ -1,11 +1,11 @@
-"""Files of JSON lines that grow while a long command runs: appending and reading, safe against being stopped.
+"""Files of JSON lines that grow while a long command runs: appending and reading, safe against interruption.
 
-A process may be stopped at any moment: a line is either whole, or it is recognisable as cut, being the last
-one and without a newline. Reading ignores a cut line, appending drops it.
+A process may be stopped at any moment: every line is either whole or recognisably cut, because it is the last one and
+has no newline. Reading ignores a cut line, appending drops it.
 
 A file may be packed with gzip (``gzip -9n records.jsonl``, a twentieth of the size): it is read and grows as before.
-A line that is appended to it is a gzip member of its own, as the format allows, so ``zcat`` gives all lines; packed
-anew they take less. Standard library only.
+Every appended line is a gzip member of its own, as the format allows, so ``zcat`` prints all lines; packing the file
+again makes it smaller. Standard library only.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if sys.platform != "win32":
 
 Item = TypeVar("Item")
 
-GZIP = b"\x1f\x8b"  # how a gzip member begins
-LARGEST = 256 * 2**20  # bytes of lines in a packed file: far more than any has, less than memory
-CHUNK = 2**14  # bytes that are unpacked at once: what is read beyond the end of a member is read again
+GZIP = b"\x1f\x8b"  # the first bytes of a gzip member
+LARGEST = 256 * 2**20  # limit on the bytes of lines in a packed file: far more than any file has, less than memory
+CHUNK = 2**14  # bytes that are unpacked at once: bytes beyond the end of a member are read again
 
 
 def append_line(path: str | Path, values: Mapping[str, Any]) -> None:
     """Append ``values`` as a line to the JSON Lines file at ``path`` and wait until it is on disk.
 
-    The file and its folder are made if needed, packed if its name ends in ``.gz``. The line goes out in one write under
-    a file lock (except on Windows), so several processes may append to one file. A line that an earlier process left
-    cut is dropped.
+    The file and its folder are made if needed; the file is packed if its name ends in ``.gz``. The line is written in
+    one call under a file lock (except on Windows), so several processes may append to one file. A cut line that an
+    earlier process left is dropped.
 
     Raises:
-        DamagedFile: the file ends neither with a line of JSON nor with a cut one; what may be another file is not
-            written to.
+        DamagedFile: the file ends neither with a line of JSON nor with a cut one; it may be another kind of file, so
+            nothing is written.
         OSError: the disk is full or the file cannot be written; it keeps its former lines and length.
     """
     path = Path(path)
@@ -84,12 +84,12 @@ def check_appendable(path: str | Path) -> None:
 
 
 def read_lines(path: str | Path, parse: Callable[[dict[str, Any]], Item], kind: str) -> list[Item]:
-    """Return what ``parse`` makes of the lines of the JSON Lines file at ``path``, in their order.
+    """Return the lines of the JSON Lines file at ``path``, parsed, in their order.
 
     Args:
         path: the file.
-        parse: from the values of a line to an item; raises BadInput for values that do not make one.
-        kind: what the items are, for messages: ``"records"``.
+        parse: maps the values of a line to an item; raises BadInput for bad values.
+        kind: the kind of the items, for messages: ``"records"``.
 
     Raises:
         DamagedFile: there is no such file, it cannot be unpacked, or a line is not an item; the message names file and
@@ -117,7 +117,7 @@ def _is_packed(path: Path, content: bytes) -> bool:
 
 
 def _whole_lines(path: Path, content: bytes) -> tuple[bytes, int]:
-    """Return the lines of a file without a cut one, and how long the file is without it."""
+    """Return the whole lines of a file, and the length of the file without a cut line."""
     if _is_packed(path, content):
         lines, length = _unpacked(path, content)
         tail = _last_line(path, lines)
@@ -130,7 +130,7 @@ def _whole_lines(path: Path, content: bytes) -> tuple[bytes, int]:
 
 
 def _unpacked(path: Path, content: bytes) -> tuple[bytes, int]:
-    """Return the lines in gzip members, and where the last whole member ends: one may be cut, as a line may be."""
+    """Return the lines in gzip members, and where the last whole member ends, because the last one may be cut."""
     lines, end = bytearray(), 0
     while end < len(content):
         known = len(lines)
@@ -145,7 +145,7 @@ def _unpacked(path: Path, content: bytes) -> tuple[bytes, int]:
 
 
 def _unpack_member(path: Path, content: bytes, start: int, lines: bytearray) -> int | None:
-    """Add what the gzip member at ``start`` holds to ``lines``; return where it ends, None if it is cut."""
+    """Append the content of the gzip member at ``start`` to ``lines``; return where it ends, None if it is cut."""
     member, end = zlib.decompressobj(wbits=31), start  # 31: with gzip header and checksum
     while not member.eof and end < len(content):
         chunk = content[end : end + CHUNK]
@@ -160,7 +160,7 @@ def _unpack_member(path: Path, content: bytes, start: int, lines: bytearray) -> 
 
 
 def _last_line(path: Path, content: bytes) -> bytes:
-    """Return what follows the last newline: nothing, a line without its newline, or the beginning of one."""
+    """Return the bytes after the last newline: none, a line without its newline, or the beginning of a line."""
     tail = content[content.rfind(b"\n") + 1 :]
     if tail.strip() and not tail.startswith(b"{"):
         raise DamagedFile(f"{path}: expected lines of JSON, got {tail[:20]!r} at the end; is this the right file?")
@@ -168,7 +168,7 @@ def _last_line(path: Path, content: bytes) -> bytes:
 
 
 def _is_cut(tail: bytes) -> bool:
-    """Tell whether a line without its newline is incomplete: the mere beginning of a JSON object is not valid JSON."""
+    """Return whether a line without its newline is incomplete: the beginning of a JSON object is not valid JSON."""
     try:
         json.loads(tail)
     except (ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""What a network costs and what it can do: accuracy, parameters, MACs, bytes, latency.
+"""Measurements of a network: accuracy, parameters, MACs, bytes, latency.
 
-MACs (multiply-accumulates) and latency are those of the network as it is: zeros count like any other number.
+MACs (multiply-accumulates) and latency are those of dense computation: zeros count like any other number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return "fp32", "bf16" or "fp16"; "auto" is bf16 where the hardware multiplies it natively, else fp32."""
+    """Return "fp32", "bf16" or "fp16"; "auto" is bf16 if the hardware multiplies it natively, else fp32.
+
+    Raises:
+        BadInput: the precision is unknown.
+    """
     if precision != "auto":
         if precision not in PRECISIONS:
             raise BadInput(f"precision must be auto, {' or '.join(PRECISIONS)}, got {precision!r}")
@@ -46,12 +50,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: str = "fp32"
 ) -> float:
-    """Return the top-1 accuracy, a fraction in [0, 1], in eval mode; the model's own modes are kept.
+    """Return the top-1 accuracy, a fraction in [0, 1], in eval mode; the model's own modes are restored.
 
     Args:
-        model: on ``device``; (B, C, H, W) -> (B, classes).
+        model: a network on ``device`` that maps (B, C, H, W) to (B, classes).
         batches: pairs of images (B, C, H, W) and labels (B,).
-        device: where to evaluate.
+        device: the device to evaluate on.
         precision: "fp32", or "bf16" / "fp16" for autocast.
 
     Raises:
@@ -87,8 +91,8 @@ def file_bytes(model: nn.Module) -> int:
 def macs(model: nn.Module, example_inputs: Example) -> int:
     """Return the multiply-accumulates of one forward pass, per sample of the example.
 
-    Those of convolutions, matrix products and attention are counted, on a copy without data, which takes next to no
-    time; a network that needs real numbers in its forward is run once.
+    Convolutions, matrix products and attention are counted, on a copy without data, which takes almost no time; only a
+    network whose forward needs real values is run once.
 
     Args:
         model: any module; not changed.
@@ -133,13 +137,13 @@ def latencies(
 ) -> list[float]:
     """Return the seconds per forward pass of each model, the median over ``rounds`` in which all models take turns.
 
-    Because of the turns the ratio of two models holds while a shared machine gets slower or faster.
+    Because the models take turns, the ratio of two of them is reliable even if a shared machine gets slower or faster.
 
     Args:
-        models: on the example's device.
+        models: networks on the example's device.
         example_inputs: one batch: a tensor, a tuple of tensors or a dict of keyword arguments.
-        seconds: least time per measurement.
-        rounds: measurements per model.
+        seconds: minimum time per measurement.
+        rounds: number of measurements per model.
     """
     inputs = as_inputs(example_inputs)
     threads = torch.get_num_threads()
@@ -170,9 +174,9 @@ def take_turns(
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict as safetensors takes it: contiguous, and each tied tensor once, under its first name.
+    """Return the state dict in the form for safetensors: contiguous, each tied tensor once, under its first name.
 
-    A tensor that shares the memory of another one in another shape is copied.
+    A tensor that shares the memory of another one, but not its shape, is copied.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()

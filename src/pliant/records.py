@@ -1,7 +1,7 @@
-"""Records: what a compressed network achieved, one line of JSON each.
+"""Records: the measurements of a compressed network, one line of JSON each.
 
 A sweep appends a :class:`Record` for each run, compressor and ratio to a JSON Lines file; reports and comparisons
-read such files and nothing else. This module needs the standard library only, so records can be read on any machine.
+read such files and nothing else. This module needs only the standard library, so records can be read on any machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RECORDS = "records.jsonl"
 
 
 class LayerCount(TypedDict):
-    """What one layer kept; ``kind`` is the unit of ``kept`` and ``total``, for example ``"filters"``."""
+    """The kept parts of one layer; ``kind`` is the unit of ``kept`` and ``total``, for example ``"filters"``."""
 
     name: str
     kind: str
@@ -38,11 +38,11 @@ class LayerCount(TypedDict):
 
 
 class Cost(TypedDict):
-    """What the training cost, beside SGD on the same machine.
+    """The cost of the training, compared with SGD on the same machine.
 
-    The run took ``seconds``, a step ``step_s`` seconds (``step_s_sgd``: one of SGD, timed in turns). ``memory`` bytes
-    hold the weights, their gradients and what the optimizer keeps (``memory_sgd``: SGD's). ``equal`` says what the run
-    has had as much of as SGD: ``"epochs"`` or ``"time"``.
+    The run took ``seconds``, a step ``step_s`` seconds (``step_s_sgd``: a step of SGD, timed in turns). ``memory`` is
+    the number of bytes of the weights, their gradients and the optimizer's state (``memory_sgd``: for SGD). ``equal``
+    names the resource that the run and SGD have equally much of: ``"epochs"`` or ``"time"``.
     """
 
     equal: str
@@ -79,7 +79,7 @@ class Record:
     """Family of the compressor (``filters``, ``heads``, ``rank``, ``weights``, ``nm``, or a chain of them such as
     ``filters+rank``), then any variant after a dash: ``rank-whitened``."""
     ratio: float
-    """Share of the compressible parameters that was asked to be removed; 0 is the dense network."""
+    """Requested share of the compressible parameters to remove; 0 is the dense network."""
     top1: float
     """Test accuracy after re-estimating the BatchNorm statistics."""
     top1_raw: float
@@ -94,7 +94,7 @@ class Record:
     nonzero: int
     """Parameters of the compressed network that are not zero."""
     macs: int
-    """Multiply-accumulates of a forward pass of one image; zeros count, for dense kernels multiply them."""
+    """Multiply-accumulates of a forward pass of one image; zeros count, because dense kernels multiply them."""
     macs_dense: int
     bytes: int
     """Size of the file that holds the weights."""
@@ -106,11 +106,11 @@ class Record:
     """Versions of the packages that measured, by name."""
 
     allocation: str = ""
-    """How the ratio was spread over the layers, for example ``"uniform"``; empty where there is no choice."""
+    """How the ratio was spread over the layers, for example ``"uniform"``; empty if there is no choice."""
     pattern: str = ""
     """Pattern such as ``"2:4"``; empty for compressors that take a ratio."""
     ratio_removed: float | None = None
-    """Share of the compressible parameters that was removed in fact; None if it was not recorded."""
+    """Share of the compressible parameters that was actually removed; None if it was not recorded."""
     val_top1_raw: float | None = None
     """Validation accuracy as compressed; None if it was not recorded."""
     nonzero_dense: int | None = None
@@ -119,9 +119,9 @@ class Record:
     chance: float | None = None
     """Accuracy of guessing; None if it was not recorded."""
     cost: Cost | None = None
-    """What the training cost; None if it was not measured."""
+    """The cost of the training; None if it was not measured."""
     layers: list[LayerCount] = field(default_factory=list)
-    """What every compressed layer kept."""
+    """The kept parts of every compressed layer."""
     refused: list[list[str]] = field(default_factory=list)
     """Pairs [name, reason] of the parts that could not be compressed safely."""
     weights: str = ""
@@ -177,7 +177,7 @@ class Record:
             raise BadInput(f"extra must not hold fields of a Record, got {', '.join(clash)}")
 
     def key(self) -> Key:
-        """Return what identifies the measurement: a sweep skips a record whose key is in its file already."""
+        """Return the key that identifies the measurement: a sweep skips records whose key its file already has."""
         return record_key(
             run=self.run,
             weights=self.weights,
@@ -189,13 +189,13 @@ class Record:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain data for JSON; the ``extra`` fields stand beside the others."""
+        """Return the record as plain data for JSON, with the ``extra`` fields among the others."""
         names = (item.name for item in dataclasses.fields(self) if item.name != "extra")
         return {name: getattr(self, name) for name in names} | self.extra
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """Return the record whose :meth:`to_dict` gave ``values``; unknown fields go to ``extra``.
+        """Return the record that :meth:`to_dict` described; unknown fields go to ``extra``.
 
         Raises:
             BadInput: required fields are missing, or a value is not valid.
@@ -230,7 +230,11 @@ _REQUIRED = tuple(
 def append_record(path: str | Path, record: Record) -> None:
     """Append ``record`` to the JSON Lines file at ``path`` and wait until it is on disk.
 
-    A file whose name ends in ``.gz`` is packed with gzip, and stays so.
+    A file whose name ends in ``.gz`` is packed with gzip, and remains packed.
+
+    Raises:
+        DamagedFile: the file is not a JSON Lines file.
+        OSError: the disk is full, or the file cannot be written; it keeps its former lines.
     """
     append_line(path, record.to_dict())
 
@@ -248,10 +252,10 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def records_file(folder: Path) -> Path:
-    """Return the file of records in a folder, there or not: ``records.jsonl.gz`` where it was packed.
+    """Return the file of records in a folder, which need not exist: ``records.jsonl.gz`` if it was packed.
 
     Raises:
-        BadInput: both are there; which of them counts would be a guess.
+        BadInput: both files exist, so that it is not clear which one counts.
     """
     plain, packed = folder / RECORDS, folder / f"{RECORDS}.gz"
     if plain.exists() and packed.exists():
@@ -276,7 +280,7 @@ def _check_count(name: str, value: object, *, least: int) -> None:
 
 
 def _real(name: str, value: object) -> float:
-    # Compared with the largest float, since an integer may be too large for one.
+    # Compare with the largest float, because an integer may exceed it.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise BadInput(f"{name} must be a finite number, got {shown(value)}")
     return float(value)
@@ -297,7 +301,7 @@ def _seconds(name: str, value: object) -> float:
 
 
 def _plain(name: str, value: object, kind: type) -> Any:
-    """Return a copy of ``value`` as JSON gives it back (tuples as lists): a record equals its line."""
+    """Return a copy of ``value`` as JSON restores it (tuples as lists), so that a record equals its line."""
     try:
         copy = json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
     except (TypeError, ValueError) as error:

@@ -1,10 +1,10 @@
 """A network as files: its weights as safetensors and, if it was compressed, the plan by which.
 
 FOLDER/model.safetensors    parameters and buffers
-       plan.json            what was done to the network, see :class:`~pliant.compression.Plan`
+       plan.json            how the network was compressed, see :class:`~pliant.compression.Plan`
 
-Nothing is pickled. A network is read back by :func:`rebuild`: its constructor's result is compressed as the plan says,
-and takes the weights.
+Nothing is pickled. :func:`rebuild` reads a network back: it compresses the result of the network's constructor
+according to the plan, and loads the weights.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ WEIGHTS, PLAN = "model.safetensors", "plan.json"
 def rebuild(model: nn.Module, folder: str | Path) -> nn.Module:
     """Return the network that ``pliant.export`` or ``pliant compress`` wrote, in eval mode on the CPU.
 
-    Nothing is unpickled: a copy of ``model`` is compressed as the folder's plan.json says, if there is one, and takes
-    the weights of its model.safetensors.
+    Nothing is unpickled: a copy of ``model`` is compressed according to the folder's plan.json, if there is one, and
+    gets the weights of its model.safetensors.
 
     Args:
-        model: freshly built by the constructor that the exported network came from.
+        model: a new network by the constructor of the exported network.
         folder: the folder.
 
     Raises:
@@ -58,7 +58,7 @@ def _compressed(model: nn.Module, plan: Plan, path: Path) -> nn.Module:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a compression plan; raises DamagedFile if the file does not hold one."""
+    """Read a compression plan; raise DamagedFile if the file does not hold one."""
     try:
         return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
@@ -68,17 +68,21 @@ def read_plan(path: Path) -> Plan:
 
 
 def write_plan(path: Path, plan: Plan) -> None:
-    """Write a compression plan for :func:`read_plan`, in one step."""
+    """Write a compression plan for :func:`read_plan`, atomically."""
     write_text(path, json.dumps(plan.to_dict(), indent=1) + "\n")
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the parameters and buffers of a model as safetensors, in one step."""
+    """Write the parameters and buffers of a model as safetensors, atomically."""
     write_bytes(path, safetensors.torch.save(state_tensors(model)))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load what :func:`save_weights` wrote; raises DamagedFile if the file is damaged or of another model."""
+    """Load the weights that :func:`save_weights` wrote.
+
+    Raises:
+        DamagedFile: the file is damaged or belongs to another model.
+    """
     try:
         tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:

@@ -105,7 +105,7 @@ def test_a_subclass_of_matrix_sgd_is_enough(capsys: pytest.CaptureFixture[str]) 
     assert (first == 0).float().mean() > 0.5  # what a strong threshold does
     capsys.readouterr()
     text = " ".join(help_of(["train", "--method", "my_l1:L1"], capsys).split("settings of my_l1:L1:")[1].split())
-    assert "--strength STRENGTH factor of what the method adds" in text
+    assert "--strength STRENGTH factor of the penalty" in text
     assert "default: 0.0001" in text
     assert "--k is not a setting of --method my_l1:L1; its own settings: --strength" in fails(
         ["train", *FLAGS, "--method", "my_l1:L1", "--k", "3", "--out", "other"], capsys

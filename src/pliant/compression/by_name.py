@@ -124,6 +124,6 @@ def _fault(thing: Any) -> str | None:
             return f"its {attribute} is expected to be text, got {getattr(thing, attribute)!r}"
     try:
         thing()
-    except Exception as error:  # whatever the code of others raises
+    except Exception as error:  # other packages may raise anything
         return f"it cannot be made with its defaults: {one_line(error)}"
     return None

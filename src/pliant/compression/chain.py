@@ -90,13 +90,14 @@ class Chain(Compressor[Linked]):
         )
 
     def counting(self, cost: str) -> Chain:
-        """Return this chain with links whose ratio counts ``cost``, where they know more than one."""
+        """Return this chain with links whose ratio counts ``cost``; links without that option do not change."""
         return Chain(*(link.counting(cost) for link in self.links))
 
     def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Linked:
-        """Analyse the model for the first link; for the others that is done once the plans before them are made.
+        """Analyse the model for the first link; later links are analysed once the plans before them exist.
 
-        Every link that looks at data goes through ``calibration``, so an iterator is refused with BadInput.
+        Raises:
+            BadInput: the calibration data is an iterator, but every link that looks at data iterates over it.
         """
         if calibration is not None and iter(calibration) is calibration:
             raise BadInput(

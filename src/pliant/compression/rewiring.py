@@ -51,7 +51,7 @@ def replaceable(
         probe = copy.deepcopy(model)
         try:
             run(replace_modules(probe, {name: substitute(probe.get_submodule(name)) for name in names}), inputs)
-        except Exception as error:  # whatever a user's forward may raise
+        except Exception as error:  # a user's forward may raise anything
             return f"cannot be replaced: {first_line(error)}"
         return None
 

@@ -34,7 +34,7 @@ class Preset:
     """A ball in relative terms; the functions below return one.
 
     Args:
-        norm: maps a parameter's shape and layout to its norm; raises ValueError if the norm does not suit the shape.
+        norm: a function from a parameter's shape and layout to its norm, which may raise ValueError.
         radius: w, the radius in units of the expected L2 norm at initialisation: the ball gets the L2 diameter
             2·w·E‖θ_init‖₂, whatever its norm.
         structured: whether the preset is only for weights with at least two dimensions, except embeddings and

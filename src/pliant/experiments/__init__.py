@@ -1,1 +1,1 @@
-"""What the program ``pliant`` does; a library user may ignore all of it."""
+"""The verbs of the program ``pliant``; users of the library may ignore this folder."""

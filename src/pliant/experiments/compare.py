@@ -1,4 +1,4 @@
-"""The verb ``compare``: methods × seeds under the same compressors, each with settings found on validation images."""
+"""The verb ``compare``: methods × seeds under the same compressors, each with settings chosen on validation images."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ def compare(
     ray: str | None = None,
     dry_run: bool = False,
 ) -> Path | None:
-    """Compare methods as a suite says, and write their records and a report.
+    """Compare methods according to a suite, and write their records and a report.
 
     Args:
         suite: a YAML file, or a shipped one: tiny, fashion, cifar16, cifar or paper.
-        out: folder of the comparison; by default comparisons/NAME. What it holds already is not made again.
+        out: folder of the comparison; by default comparisons/NAME. Results that it already holds are kept.
         data_dir: folder of the data files; digits needs none.
         methods: only these of the suite, separated by commas; or other methods, which join it.
-        tasks: only these of the suite, separated by commas; needed where tasks have different data folders.
+        tasks: only these of the suite, separated by commas; needed if tasks have different data folders.
         ray: address of a Ray cluster to train on, or auto; without it, train here, one run after the other.
-        dry_run: only a few steps of every method on images made of noise, to see that everything runs; nothing is kept.
+        dry_run: only a few steps of every method on noise images, to see that everything runs; nothing is kept.
+
+    Returns:
+        The report; None after a dry run.
 
     Raises:
         BadInput: the suite names something unknown, or its runs exist with other settings.
         DamagedFile: the suite, data or earlier results cannot be read.
-        Diverged: every training did.
+        Diverged: every training diverged.
     """
     whole = Suite.open(suite)
     folder = Path(out or f"comparisons/{whole.name}")

@@ -1,4 +1,4 @@
-"""Compressing one run to one size, as a folder that :func:`pliant.load` reads."""
+"""The verb ``compress``: compress one run to one size, into a folder that :func:`pliant.load` reads."""
 
 from __future__ import annotations
 
@@ -41,33 +41,33 @@ def compress_run(
 ) -> Path:
     """Compress a trained network to one size, without retraining, and write it to a folder.
 
-    The size is a ratio or one budget: the largest network that meets it, for max_drop the smallest one.
+    The size is a ratio or one budget. A budget gives the largest network that meets it; max_drop gives the smallest.
 
-    The folder holds model.safetensors, plan.json (what was kept), record.json (what it achieves), config.yaml and
+    The folder holds model.safetensors, plan.json (the kept parts), record.json (the measurements), config.yaml and
     shape.json.
 
     Args:
-        run: run folder, as pliant train makes it.
+        run: run folder, as pliant train writes it.
         compressor: {compressors}.
-        ratio: share of the compressible parameters to remove; 0.5 if there is no budget either.
+        ratio: share of the compressible parameters to remove; by default 0.5 if there is no budget.
         keep_params: instead of a ratio, share of all parameters that may stay.
         keep_macs: instead of a ratio, share of the multiply-accumulates that may stay.
         max_bytes: instead of a ratio, size of model.safetensors.
-        max_latency_ms: instead of a ratio, milliseconds per image, measured here and now.
+        max_latency_ms: instead of a ratio, milliseconds per image, measured on this machine.
         max_drop: instead of a ratio, how much accuracy on the validation images may be lost, such as 0.01.
-        allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
-            keeps the same share of its energy (energy).
+        allocation: remove the same share of every layer (uniform), where it loses least (global), or so that every
+            layer keeps the same share of its energy (energy).
         pattern: N:M for nm, instead of the ratio; by default 2:4.
         calibration: training images for whitening and the BatchNorm re-estimation.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
-            or whichever loses less energy, layer by layer (best).
-        out: folder to make; by default RUN-COMPRESSOR-RATIO beside the run, with unusual options in between, as in
+            or for each layer the one that loses less energy (best).
+        out: folder to make; by default RUN-COMPRESSOR-RATIO next to the run, with unusual options in between, as in
             RUN-rank-channel-uniform-0.5.
 
     Raises:
-        BadInput: an unknown name, a value out of range, two sizes, or the folder exists.
+        BadInput: a name is unknown, a value is out of range, there are two sizes, or the folder exists.
         Busy: another process is making the folder.
         DamagedFile: the run folder or its data cannot be read.
         Refused: nothing can be removed from this network, or the budget is out of reach.
@@ -95,7 +95,7 @@ def compress_run(
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
     bench = Workbench(source, compressor, whiten=whiten, scheme=scheme, **options)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
-    if max_drop is not None and precision != "auto":  # the accuracy that it asks for is measured in this precision
+    if max_drop is not None and precision != "auto":  # the accuracy is measured in this precision
         label = f"{precision}-{label}"
     folder = Path(out) if out else source.path.resolve().with_name(_name(bench, label))
     remove_leftovers(folder)
@@ -129,7 +129,7 @@ def _name(bench: Workbench, label: str) -> str:
 
 
 def _unusual(bench: Workbench) -> list[str]:
-    """Return a word for each option that makes another network than its default would."""
+    """Return a word for each option whose value gives another network than its default."""
     words = []
     if factorises(bench.compressor) and not bench.whiten:
         words.append("plain")

@@ -1,4 +1,4 @@
-"""The demo: three networks, trained once each on the embedded digits, then cut to many sizes."""
+"""The verb ``demo``: train three networks once each on the embedded digits, then compress them to many sizes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pliant.experiments.sweep import sweep
 from pliant.experiments.train import train
 from pliant.reporting.page import report
 
-# Chosen by the area under the curve of the validation accuracy, on seed 0, on a coarse grid each: weight decay for SGD,
-# turnover and k for SFW (for filters before there was persistence, which they have by default now).
+# Chosen by the area under the curve of the validation accuracy, on seed 0, on a coarse grid for each: weight decay for
+# SGD, turnover and k for SFW (for filters without persistence, which is the default now).
 RECIPES: dict[str, dict[str, Any]] = {
     "sgd": {"weight_decay": 0.05},
     "sfw-filters": {"turnover": 16.0, "k": 0.25, "strength": 0.0},
@@ -28,14 +28,17 @@ def demo(out: str = "demo", epochs: int = 40, seed: int = 0) -> Path:
     Args:
         out: folder to make.
         epochs: passes over the training images, for each network.
-        seed: of the trainings.
+        seed: seed of the trainings.
+
+    Raises:
+        BadInput: the folder exists and is not empty.
     """
     folder = Path(out)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise BadInput(f"{folder} exists and is not empty: choose another --out, or remove it")
     records = folder / "records.jsonl"
     threads = torch.get_num_threads()
-    # Images of 8×8 are too small to share out: on a busy machine several threads would only wait for each other.
+    # Images of 8×8 are too small to divide among threads: on a busy machine these would only wait for each other.
     torch.set_num_threads(1)
     try:
         for method, recipe in RECIPES.items():

@@ -1,4 +1,4 @@
-"""Exporting a run folder, or what ``pliant compress`` made of one, for other programs."""
+"""The verb ``export``: write a trained or compressed network for other programs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def export_run(
     """Write a trained or compressed network in formats that other programs read.
 
     Args:
-        folder: run folder, or what pliant compress wrote.
+        folder: run folder, or a folder that pliant compress wrote.
         formats: any of safetensors, pt2 and onnx, separated by commas.
-        out: folder to make; by default FOLDER-export beside it.
+        out: folder to make; by default FOLDER-export next to the folder.
         overwrite: replace the folder, if it is an export.
 
     Raises:
-        BadInput: an unknown format, the folder exists, a package is missing, or a format cannot hold the network.
+        BadInput: a format is unknown or cannot hold the network, the folder exists, or a package is missing.
         DamagedFile: the folder cannot be read.
     """
     names = [name.strip() for name in formats.split(",") if name.strip()]

@@ -1,9 +1,9 @@
-"""The training methods: ``--method NAME`` as a row of :data:`METHODS`, with the settings that are its own.
+"""The training methods: each ``--method NAME`` is a row of :data:`METHODS`, with its own settings.
 
-How a method may take part in a training:
+A method can take part in a training in three ways:
 
-* add a penalty, choose another direction, act after each step: inside its optimizer, whose state a checkpoint keeps;
-* take a second pass through the network in each step: ``passes=2``, the optimizer's ``step`` calls a closure;
+* add a penalty, choose another direction, act after each step: in its optimizer, whose state a checkpoint keeps;
+* take a second pass through the network in each step: with ``passes=2``, the optimizer's ``step`` calls a closure;
 * change the model before the training: in ``build``; :func:`~pliant.experiments.baselines.merged` undoes it at the end.
 
 A method of another package is a :class:`Method` or a subclass of ``MatrixSGD``, named ``package.module:name`` or by an
@@ -54,7 +54,7 @@ _FIELDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method and the settings it takes where none are given.
+    """A training method and the defaults of its settings.
 
     Args:
         summary: what it is, in a few words.
@@ -90,15 +90,15 @@ class Method:
         return [name for name in self.own if name not in SETTINGS]
 
     def _setting(self, name: str, value: Any) -> Setting:
-        given = value if isinstance(value, Setting) else Setting(value)
-        known = SETTINGS.get(name, given)
-        doc = self.docs.get(name) or given.doc or known.doc or "a setting of this method."
-        kind = type(given.default) if known.kind is None else known.kind
-        rule = known.rule if given.rule is None else given.rule
-        return dataclasses.replace(known, default=given.default, doc=doc, kind=kind | None, rule=rule)
+        own = value if isinstance(value, Setting) else Setting(value)
+        known = SETTINGS.get(name, own)
+        doc = self.docs.get(name) or own.doc or known.doc or "a setting of this method."
+        kind = type(own.default) if known.kind is None else known.kind
+        rule = known.rule if own.rule is None else own.rule
+        return dataclasses.replace(known, default=own.default, doc=doc, kind=kind | None, rule=rule)
 
     def fault(self) -> str | None:
-        """Return what is wrong with its fields, None if nothing is."""
+        """Return what is wrong with its fields; None if nothing is."""
         for name, kind in _FIELDS.items():
             if not isinstance(getattr(self, name), kind):
                 return f"{name} is a {kind.__name__.lower()}, got {getattr(self, name)!r}"
@@ -132,7 +132,7 @@ def matrix_method(
     """Return the method of an optimizer, whose options, except the fixed ones, are the method's own settings.
 
     Args:
-        summary: what it is, in a few words.
+        summary: a description in a few words.
         optimizer: a subclass of :class:`~pliant.experiments.baselines.MatrixSGD`.
         cut_by, lr, passes, docs, trials: as in :class:`Method`.
         own: more settings, or other defaults of the options.
@@ -144,7 +144,7 @@ def matrix_method(
 
 
 def find_method(name: str) -> Method:
-    """Return the method of a name: ours, of an installed package, or ``package.module:name``.
+    """Return the method of this name, from this package, an installed package, or ``package.module:name``.
 
     Raises BadInput if nothing has this name, or it is not a method.
     """
@@ -178,7 +178,8 @@ def settings_from(given: Mapping[str, Any]) -> Settings:
 def resolved(settings: Settings) -> Resolved:
     """Return the settings that a training runs with: the method's own values in the place of None.
 
-    Raises BadInput for an unknown method, or a setting that it does not have.
+    Raises:
+        BadInput: the method is unknown, or a setting is not one of its own.
     """
     method = find_method(settings.method)
     for name in (*OWN, *settings.others):
@@ -244,14 +245,14 @@ def make_optimizer(model: nn.Module, settings: Resolved, images: Tensor | None =
         images: two or more, from which coupled channels are found.
 
     Raises:
-        BadInput: a value out of range, or a model without a weight that the method is about.
+        BadInput: a value is out of range, or the model has no weight that the method acts on.
     """
     return find_method(settings.method).build(model, settings, images)
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------
 
-# Steps as long as SGD's, with balls that train every shipped network.
+# Steps as long as SGD's, with balls in which every shipped network trains well.
 _SFW = {
     "recipe": "default",
     "radius": 10.0,
@@ -262,9 +263,9 @@ _SFW = {
     "every": None,
     "other_lr": None,
 }
-# Convex steps towards vertices of equal directions, k annealed from all: the network learns early as fast as with
-# Muon's steps, and is made of few parts at the end. What the weights are made of is replaced `turnover` times,
-# however long the training is. The soft threshold lets go of what vertices disagree about: with it, fewer turns do
+# Convex steps towards vertices whose directions have equal lengths, with k annealed from all: the network learns as
+# fast as with Muon's steps early on, and consists of few parts at the end. The weights are replaced `turnover` times,
+# however long the training is. The soft threshold removes parts that few vertices share; with it, a smaller turnover is
 # best. Chosen on validation images of CIFAR-10 at 16×16, of Fashion-MNIST and, the threshold for rank, of digits.
 _ANNEALED = {
     **_SFW,
@@ -276,9 +277,9 @@ _ANNEALED = {
 }
 
 
-# The other recipes. "gradient": k-support balls, steps as long as those of SGD, a constant k. "paper" is that with L2
-# balls on biases, normalisations and the classifier, as Zimmer, Spiegel, Pokutta, arXiv 2205.11921; there filters are
-# then pruned and weights truncated by the same share in all layers: --allocation uniform of a sweep.
+# The other recipes. "gradient": k-support balls, steps as long as those of SGD, a constant k. "paper" adds L2 balls on
+# biases, normalisations and the classifier, as in Zimmer, Spiegel, Pokutta, arXiv 2205.11921, where filters are then
+# pruned and weights truncated by the same share in all layers: --allocation uniform of a sweep.
 GRADIENT: dict[str, Any] = {
     "lr": 0.1,
     "radius": 10.0,
@@ -304,7 +305,7 @@ _FILTERS, _RANK, _WEIGHTS, _NM = ("filters",), ("rank",), ("weights",), ("nm",)
 
 
 def _k(settings: Resolved) -> float:
-    """Return k; any one for a norm that has none."""
+    """Return k; an arbitrary number for a norm without k."""
     k: float | None = settings.k
     return 1 if k is None else k
 
@@ -415,7 +416,7 @@ METHODS = {
         docs={
             "energy": "share of the squared singular values that a truncation may leave out.",
             "every": "steps between two truncations.",
-            "strength": "what a truncation takes off the singular values that stay, in units of lr.",
+            "strength": "the amount by which a truncation lowers the singular values that stay, in units of lr.",
         },
         cut_by=_RANK,
     ),
@@ -444,7 +445,7 @@ METHODS = {
         },
         cut_by=_RANK,
     ),
-    # A step of these has the same length whatever the gradient, so their lr is not that of SGD beside them.
+    # The length of their steps does not depend on the gradient, so that their lr differs from SGD's.
     "muon": matrix_method(
         "steps along polar factors",
         baselines.Muon,

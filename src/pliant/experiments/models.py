@@ -1,7 +1,7 @@
 """Networks by name: those of the experiments, ``MODELS``, and those of other packages.
 
-A package offers ``small = "my_package.nets:small"`` under ``[project.entry-points."pliant.models"]``; without being
-installed it is called ``my_package.nets:small``. The object is a callable that returns a network.
+A package offers ``small = "my_package.nets:small"`` under ``[project.entry-points."pliant.models"]``. A network of a
+package that is not installed is named ``my_package.nets:small``. The object is a callable that returns a network.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def build_model(name: str, *, num_classes: int, image_shape: ImageShape, width: 
     """Build the network ``name`` with freshly drawn weights, on the default device.
 
     Args:
-        name: a key of ``MODELS``, what an installed package calls its network, or ``"package.module:callable"``. The
-            callable of another package is looked for in the current directory first, and gets those of
-            ``num_classes``, ``image_shape`` and ``width`` that its signature accepts.
+        name: a key of ``MODELS``, the name that an installed package gives its network, or
+            ``"package.module:callable"``. A callable of another package is searched in the current directory first, and
+            gets those of ``num_classes``, ``image_shape`` and ``width`` that its signature accepts.
         num_classes: number of outputs (logits), at least 2.
         image_shape: (channels, height, width) of one image; height and width in pixels.
-        width: factor on all channel counts, rounded, at least 1 channel; in ``vit_tiny`` on the heads.
+        width: factor on all channel counts, rounded, at least 1 channel; in ``vit_tiny`` on the number of heads.
 
     Returns:
         A module in training mode that maps images (B, C, H, W) to logits (B, num_classes).
@@ -91,7 +91,7 @@ def _build_outside(name: str, *, width: float, **others: Any) -> nn.Module:
     try:
         with current_directory_importable():
             model = constructor(**accepted)
-    except (Exception, SystemExit) as error:  # whatever the code of others raises
+    except (Exception, SystemExit) as error:  # other packages may raise anything
         raise BadInput(f"{origin}: {attribute} raised {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"{origin}: expected a torch.nn.Module from it, got a {type(model).__name__}")

@@ -1,12 +1,11 @@
 """The networks of the experiments, for images of any channel count and (almost) any size.
 
-A network is an ``nn.Sequential`` of named layers that reads in the order of computation; only blocks with a shortcut or
-attention are classes.
+A network is an ``nn.Sequential`` of named layers in the order of computation; only blocks with a shortcut or attention
+are classes.
 
-Three things hold for every network, because training and compression count on them. A layer starts from
-its own ``reset_parameters`` and nothing else: the radius of a constraint is measured by drawing from it
-again. A convolution before a BatchNorm has no bias. No layer is used twice or works in place, so that a
-graph tracer sees every tie.
+Training and compression rely on three properties of every network. A layer is initialised only by its own
+``reset_parameters``, because the radius of a constraint is measured by drawing from it again. A convolution before a
+BatchNorm has no bias. No layer is used twice or works in place, so that a graph tracer sees every tie.
 """
 
 from __future__ import annotations
@@ -123,7 +122,7 @@ def resnet(
 
 
 def resnet50(*, num_classes: int, image_shape: ImageShape, width: float) -> nn.Module:
-    """ResNet-50 (He et al. 2015) with bottleneck blocks whose 3×3 convolution has the stride, as is usual today.
+    """ResNet-50 (He et al. 2015) with bottleneck blocks whose 3×3 convolution has the stride, as usual today.
 
     Images of 128 pixels and more go through the 7×7 stem of stride 2 and the max-pool, smaller ones through the stem
     of :func:`resnet`.
@@ -186,14 +185,14 @@ def _stages(
 
 
 def _projection(c_in: int, c_out: int, stride: int) -> nn.Module:
-    """Return the shortcut around a block: the identity where it fits, else a 1×1 convolution with BatchNorm."""
+    """Return the shortcut around a block: the identity if the shapes agree, else a 1×1 convolution with BatchNorm."""
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False), nn.BatchNorm2d(c_out))
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut: (B, c_in, H, W) to (B, c_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
+    """Two 3×3 convolutions with a shortcut: (B, c_in, H, W) to (B, c_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
         super().__init__()
@@ -211,7 +210,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions beside a shortcut: (B, c_in, H, W) to (B, 4c, ⌈H/stride⌉, ⌈W/stride⌉)."""
+    """1×1, 3×3 and 1×1 convolutions with a shortcut: (B, c_in, H, W) to (B, 4c, ⌈H/stride⌉, ⌈W/stride⌉)."""
 
     EXPANSION = 4
 
@@ -263,10 +262,10 @@ class PreActBlock(nn.Module):
 
 
 def vit_tiny(*, num_classes: int, image_shape: ImageShape, width: float) -> nn.Module:
-    """Vision transformer of 3 heads × 64 channels (DeiT-Ti, Touvron et al. 2021), cut down to small images.
+    """Vision transformer with 3 heads × 64 channels (DeiT-Ti, Touvron et al. 2021), adapted to small images.
 
-    The patch is the smallest power of two from 2 to 16 that cuts the longer side into at most 8 pieces (2 for
-    8×8, 4 for 28×28 and 32×32, 16 for 224×224); depth is DeiT's 12 above 32 pixels and 6 up to there.
+    The patch size is the smallest power of two from 2 to 16 that cuts the longer side into at most 8 pieces (2 for
+    8×8, 4 for 28×28 and 32×32, 16 for 224×224); the depth is DeiT's 12 above 32 pixels, else 6.
     """
     channels, height, breadth = image_shape
     patch = 2
@@ -291,7 +290,7 @@ def vit_tiny(*, num_classes: int, image_shape: ImageShape, width: float) -> nn.M
 
 
 class PositionEmbedding(nn.Module):
-    """Turn a map of patches (B, dim, H, W) into tokens (B, H·W, dim) and add a learned position to each."""
+    """A layer that turns a map of patches (B, dim, H, W) into tokens (B, H·W, dim) and adds a learned position."""
 
     def __init__(self, tokens: int, dim: int) -> None:
         super().__init__()
@@ -299,7 +298,7 @@ class PositionEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the positions from N(0, 0.02²), the start that Dosovitskiy et al. (2021) use."""
+        """Draw the positions from N(0, 0.02²), the initialisation of Dosovitskiy et al. (2021)."""
         nn.init.normal_(self.table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,7 +307,7 @@ class PositionEmbedding(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then an MLP, each after a LayerNorm and beside a shortcut: (B, T, dim) to (B, T, dim)."""
+    """Attention, then an MLP, each after a LayerNorm and with a shortcut: (B, T, dim) to (B, T, dim)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -328,7 +327,7 @@ class TransformerBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens, (B, T, dim) to (B, T, dim).
 
-    The rows of ``qkv`` are queries, keys, values; within each, head after head.
+    The rows of ``qkv`` are queries, keys and values; each of these is ordered by heads.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:

@@ -1,10 +1,10 @@
-"""Run folders: what training leaves behind, and how later steps read it.
+"""Run folders: the result of a training, and how later steps read it.
 
 runs/NAME/config.yaml        the settings; `pliant train --config` takes it
           shape.json         the network's classes and image shape, so that loading it needs no data
           env.json           versions and machine
           train.jsonl        one line per epoch
-          checkpoint/        to go on with --resume
+          checkpoint/        the state to continue from with --resume
           model.safetensors  the trained weights, once training is complete
 """
 
@@ -48,7 +48,7 @@ class Run:
     Args:
         path: the folder.
         config: the settings of the training, as in config.yaml.
-        loaded: the data set that they name, if it is in memory already.
+        loaded: the data set that the settings name, if it is in memory already.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path, loaded: ImageData | None = None) -> Run:
-        """Read the settings of a run folder; raises DamagedFile if the folder is not one."""
+        """Read the settings of a run folder; raise DamagedFile if it is not a run folder."""
         path = Path(path)
         file = path / CONFIG
         try:
@@ -93,11 +93,11 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """The time of all epochs, validation included; raises DamagedFile if the log cannot be read."""
+        """The time of all epochs, validation included; reading it raises DamagedFile if the log is damaged."""
         return sum(read_lines(self.path / LOG, _seconds, "epochs"))
 
     def build(self) -> nn.Module:
-        """Return the network, newly initialised; the global random state is left as it is."""
+        """Return the network, newly initialised; the global random state does not change."""
         num_classes, image_shape = read_shape(self.path)
         with torch.random.fork_rng(devices=[]):
             try:
@@ -111,7 +111,7 @@ class Run:
                 raise BadInput(f"{self.path}: {error}") from error
 
     def load(self) -> nn.Module:
-        """Return the trained network in eval mode, on the CPU; raises DamagedFile for weights that do not fit."""
+        """Return the trained network in eval mode, on the CPU; raise DamagedFile for weights that do not fit."""
         model = self.build()
         load_weights(model, self._weights())
         return model.eval()
@@ -133,11 +133,11 @@ def _seconds(entry: dict[str, Any]) -> float:
 def load(path: str | Path) -> nn.Module:
     """Return the network of a run folder, or of a folder that ``pliant compress`` wrote, in eval mode on the CPU.
 
-    Nothing is unpickled: the network is built anew, compressed as its plan says, and takes the stored weights.
+    Nothing is unpickled: the network is rebuilt, compressed according to its plan, and gets the stored weights.
 
     Raises:
         DamagedFile: the folder is neither of the two, or is damaged.
-        BadInput: the plan's compressor is of another package, which is not installed.
+        BadInput: the plan's compressor belongs to a package that is not installed.
     """
     path = Path(path)
     run = Run.open(path)
@@ -145,7 +145,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def read_shape(folder: Path) -> tuple[int, tuple[int, int, int]]:
-    """Return what :func:`write_shape` wrote: the number of classes and (channels, height, width) of an image."""
+    """Return the number of classes and (channels, height, width) of an image, as :func:`write_shape` wrote them."""
     try:
         shape = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
         num_classes, (channels, height, width) = int(shape["num_classes"]), map(int, shape["image_shape"])
@@ -157,10 +157,10 @@ def read_shape(folder: Path) -> tuple[int, tuple[int, int, int]]:
 
 
 def write_shape(folder: Path, num_classes: int, image_shape: tuple[int, int, int]) -> None:
-    """Write what is needed to build a network beside its settings."""
+    """Write the number of classes and the image shape, which building a network needs besides its settings."""
     write_text(folder / SHAPE, json.dumps({"num_classes": num_classes, "image_shape": image_shape}) + "\n")
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
-    """Write settings as YAML in one step."""
+    """Write settings as YAML, atomically."""
     write_text(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

@@ -36,25 +36,25 @@ def sweep(
 ) -> Path:
     """Compress trained networks at many ratios, measure each, and append the records to a file.
 
-    Records that the file has already, measured with the same settings, are skipped: a stopped sweep goes on.
+    Measurements with the same settings that the file already has are skipped, so a stopped sweep can be continued.
 
     Args:
-        runs: run folders, as pliant train makes them.
+        runs: run folders, as pliant train writes them.
         compressor: {compressors}.
         ratios: shares of the compressible parameters to remove, such as 0,0.5,0.9; 0 is the dense network; by
             default 0,0.3,0.5,0.7,0.8,0.9.
-        allocation: the same share in every layer (uniform), where it costs least (global), or so that every layer
-            keeps the same share of its energy (energy).
+        allocation: remove the same share of every layer (uniform), where it loses least (global), or so that every
+            layer keeps the same share of its energy (energy).
         pattern: for nm, instead of ratios: one or more N:M, such as 2:4,1:4; by default 2:4.
         calibration: training images for whitening and the BatchNorm re-estimation.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
-            or whichever loses less energy, layer by layer (best).
+            or for each layer the one that loses less energy (best).
         out: file of records to append to.
 
     Raises:
-        BadInput: an unknown name, or a value out of range.
+        BadInput: a name is unknown, or a value is out of range.
         DamagedFile: a run folder, its data or the file of records cannot be read.
         Busy: another process is appending to the file.
     """
@@ -71,7 +71,7 @@ def sweep(
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
     benches = [Workbench(run, compressor, whiten=whiten, scheme=scheme, **options) for run in opened]
     if path.exists():
-        read_records(path)  # for its DamagedFile, before anything is made
+        read_records(path)  # for its DamagedFile, before anything is measured
     check_appendable(path)
     with locked(path):
         _append_missing(path, benches, points)
@@ -79,7 +79,7 @@ def sweep(
 
 
 def _append_missing(path: Path, benches: list[Workbench], points: list[tuple[float, str]]) -> None:
-    """Measure the points of every workbench that the file of records does not have, and append them one by one."""
+    """Measure the points of every workbench that are missing in the file of records, and append them one by one."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     existing = {record.key() for record in read_records(path)} if path.exists() else set()
     for bench in benches:
@@ -95,7 +95,7 @@ def _append_missing(path: Path, benches: list[Workbench], points: list[tuple[flo
 
 
 def parse_ratios(ratios: str | Sequence[float]) -> list[float]:
-    """Return ratios from a list or from text such as "0,0.5,0.9"; raises BadInput for anything else."""
+    """Return ratios from a list or from text such as "0,0.5,0.9"; raise BadInput for anything else."""
     parts = ratios.split(",") if isinstance(ratios, str) else list(ratios)
     try:
         parsed = [float(part) for part in parts]

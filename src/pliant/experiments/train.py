@@ -1,4 +1,4 @@
-"""The verb ``train``: one network, with SGD, SFW or one of their rivals, as a run folder."""
+"""The verb ``train``: train one network with SGD, SFW or another method, and write a run folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(*first: Any, out: str | None = None, resume: bool = False, **settings:
             :class:`~pliant.experiments.training.settings.Settings`.
         settings: the others; the method decides what is None. The run folder's config.yaml has what was decided.
         out: run folder; by default runs/DATA-MODEL-METHOD-seedN.
-        resume: go on from the last checkpoint of the run folder, with its settings.
+        resume: continue from the last checkpoint of the run folder, with its settings.
 
     Raises:
         BadInput: a setting is unknown or out of range, or the run folder exists.
@@ -65,7 +65,7 @@ def train(*first: Any, out: str | None = None, resume: bool = False, **settings:
 
 
 def resumable(folder: Path, given: Mapping[str, Any]) -> Settings:
-    """Return the settings of a run that goes on.
+    """Return the settings of a run to resume.
 
     Args:
         folder: the run folder.
@@ -88,7 +88,7 @@ def resumable(folder: Path, given: Mapping[str, Any]) -> Settings:
 
 
 def train_run(settings: Settings, folder: Path, data: ImageData | None = None) -> Path:
-    """Train in a folder, going on from its checkpoint if there is one; do nothing if the training is complete.
+    """Train in a folder and return it; continue from its checkpoint if there is one, do nothing if it is complete.
 
     Args:
         settings: of the training; a folder with a checkpoint has the same.
@@ -118,14 +118,14 @@ def train_run(settings: Settings, folder: Path, data: ImageData | None = None) -
         # Nothing is lost when newly initialised weights are scaled into small balls.
         warnings.filterwarnings("ignore", message=".* started outside of their balls")
         session.run(folder)
-    processes.wait_for_everyone()  # whoever returns may read the weights
+    processes.wait_for_everyone()  # after this, every process may read the weights
     if processes.num_processes > 1:
         atexit.register(_leave_processes)
     return folder
 
 
 def _given(first: tuple[Any, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was given to :func:`train`, by name."""
+    """Return the arguments of :func:`train`, by name."""
     if len(first) > 1 or (first and "data" in settings):
         raise BadInput("expected one data set, and all other settings by name")
     if first and isinstance(first[0], Settings):
@@ -134,8 +134,8 @@ def _given(first: tuple[Any, ...], settings: Mapping[str, Any]) -> dict[str, Any
         settings = first[0].to_config()
     elif first:
         settings = {"data": first[0], **settings}
-    place = settings.get("data_dir")
-    return {**settings, **({"data_dir": str(Path(place).expanduser().resolve())} if isinstance(place, str) else {})}
+    folder = settings.get("data_dir")
+    return {**settings, **({"data_dir": str(Path(folder).expanduser().resolve())} if isinstance(folder, str) else {})}
 
 
 def _default_folder(settings: Settings) -> str:
@@ -164,10 +164,10 @@ def _start_folder(folder: Path, session: Session) -> None:
 
 
 def _leave_processes() -> None:
-    """End the threads through which processes talk, while the interpreter still runs.
+    """End the threads of communication between processes while the interpreter still runs.
 
-    They hold tensors for a moment longer than the sum that they were in. If Python shuts down before they let go, the
-    process aborts ("terminate called without an active exception"). A process group joins its threads once nobody
+    They hold tensors a moment longer than the reductions that use them. If Python shuts down before they release them,
+    the process aborts ("terminate called without an active exception"). A process group joins its threads once nothing
     refers to it; the wrapped networks do until they are collected.
     """
     gc.collect()

@@ -1,7 +1,7 @@
-"""One trained network under one compressor: what is left at a ratio or within a budget, and what it cost.
+"""One trained network under one compressor: compressed to a ratio or a budget, and measured.
 
-Sweeps, comparisons and ``pliant compress`` all ask a :class:`Workbench`. The analysis of the network (dependency graph,
-singular value decompositions) is made once and serves every ratio.
+Sweeps, comparisons and ``pliant compress`` all use a :class:`Workbench`. The network is analysed only once (dependency
+graph, singular value decompositions), for all ratios.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Workbench:
         compressor: one of :data:`~pliant.compressor_names.ALONE`, or a chain of
             :data:`~pliant.compressor_names.LINKS` joined by "+".
         allocation: "uniform", "global" or "energy"; ignored by compressors without that choice.
-        calibration: number of training images for whitening and the BatchNorm re-estimation, a fixed choice, not
-            augmented.
-        precision: of the accuracy's forward passes, as in training; "auto" is the run's own.
+        calibration: number of training images for whitening and the BatchNorm re-estimation; always the same images,
+            without augmentation.
+        precision: precision of the forward passes that measure accuracy; "auto" is the precision of the training.
         whiten: whether rank looks at the calibration images.
-        scheme: how rank factorises convolutions, as :class:`LowRank` says.
+        scheme: how rank factorises convolutions, see :class:`~pliant.LowRank`.
 
     Raises:
-        BadInput: an unknown name, a value out of range, or options that exclude each other.
+        BadInput: a name is unknown, a value is out of range, or options exclude each other.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Workbench:
 
     @property
     def name(self) -> str:
-        """The compressor as records name it: with its variant."""
+        """The compressor with its variant, as records name it."""
         return record_name(self.compressor, self.whiten, self.scheme)
 
     def key(self, ratio: float, pattern: str = "") -> Key:
-        """Return the :meth:`Record.key` that the record of this ratio or pattern has, without measuring."""
+        """Return the :meth:`Record.key` of the record of this ratio or pattern, without measuring."""
         return record_key(
             run=self.run.name,
             weights=self.run.weights_hash,
@@ -108,13 +108,13 @@ class Workbench:
 
         Args:
             ratio: share to remove.
-            pattern: for nm, which compresses to a pattern; its ratio 0 without a pattern is the dense network.
-            refine: from the compressed network, and the number of calls before, to the network to measure instead.
-            ratios_before: the network is compressed to each of these and refined first. Compressors that set weights to
-                zero can do so, because all their ratios are shares of the dense network.
+            pattern: for nm, the pattern; ratio 0 without a pattern is the dense network.
+            refine: maps the compressed network, and the number of earlier calls, to the network to measure instead.
+            ratios_before: ratios to compress to and refine at first, in order. This is for compressors that zero
+                weights, because all their ratios are shares of the dense network.
 
         Returns:
-            The compressed network with re-estimated BatchNorm statistics, in eval mode, the plan and the record.
+            The compressed network with re-estimated BatchNorm statistics, in eval mode; the plan; and the record.
         """
         small = self.dense
         for index, share in enumerate((*ratios_before, ratio)):
@@ -126,7 +126,8 @@ class Workbench:
     def validate(self, ratio: float, pattern: str = "") -> tuple[float, float]:
         """Compress as :meth:`measure` does; return the removed share of all parameters and the validation accuracy.
 
-        Where parameters become zeros instead of leaving, the share is that of the non-zeros. Test images are not used.
+        If the compressor zeroes parameters instead of removing them, it is a share of the non-zeros. Test images are
+        not used.
         """
         small = self._settled(self._compressed(self.dense, ratio, pattern)[0])
         left = measuring.parameters(small) / measuring.parameters(self.dense)
@@ -141,7 +142,11 @@ class Workbench:
         return compressor.apply(network, plan, analysis=analysis), plan
 
     def fit(self, budget: budgets.Budget) -> tuple[nn.Module, Plan, Record]:
-        """Compress to a budget and measure; return what :meth:`measure` does. Costs are those of one image."""
+        """Compress to a budget, counting costs on one image, and measure; return the same as :meth:`measure`.
+
+        Raises:
+            Refused: the budget is out of reach.
+        """
         compressor = self._compressor(0.5)
 
         def accuracy(network: nn.Module) -> float:
@@ -161,7 +166,7 @@ class Workbench:
 
     @property
     def _looks_at_images(self) -> bool:
-        """Whether the analysis is given the calibration images: for rank, and for whatever another package does."""
+        """Whether the analysis gets the calibration images: for rank, and for compressors of other packages."""
         return self.whiten or any(link not in COMPRESSORS for link in self.compressor.split("+"))
 
     def _settled(self, network: nn.Module) -> nn.Module:
@@ -231,7 +236,7 @@ class Workbench:
 
     @property
     def _title(self) -> dict[str, Any]:
-        """What a report cannot look up in a row."""
+        """The title of a compressor of another package, which a report cannot look up."""
         if "+" in self.compressor or self.compressor in COMPRESSORS:
             return {}
         title = row_of(self.compressor).removed
@@ -240,7 +245,7 @@ class Workbench:
     @cached_property
     def _calibration_images(self) -> Loader:
         count = min(self.calibration, len(self.run.data.train))
-        batch = math.ceil(count / math.ceil(count / 256))  # batches as equal as can be: each has the same weight
+        batch = math.ceil(count / math.ceil(count / 256))  # batches of nearly equal size: all have one weight
         return Loader(self.run.data, "train", batch, limit=count)
 
     def _compressor(self, ratio: float, pattern: str = "") -> Compressor[Any]:
@@ -268,12 +273,12 @@ class Workbench:
 
 
 def pattern_compressor(pattern: str) -> SemiStructured:
-    """Return the compressor of a pattern such as "2:4". Raises BadInput unless it is N:M with 1 <= N < M."""
+    """Return the compressor of a pattern such as "2:4"; raise BadInput unless it is N:M with 1 <= N < M."""
     return SemiStructured(*parse_pattern(pattern))
 
 
 def _layer_counts(plan: Plan) -> list[LayerCount]:
-    """Return what every layer kept; in a chain, as the last link that cut the layer counts it, in its unit."""
+    """Return the kept parts of every layer; in a chain, counted by the last link that cut the layer, in its unit."""
     counts: dict[str, LayerCount] = {}
     for part in plan.links or (plan,):
         unit = unit_of(part)

@@ -1,7 +1,7 @@
 """A network for other programs, which need neither pliant nor the code of the network.
 
 graph     a model as a graph: ``torch.export`` programs and ONNX models, compared with the model
-folder    the folder that holds weights and graphs, and what is known about them
+folder    the folder that holds weights, graphs and their description
 """
 
 from pliant.exporting.folder import FORMATS as FORMATS

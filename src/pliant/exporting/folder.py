@@ -1,10 +1,10 @@
 """Exporting a network: a folder that other programs read, without pliant and without the code of the network.
 
-DIR/model.safetensors  the weights, and plan.json, if given: a constructor and this plan give the network back
+DIR/model.safetensors  the weights, and plan.json, if given: a constructor and this plan restore the network
     model.pt2          torch.export: needs torch
     model.onnx         ONNX: needs a runtime such as ONNX Runtime
-    export.json        what was exported: inputs and outputs, files with their SHA-256, versions, and how far each
-                       file's outputs are from the network's
+    export.json        the description: inputs and outputs, files with their SHA-256, versions, and the largest
+                       difference between each file's outputs and the network's
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ def export(
 ) -> Path:
     """Write a network to a folder, in formats that are read without pliant.
 
-    The graphs of pt2 and onnx are those of a copy in eval mode, in float32, on the CPU, for any batch size; each is
+    The graphs of pt2 and onnx are traced from a copy in eval mode, in float32, on the CPU, for any batch size; each is
     read back and compared with that copy on three batch sizes, one of them 1. The model, its mode and the random
-    number generator stay as they are. The folder is complete or absent.
+    number generator do not change. The folder is complete or absent.
 
     Args:
         model: any module, compressed or not.
         folder: the folder to make.
         example_inputs: a tensor, tuple of tensors or dict of keyword arguments that the model takes, batch first.
         formats: any of "safetensors", "pt2" and "onnx".
-        plan: what the model was compressed by, written beside the weights for :func:`pliant.rebuild`.
+        plan: the plan by which the model was compressed, written next to the weights for :func:`pliant.rebuild`.
         overwrite: replace the folder, if it is an export.
 
     Returns:
         The folder.
 
     Raises:
-        BadInput: an unknown format, the folder exists, the example or the plan does not fit, a package is missing, or
-            the model cannot be written in a format: the message names the format and the reason.
+        BadInput: a format is unknown, the folder exists, the example or the plan does not fit, a package is missing, or
+            the model cannot be written in a format; the message names the format and the reason.
     """
     if plan is not None and plan.params_after != parameters(model):
         raise BadInput(
@@ -82,12 +82,12 @@ def write_export(
     write_weights: Callable[[Path], None],
     name: str,
 ) -> Path:
-    """Write a network to a folder as :func:`export` does, with any files beside the graphs.
+    """Write a network to a folder as :func:`export` does, with any files next to the graphs.
 
     Args:
         model, folder, example_inputs, formats, overwrite: as in :func:`export`.
-        write_weights: writes the files of the format "safetensors" into the folder that it is given.
-        name: of the network, for export.json.
+        write_weights: a function that writes the files of the format "safetensors" into a folder.
+        name: name of the network, for export.json.
 
     Returns:
         The folder.
@@ -122,7 +122,12 @@ def write_export(
 
 
 def check_request(folder: Path, formats: Sequence[str], overwrite: bool) -> None:
-    """Raise BadInput for an export that cannot succeed, Busy if another process is making the folder."""
+    """Raise an error for an export that cannot succeed.
+
+    Raises:
+        BadInput: a format is unknown, a package is missing, or the folder exists and may not be replaced.
+        Busy: another process is making the folder.
+    """
     if isinstance(formats, str):
         raise BadInput(f"formats must be a list such as [{formats!r}], not a string")
     if not formats:

@@ -1,8 +1,8 @@
 """A model as a graph that runs without its Python code: ``torch.export`` programs and ONNX models.
 
 Both come from one trace of a copy of the model: in eval mode, in float32, on the CPU, with the batch (the first
-dimension of the inputs) left open. The model itself, its mode, its gradients and the random number generator stay as
-they are. What was written is read back and compared with the copy on other batch sizes.
+dimension of the inputs) left open. The model itself, its mode, its gradients and the random number generator do not
+change. The written file is read back and compared with the copy on other batch sizes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from pliant.errors import BadInput, first_line
 from pliant.files import write_bytes
 
 BATCH = "batch"
-OPSET = 20  # what the exporter itself takes by default; ONNX Runtime has run it since 1.17 (2024)
+OPSET = 20  # the exporter's own default; ONNX Runtime supports it since 1.17 (2024)
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-# Largest difference to the model's own outputs, as a share of their largest magnitude. Another order of float32 sums
+# Largest difference from the model's own outputs, as a share of their largest magnitude. Another order of float32 sums
 # gives 1e-6 in deep networks; a mistake in a graph gives far more than this.
 TOLERANCE = 1e-4
 
-# A protobuf message ends at 2 GiB. Larger weights go to a file beside the graph, which needs some room of its own.
+# A protobuf message is limited to 2 GiB. Larger weights go to a separate file; the graph also needs some space.
 _ONE_FILE = 2**31 - 2**26
 
 
@@ -53,8 +53,8 @@ class Portable:
 
     Attributes:
         model: the copy; its outputs are the reference for every format.
-        batch: number of samples that the graph is traced with, at least 2: a dimension of one would be taken for a
-            constant.
+        batch: number of samples that the graph is traced with, at least 2, because the tracer treats a dimension of 1
+            as a constant.
         given_batch: number of samples in the example.
         names: names of the inputs.
     """
@@ -92,7 +92,7 @@ class Portable:
                 ) from error
 
     def arguments(self, batch: int) -> Inputs:
-        """Return what to call the model with for ``batch`` samples: the example, repeated or cut."""
+        """Return inputs for ``batch`` samples: the example, repeated or cut."""
 
         def resized(x: Tensor) -> Tensor:
             return x[torch.arange(batch) % len(x)] if self._batched(x) else x.clone()
@@ -100,11 +100,11 @@ class Portable:
         return map_tensors(resized, self._given)
 
     def outputs(self, batch: int) -> list[Tensor]:
-        """Return the tensors that the copied model gives for :meth:`arguments`."""
+        """Return the tensors that the copied model returns for :meth:`arguments`; raise BadInput if it fails."""
         arguments = self.arguments(batch)
         try:
             outputs = run(self.model, arguments)
-        except Exception as error:  # whatever a user's forward may raise
+        except Exception as error:  # a user's forward may raise anything
             shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(arguments))
             example = "example" if batch == self.given_batch else "example, resized to another batch,"
             raise BadInput(
@@ -126,7 +126,7 @@ class Portable:
         ]
 
     def describe_outputs(self, *, any_batch: bool) -> list[dict[str, Any]]:
-        """Return name, shape and type of each output; lengths that follow the batch in another way are "any"."""
+        """Return name, shape and type of each output; a length that varies with the batch in another way is "any"."""
         batch = self.batch if any_batch else self.given_batch
         outputs = self.outputs(batch)
         larger = self.outputs(batch + 1) if any_batch else outputs
@@ -138,7 +138,7 @@ class Portable:
         return described
 
     def save_program(self, path: Path) -> float:
-        """Write the program for ``torch.export.load``, and return its largest difference to the model."""
+        """Write the program for ``torch.export.load``, and return its largest difference from the model."""
         buffer = io.BytesIO()
         with _quiet():
             torch.export.save(self.program, buffer)
@@ -148,7 +148,7 @@ class Portable:
         return self._difference("pt2", lambda arguments: call(loaded, arguments))
 
     def save_onnx(self, path: Path) -> float:
-        """Write the ONNX model, and return its largest difference to the model, in ONNX Runtime."""
+        """Write the ONNX model, and return its largest difference from the model, in ONNX Runtime."""
         self.write_onnx(path)
         import onnx
 
@@ -168,7 +168,7 @@ class Portable:
         return {name: x.numpy() for name, x in zip(self.names, tensors_of(arguments), strict=True)}
 
     def write_onnx(self, path: Path) -> None:
-        """Write the ONNX model without checking it; weights beyond 2 GB go to a file beside it."""
+        """Write the ONNX model without checking it; weights beyond 2 GB go to a separate file."""
         require_onnx()
         program = self.program
         count = len(self.outputs(self.batch))
@@ -202,7 +202,7 @@ class Portable:
         return bool(x.ndim) and len(x) == self.given_batch
 
     def _difference(self, name: str, candidate: Callable[[Inputs], list[Tensor]]) -> float:
-        """Return the largest absolute difference over three batch sizes; raises BadInput for more than rounding."""
+        """Return the largest absolute difference over three batch sizes; raise BadInput if it exceeds rounding."""
         largest = 0.0
         for batch in (1, self.batch, self.batch + 1):
             expected = self.outputs(batch)
@@ -228,7 +228,7 @@ class Portable:
 
 
 def max_difference(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return the largest |x − y| and the largest finite |y|; equal infinities do not differ, and two NaN do not."""
+    """Return the largest |x − y| and the largest finite |y|; equal infinities and pairs of NaN count as equal."""
     x, y = x.double(), y.double()
     same = (x == y) | (x.isnan() & y.isnan())
     difference = torch.where(same, 0.0, (x - y).abs().nan_to_num(nan=torch.inf, posinf=torch.inf))
@@ -244,7 +244,12 @@ def require_onnx() -> None:
 
 
 def onnx_session(path: Path, threads: int | None = None) -> Any:
-    """Return an ONNX Runtime session on the CPU; ``threads``: of one operation, by default the runtime's choice."""
+    """Return an ONNX Runtime session on the CPU.
+
+    Args:
+        path: the ONNX model.
+        threads: number of threads per operation; None leaves it to the runtime.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -264,7 +269,7 @@ def _type(x: Tensor) -> str:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Return an input in the form that a graph in float32 on the CPU takes."""
+    """Return an input as a graph in float32 on the CPU takes it."""
     x = x.detach().cpu()
     return (x.float() if x.is_floating_point() else x).contiguous()
 
@@ -290,7 +295,7 @@ def _portable_copy(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _flat_outputs(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` return a tensor or a tuple of tensors for a while, under the same signature."""
+    """Return a context in which ``model`` returns a tensor or a tuple of tensors, with the same signature."""
     forward, own = model.forward, "forward" in vars(model)
 
     @functools.wraps(forward)
@@ -312,8 +317,8 @@ def _flat_outputs(model: nn.Module) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Suppress gradients and the messages of the exporters, and keep the random state.
 
-    The exporters warn about their own deprecations and print the graphs that they fail on. What matters here is whether
-    the result is equal to the model, and that is measured.
+    The exporters warn about their own deprecations and print the graphs that they fail on. Here only one thing matters,
+    whether the result equals the model, and that is measured.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)

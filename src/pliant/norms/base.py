@@ -42,7 +42,8 @@ class Norm(ABC):
     """A norm on tensors, stateless and hashable; the base of all norms.
 
     A subclass is a frozen dataclass whose fields are its parameters. Specs, and therefore checkpoints, refer to it by
-    its class name.
+    its class name. Methods raise ValueError for tensors and shapes that the norm is not defined for, and for tensors
+    that are sparse, empty or not real floating-point.
     """
 
     known: ClassVar[dict[str, type[Norm]]] = {}
@@ -66,9 +67,6 @@ class Norm(ABC):
 
         Returns:
             A scalar tensor, float32 for half-precision input.
-
-        Raises:
-            ValueError: this norm is not defined for x, or a tensor is sparse, empty or not real floating-point.
         """
         tensors, scale = scaled(x)
         return scale * self.norm_of(self._join(tensors))
@@ -81,9 +79,6 @@ class Norm(ABC):
 
         Returns:
             A scalar tensor, float32 for half-precision input.
-
-        Raises:
-            ValueError: as for :meth:`__call__`.
         """
         tensors, scale = scaled(g)
         return scale * self.dual_of(self._join(tensors))
@@ -101,9 +96,6 @@ class Norm(ABC):
 
         Returns:
             The vertex, of g's shape(s) and dtype(s).
-
-        Raises:
-            ValueError: as for :meth:`__call__`.
         """
         tensors, _ = scaled(g)
         self.length([x.shape for x in tensors])
@@ -119,9 +111,6 @@ class Norm(ABC):
 
         Args:
             shape: the shape of one tensor, or those of several tensors that share the ball.
-
-        Raises:
-            ValueError: this norm is not defined for the shape.
         """
         return self.diameter_of(self.length(shape))
 
@@ -161,7 +150,7 @@ class Norm(ABC):
 
         Raises:
             NotImplementedError: no projection is known for this norm.
-            ValueError: the radius is not positive and finite, or as for :meth:`__call__`.
+            ValueError: the radius is not positive and finite.
         """
         if not (radius > 0 and math.isfinite(radius)):
             raise ValueError(f"project needs a positive, finite radius, got {radius}")
@@ -193,9 +182,6 @@ class Norm(ABC):
 
         Returns:
             The result, of x's shape(s) and dtype(s).
-
-        Raises:
-            ValueError: as for :meth:`__call__`.
         """
         tensors, scale = scaled(x)
         self.length([t.shape for t in tensors])

@@ -144,12 +144,7 @@ class SFW(Optimizer):
         self._balls = ParsedBalls()
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group; its ``"ball"``, if any, is checked against its tensors and kept as plain data.
-
-        Raises:
-            ValueError: as for the constructor.
-            TypeError: as for the constructor.
-        """
+        """Add a group; its ``"ball"`` is checked, with errors as in the constructor, and kept as plain data."""
         group = dict(param_group)
         if isinstance(group["params"], set):
             raise TypeError("optimizer parameters need an order: got a set, give a list")
@@ -196,10 +191,8 @@ class SFW(Optimizer):
     def set_ball(self, group: Group, ball: NormBall) -> None:
         """Give a group of this optimizer another ball: its weights are scaled inside, its momentum is kept.
 
-        The leading singular directions are kept, up to the number that the new ball needs.
-
-        Raises:
-            ValueError: the ball does not suit the options of the group, or does not fit its tensors.
+        The leading singular directions are kept, up to the number that the new ball needs. Errors are those of the
+        constructor.
         """
         check_options(group, ball)
         check_ball_fits(ball, group["params"], joint=group["joint"])
@@ -222,7 +215,7 @@ class SFW(Optimizer):
         Raises:
             ValueError: a gradient is sparse or complex.
             FloatingPointError: a gradient is NaN or infinite, in a group with ``check_finite``.
-            RuntimeError: a DTensor has a gradient on some processes only, in a group with ``check_finite``.
+            RuntimeError: likewise, a DTensor has a gradient on some processes only.
         """
         loss = None
         if closure is not None:
@@ -243,12 +236,9 @@ class SFW(Optimizer):
     def gap(self) -> Tensor:
         """Return the Frank-Wolfe gap ⟨θ, m⟩ + r·dual(m), summed over all balls, times (1 − μ)/(1 − dampening).
 
-        Without momentum, m is the current gradient, and the gap is NaN after ``zero_grad``. For full gradients and
-        weights inside their balls the gap is >= 0 and certifies stationarity; with stochastic momentum it is an
-        estimate. (Jaggi 2013, section 2.)
-
-        Returns:
-            A scalar tensor, 0 before the first step.
+        The result is a scalar tensor, 0 before the first step. Without momentum, m is the current gradient, and the gap
+        is NaN after ``zero_grad``. For full gradients and weights inside their balls the gap is >= 0 and certifies
+        stationarity; with stochastic momentum it is an estimate. (Jaggi 2013, section 2.)
         """
         total = torch.zeros(())
         for group in self.param_groups:
@@ -285,13 +275,7 @@ class SFW(Optimizer):
                 torch._foreach_add_(pieces, directions, alpha=-lr)
 
     def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: Group) -> None:
-        """Move the tensors of several equal balls, one tensor of the same shape each, or those of one joint ball.
-
-        Args:
-            sets: the tensors of each ball, L lists of J tensors; L or J is 1.
-            ball: the ball.
-            group: the parameter group.
-        """
+        """Move the tensors of equal balls: L lists of J tensors, where L or J is 1, of equal shapes if L > 1."""
         norm, oracle = ball.norm, self._oracle(sets, group)
         states = [[self.state[p] for p in members] for members in sets]
         momenta = [accumulate(members, own, group) for members, own in zip(sets, states, strict=True)]

@@ -1,12 +1,12 @@
 """Records as tables and as a page, without torch.
 
-``page`` is what ``pliant report`` calls. Below it:
+``page`` has the function of ``pliant report``. Below it:
 
-- ``curves``: which records can be compared, sorted into sections, views, curves and panels; ``grouping`` helps
+- ``curves``: comparable records, sorted into sections, views, curves and panels; ``grouping`` helps
 - ``ranking``: how the curves of a panel compare, the best first
 - ``area``: the area under a curve; ``intervals``: its confidence interval over the seeds
 - ``tables``: the comparison for the terminal and as Markdown; ``formats``: numbers as text
-- ``figures``, ``cells``: what the page draws, and its table of all measurements; ``templates/`` has the page itself
+- ``figures``, ``cells``: the data of the page's figures and of its table; ``templates/`` has the page itself
 """
 
 from pliant.reporting.curves import Curve as Curve

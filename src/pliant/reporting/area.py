@@ -2,8 +2,8 @@
 
     area = 1/0.9 · ∫ accuracy ds from 0 to 0.9, by the trapezoid rule on s = 0, 0.1, …, 0.9
 
-where s is the share of *all* parameters (or MACs, or non-zeros) that is gone. Between two measured sizes the accuracy
-is interpolated; a size beyond the smallest measured one is not reached, and counts as guessing.
+where s is the removed share of *all* parameters (or MACs, or non-zeros). Between two measured sizes the accuracy is
+interpolated; a size beyond the smallest measured one is not reached, and counts as guessing.
 
 Plain numbers; the standard library only.
 """
@@ -17,7 +17,7 @@ from pliant.errors import BadInput
 
 GRID = tuple(tenths / 10 for tenths in range(10))
 SLACK = 5e-3
-"""A size missed by this share counts as reached: whole channels and ranks seldom meet a share exactly."""
+"""A size missed by at most this share counts as reached: whole channels and ranks seldom meet a share exactly."""
 
 
 def area(points: Iterable[tuple[float, float]], chance: float) -> float:
@@ -38,7 +38,7 @@ def area(points: Iterable[tuple[float, float]], chance: float) -> float:
 
 
 def curve_of(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points sorted by their shares; of two networks of one size the better one counts."""
+    """Return the points sorted by their shares; of two networks of the same size the better one counts."""
     best: dict[float, float] = {}
     for share, accuracy in points:
         best[share] = max(accuracy, best.get(share, accuracy))
@@ -46,7 +46,7 @@ def curve_of(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def accuracy_at(points: Iterable[tuple[float, float]], share: float, chance: float) -> float:
-    """Return the accuracy at a removed share, interpolated between the measured ones; chance beyond the last."""
+    """Return the accuracy at a removed share, interpolated between measured shares; beyond the last, ``chance``."""
     known = curve_of(points)
     for (left, low), (right, high) in pairwise(known):
         if left <= share <= right:
@@ -56,5 +56,5 @@ def accuracy_at(points: Iterable[tuple[float, float]], share: float, chance: flo
 
 
 def is_reached(points: Iterable[tuple[float, float]], share: float) -> bool:
-    """Tell whether a removed share lies within the measured ones."""
+    """Return whether a removed share lies within the measured shares."""
     return share - max(known for known, _ in points) <= SLACK

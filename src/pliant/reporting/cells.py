@@ -1,4 +1,4 @@
-"""The page's table of all measurements: a column is a title and what it shows of a record."""
+"""The page's table of all measurements: a column is a title and a function from a record to its cell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from pliant.reporting.grouping import size_of
 
 
 class Cell(NamedTuple):
-    """A cell of the table: its text, a remark beside it and the value that it is sorted by."""
+    """A cell of the table.
+
+    Args:
+        text: its text.
+        note: a remark next to the text.
+        order: the value that it is sorted by.
+    """
 
     text: str
     note: str

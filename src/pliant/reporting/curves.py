@@ -1,13 +1,12 @@
-"""Curves: what a sweep measured, sorted into what can be compared. Plain data, made of records alone.
+"""Curves: the measurements of a sweep, sorted into comparable groups. Plain data, computed from records alone.
 
-Records with the same model, data and size of the images make a *section*. Its *views* compare trainings on equal
-terms: with as many epochs as SGD, or with as much time. In a view, runs that differ only in their seed make a
-*training*; a training under one compressor and allocation makes a *curve*; curves of one compressor share a *panel*,
-the figures and the table that compare them. Along a curve, the records of all runs that were asked for the same share
-or pattern make a *size*.
+Records with the same model, data and image size form a *section*. Its *views* compare trainings on equal terms: with as
+many epochs as SGD, or with as much time. In a view, runs that differ only in their seed form a *training*; a training
+under one compressor and allocation forms a *curve*; curves of one compressor share a *panel*, the figures and the table
+that compare them. Along a curve, the records of all runs with the same requested share or pattern form a *size*.
 
-A network that was trained again after it was compressed is a reference "with retraining"; it does not compete with
-those that were not. Neither torch nor numpy is loaded.
+A network that was retrained after compression is a reference "with retraining"; it does not compete with networks that
+were not. Neither torch nor numpy is loaded.
 """
 
 from __future__ import annotations
@@ -23,20 +22,27 @@ from pliant.records import Record
 from pliant.reporting.grouping import flat, grouped, run_of
 
 VIEWS = {"epochs": "same number of epochs", "time": "same training time"}
-"""What is equal for the trainings of a view, by the ``equal`` of their cost."""
+"""The title of each view, which names the resource that its trainings have equally much of (``equal`` of a cost)."""
 ANCHOR = "sgd"
 """The method that all costs are measured against."""
 TIME_SLACK = 1.1
-"""A training whose step takes at most this many times as long as SGD's counts as one of equal time, too."""
+"""A training whose steps take at most this many times as long as SGD's also counts as a training of equal time."""
 PLACES = frozenset({"data_dir", "tracker", "deterministic", "checkpoint_steps"})
-"""Settings that say where and how a training runs: with other values of them it is the same training."""
+"""Settings that determine where and how a training runs; they do not distinguish trainings."""
 OURS = "sfw-"
-"""How the names of this package's own methods begin; under the paper's recipe they count as the paper's."""
+"""The prefix of the names of this package's own methods; under the paper's recipe they count as the paper's."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The records of one training under one compressor and allocation."""
+    """The records of one training under one compressor and allocation.
+
+    Args:
+        training: name of the training.
+        compressor: name of the compressor with its variant.
+        allocation: how the ratio is shared out among the layers; may be empty.
+        records: the records of all runs.
+    """
 
     training: str
     compressor: str
@@ -55,7 +61,7 @@ class Curve:
 
     @property
     def removes(self) -> bool:
-        """Whether parameters leave the network; otherwise they become zeros, stored all the same."""
+        """Whether parameters leave the network; otherwise they become zeros, which are still stored."""
         compressed = [record for record in self.records if record.ratio > 0]
         if any(record.params < record.params_dense for record in compressed):
             return True
@@ -86,7 +92,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Section:
-    """All that was measured with one model on one data set; ``views`` has the curves of each of :data:`VIEWS`."""
+    """All measurements with one model on one data set.
+
+    Args:
+        model: name of the model.
+        data: name of the data set, with the image size if it was set.
+        records: all records.
+        views: the curves of each of :data:`VIEWS`.
+    """
 
     model: str
     data: str
@@ -107,10 +120,10 @@ class Section:
 def sections_of(records: Iterable[Record]) -> list[Section]:
     """Return the records by data set and model, sorted by their names, as sections.
 
-    Two folders of images share the name of their reader; their sizes or numbers of classes tell them apart.
+    Two folders of images share the name of their reader; their image sizes or numbers of classes distinguish them.
     """
     records = list(records)
-    # Older records lack the accuracy of guessing: they go with those of the same data and model that have it.
+    # Older records lack the accuracy of guessing: they belong to the records of the same data and model that have it.
     chances = {(_data(record), record.model): record.chance for record in records if record.chance is not None}
 
     def setting(record: Record) -> tuple[str, str, float]:
@@ -130,7 +143,7 @@ def _data(record: Record) -> str:
 
 
 def _views(records: list[Record]) -> dict[str, list[Record]]:
-    """Return the records by view: without a cost those of equal epochs; as fast as SGD (TIME_SLACK) those of both."""
+    """Return the records by view: those without a cost in "epochs"; those as fast as SGD (TIME_SLACK) in both views."""
     views = grouped(records, lambda record: record.cost["equal"] if record.cost else "epochs")
     if "time" in views:
         timed = set(map(_contender, views["time"]))
@@ -146,9 +159,9 @@ def _contender(record: Record) -> tuple[object, ...]:
 
 
 def step_ratio(training: Iterable[Record]) -> float | None:
-    """Return how many times as long as SGD's a step takes, the median over all records of a training.
+    """Return the time of a step in units of SGD's, the median over all records of a training.
 
-    It is 1 for SGD itself, however its two measurements differ, and None if nothing was measured.
+    It is exactly 1 for SGD itself, even if its two measurements differ, and None if nothing was measured.
     """
     records = list(training)
     if records and records[0].config.get("method", records[0].method) == ANCHOR:
@@ -159,7 +172,7 @@ def step_ratio(training: Iterable[Record]) -> float | None:
 
 def _curves(records: list[Record], view: str) -> list[Curve]:
     """Return the curves sorted by compressor and allocation, trainings in the order of the records."""
-    # With the same time, a slower machine or seed has fewer epochs; it is the same training.
+    # With equal time, a slower machine or seed has fewer epochs, but it is the same training.
     left_out = _NO_SETTINGS | ({"epochs"} if view == "time" else set())
     settings = [(record, _settings(record, left_out)) for record in records]
     names = _training_names(settings)
@@ -180,10 +193,10 @@ def _training(record: Record, settings: Settings) -> Training:
 
 
 def _training_names(records: list[tuple[Record, Settings]]) -> dict[Training, str]:
-    """Name every training: after the method, where its settings never compete under one compressor and allocation.
+    """Return a name for every training: the method, unless its settings compete under one compressor and allocation.
 
-    In a comparison they do not, because settings are chosen for each compressor. Where they do compete, the settings
-    that differ between the method's trainings are added.
+    In a comparison they do not compete, because settings are chosen for each compressor. If they do, the name includes
+    the settings that differ between the method's trainings.
     """
     names = {}
     for pairs in grouped(records, lambda pair: _training(*pair)[:2]).values():
@@ -209,25 +222,30 @@ def retraining_of(record: Record) -> str | None:
     return str(schedule) if rounds == 1 else f"{schedule}, {rounds} rounds"
 
 
-# Entries of a run's config that say which run it is or where it ran, not how it was trained.
+# Entries of a run's config that identify the run or the machine, not the training.
 _NO_SETTINGS = PLACES | {"seed", "run", "name", "out"}
 
 
 def _settings(record: Record, left_out: frozenset[str]) -> Settings:
-    # A setting that did not exist yet when an older record was made counts as null.
+    # A setting that is newer than the record counts as null.
     known = [pair for pair in flat(record.config) if pair[1] != "null"]
     return frozenset(f"{name}={value}" for name, value in known if name.split(".")[-1] not in left_out)
 
 
 class Axis(NamedTuple):
-    """A horizontal axis: its title and the share of the dense network that a record keeps."""
+    """A horizontal axis.
+
+    Args:
+        title: its title.
+        share: a function from a record to the share of the dense network that it keeps.
+    """
 
     title: str
     share: Callable[[Record], float]
 
 
 def nonzero_share(record: Record) -> float:
-    """Return the share of the dense network's non-zero parameters that a record keeps; of all, if unrecorded."""
+    """Return the share of the dense network's non-zero parameters that a record keeps; of all, if not recorded."""
     return record.nonzero / (record.nonzero_dense or record.params_dense)
 
 
@@ -239,7 +257,13 @@ _AXES_ZEROED = (Axis("non-zero parameters left (%)", nonzero_share),)
 
 
 class Panel(NamedTuple):
-    """Curves of one compressor, which are compared with each other within a view."""
+    """Curves of one compressor, which are compared with each other within a view.
+
+    Args:
+        compressor: name of the compressor with its variant.
+        removes: whether parameters leave the network.
+        views: the curves of each view.
+    """
 
     compressor: str
     removes: bool
@@ -272,7 +296,7 @@ class Panel(NamedTuple):
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """What the accuracy is shown against; sizes are chosen by the first."""
+        """The quantities that accuracy is plotted against; sizes are chosen by the first."""
         return _AXES_REMOVED if self.removes else _AXES_ZEROED
 
     @property
@@ -307,18 +331,18 @@ def panels_of(section: Section) -> list[Panel]:
 
 
 def _place(compressor: str) -> tuple[int, str]:
-    """Return what compressors are sorted by: the known families first, in the order of their rows."""
+    """Return the sort key of a compressor: known families first, in the order of their rows."""
     families = list(COMPRESSORS)
     family = compressor.partition("-")[0]
     return families.index(family) if family in families else len(families), compressor
 
 
 def points_of(records: Iterable[Record], axis: Axis, accuracy: str) -> list[tuple[float, float]]:
-    """Return pairs (removed share, accuracy) of a run, the dense network among them.
+    """Return pairs (removed share, accuracy) of a run, including the dense network.
 
     Args:
-        records: of one run.
-        axis: what the share is of.
+        records: the records of one run.
+        axis: the quantity that shares refer to.
         accuracy: ``"top1"`` or ``"top1_raw"``.
     """
     points = [(max(0.0, 1 - axis.share(record)), getattr(record, accuracy)) for record in records]

@@ -1,4 +1,4 @@
-"""What the page draws, as plain data: curves, standings, layers, and the command that makes a network.
+"""The data that the page draws: curves, standings, layers, and the commands that compress a network.
 
 ``templates/elements.js`` describes the same structure in its first lines; the scripts beside it draw it.
 """
@@ -19,7 +19,7 @@ from pliant.reporting.ranking import ACCURACIES, Standing, standings
 
 
 def section_data(section: Section, runs: str) -> dict[str, Any]:
-    """Return what the page draws in a section."""
+    """Return the data that the page draws in a section."""
     best = max(max(record.top1, record.top1_raw, record.top1_dense) for record in section.records)
     return {
         # All figures of a section share the accuracy axis, which ends at the next 10 % above the best accuracy.
@@ -106,7 +106,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
-    """Return the sizes of a run: the share removed, the accuracies, and what the compressor was asked for."""
+    """Return the sizes of a run: the removed share, the accuracies, and the requested ratio or pattern."""
     points = [
         {
             "removed": max(0.0, 1 - axis.share(record)),
@@ -125,10 +125,10 @@ def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
 
 
 def _command(record: Record, runs: str) -> list[str] | None:
-    """Return the command that compresses a run as a record says, in words and without the size; None if none does."""
+    """Return the command that compresses a run like a record, in words, without the size; None if there is none."""
     compressor, *variants = record.compressor.split("-")
     schemes = [variant for variant in variants if variant != "whitened"]
-    if "retraining" in record.config or len(schemes) > factorises(compressor):  # only rank has a scheme, and one
+    if "retraining" in record.config or len(schemes) > factorises(compressor):  # only rank has a scheme, and only one
         return None
     words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
     if factorises(compressor) and "whitened" not in variants:
@@ -143,7 +143,7 @@ def _command(record: Record, runs: str) -> list[str] | None:
 
 
 def _tip(curve: Curve, size: str, records: list[Record]) -> str:
-    """Return the text beside a point, in the subset of HTML that plotly.js knows."""
+    """Return the text shown at a point, in the subset of HTML that plotly.js supports."""
     tops = [record.top1 for record in records]
     several = len(records) > 1
     spread = f" ({percent(min(tops))} to {percent(max(tops))}, {len(records)} runs)" if several else ""
@@ -168,7 +168,7 @@ def _tip(curve: Curve, size: str, records: list[Record]) -> str:
 
 
 def _layer_views(curve: Curve) -> list[dict[str, Any]]:
-    """Return a table for each run of the curve: what every layer kept at every size."""
+    """Return a table for each run of the curve: the kept parts of every layer at every size."""
     views = []
     for records in curve.runs.values():
         sizes = sorted((record for record in records if record.layers), key=lambda record: record.ratio)
@@ -182,7 +182,7 @@ def _layer_views(curve: Curve) -> list[dict[str, Any]]:
                         {
                             "name": name,
                             "kind": kind,
-                            # A layer is missing at a size where the plan left it alone.
+                            # A layer is missing at sizes at which the plan leaves it alone.
                             "cells": [
                                 next((_counts(layer) for layer in record.layers if layer["name"] == name), None)
                                 for record in sizes

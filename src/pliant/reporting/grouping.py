@@ -1,4 +1,4 @@
-"""Putting records in order: by any key, by run, by the size that was asked for."""
+"""Grouping of records: by any key, by run, by the requested size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Key = TypeVar("Key")
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Return the items by key, in the order in which they came."""
+    """Return the items by key, in their original order."""
     groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -32,16 +32,16 @@ def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def run_of(record: Record) -> tuple[str, str]:
-    """Return what identifies a record's run: its name and its weights."""
+    """Return the name and the weights of a record's run, which identify it."""
     return record.run, record.weights
 
 
 def sizes_of(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return the records by what was asked of the compressor, "50%" or "2:4", from the dense end on."""
+    """Return the records by requested size, "50%" or "2:4", starting at the dense network."""
     by_ratio = sorted(records, key=lambda record: record.ratio)
     return grouped(by_ratio, size_of)
 
 
 def size_of(record: Record) -> str:
-    """Return what was asked of the compressor: "50%" or "2:4"."""
+    """Return the size that was requested of the compressor: "50%" or "2:4"."""
     return record.pattern or f"{100 * record.ratio:.6g}%"

@@ -1,7 +1,7 @@
-"""Student's confidence intervals: what the seeds of a training say about its mean.
+"""Student's confidence intervals for the mean over the seeds of a training.
 
-The results of several seeds become an :class:`Estimate`, and so does the difference of two trainings. Plain numbers;
-the standard library only.
+The results of several seeds give an :class:`Estimate`, and so does the difference of two trainings. Plain numbers; the
+standard library only.
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate:
-    """Return the mean of ``first`` − ``second`` over the pairs of equal seeds; both have values by seed.
+    """Return the mean of ``first`` − ``second`` over pairs of equal seeds.
 
-    ``n`` is the number of pairs. Without a common seed the means are compared, and there is no interval.
+    Without a common seed the means are compared, without an interval.
+
+    Args:
+        first, second: seed → value.
+
+    Returns:
+        The estimate; its ``n`` is the number of pairs.
     """
     common = sorted(first.keys() & second.keys())
     if common:

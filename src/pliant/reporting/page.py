@@ -1,7 +1,7 @@
-"""Reports: what a sweep or a comparison measured, as tables and one HTML page.
+"""Reports: the measurements of a sweep or a comparison, as tables and one HTML page.
 
-The page is a single file that needs no network: text, figures and plotly.js lie inside. It is made of records
-alone, so that it can be rebuilt wherever they are; neither torch nor numpy is loaded.
+The page is a single file that needs no network: text, figures and plotly.js are inside. It is built from records alone,
+so that it can be rebuilt wherever they are; neither torch nor numpy is loaded.
 
 Here the page is put together: ``figures`` has what the scripts in ``templates`` draw, ``cells`` the table of all
 measurements. On the page a training keeps its colour.
@@ -39,13 +39,13 @@ def report(
 ) -> Path:
     """Write a page about the records, print a table and the page's path, and return the path.
 
-    The table compares the methods if the records say what the trainings cost, else it lists the accuracies.
+    The table compares the methods if the records have the costs of the trainings, else it lists the accuracies.
 
     Args:
         records: one or several files of records. Of several records of one measurement the last counts.
         out: the page, a self-contained HTML file of about 5 MB. An existing one is replaced, whole or not at all.
         markdown: file for the comparison as Markdown tables, replaced likewise; without it none is written.
-        runs: folder of the run folders, for the commands on the page; by default runs beside the first records.
+        runs: folder of the run folders, for the commands on the page; by default runs/ next to the first records.
 
     Raises:
         BadInput: the files hold no records, or ``out`` or ``markdown`` is a folder.
@@ -83,7 +83,7 @@ def write_report(
         out: the page.
         markdown: file for the comparison as Markdown tables.
         runs: folder of the run folders, for the commands on the page.
-        remarks: sentences about what the records do not say.
+        remarks: sentences to add, about facts that are not in the records.
     """
     pages = {out: render(records, runs, remarks)}
     if markdown is not None:
@@ -128,7 +128,7 @@ def render(records: Sequence[Record], runs: str = "runs", remarks: Sequence[str]
                 "guessing": section.chance is not None,
                 "repeated": any(panel.repeated for panel in panels_of(section)),
                 "panels": panels_of(section),
-                # The panels that the choice of a size may be restricted to, by their place.
+                # The panels that the choice of a size may be restricted to, by their index.
                 "families": [(index, panel.chip) for index, panel in enumerate(panels_of(section))],
                 "batches": sorted({record.latency_batch for record in section.records}),
                 "layered": any(record.layers for record in section.records),

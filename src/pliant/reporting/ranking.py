@@ -1,9 +1,9 @@
-"""Standings: how the curves of a panel compare, the best first. Plain data, made of records alone.
+"""Standings: how the curves of a panel compare, the best first. Plain data, computed from records alone.
 
-A standing has the area under the curve (``area``) with its confidence interval over the seeds, the difference
-to the best *baseline*, a method that is neither ours nor retrained, and what should be seen beside an area: the dense
-accuracy, the accuracy at four sizes, the area with the other BatchNorm statistics and the cost of the training.
-Networks with retraining stand last and are never the best.
+A standing has the area under the curve (``area``) with its confidence interval over the seeds, the difference from the
+best *baseline* (a method that is neither ours nor retrained), and context for the area: the dense accuracy, the
+accuracy at four sizes, the area with the other BatchNorm statistics and the cost of the training. Networks with
+retraining come last and are never the best.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ ACCURACIES = {"top1": "re-estimated", "top1_raw": "raw"}
 
 
 class MeanCost(NamedTuple):
-    """What a training cost, mean over the runs."""
+    """The cost of a training, mean over the runs."""
 
     step: float
     """Time of a step, in units of SGD's."""
     memory: float
-    """In units of SGD's."""
+    """Memory in use, in units of SGD's."""
     seconds: float
-    """Of the whole training."""
+    """Duration of the whole training."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A curve beside the others of its panel and view."""
+    """A curve compared with the others of its panel and view."""
 
     curve: Curve
     areas: tuple[Estimate, ...]
-    """Along each axis of the panel; the first one decides. For patterns, the mean accuracy of those that all share."""
+    """Areas along each axis of the panel; the first decides. For patterns, mean accuracy over the common patterns."""
     other: Estimate
     """The first of the areas, with the other BatchNorm statistics."""
     versus: Estimate | None
@@ -50,9 +50,9 @@ class Standing:
     is_baseline: bool
     """Whether this is the best baseline."""
     is_best: bool
-    """Whether its area is the largest of those without retraining."""
+    """Whether its area is the largest among curves without retraining."""
     kept: tuple[float | None, ...]
-    """Accuracy at each size of :data:`KEPT`, mean over the runs; None if one of them does not reach it."""
+    """Accuracy at each size of :data:`KEPT`, mean over the runs; None if a run does not reach it."""
     cost: MeanCost | None
 
 
@@ -60,7 +60,7 @@ def standings(panel: Panel, view: str, chance: float | None, accuracy: str = "to
     """Return the standings of a view of a panel; those with retraining last, then by falling area.
 
     Args:
-        panel: what holds the curves.
+        panel: the panel that holds the curves.
         view: one of its views.
         chance: accuracy of guessing, which counts at sizes that a curve does not reach; None counts as 0.
         accuracy: one of :data:`ACCURACIES`.
@@ -110,13 +110,13 @@ def _by_seed(curve: Curve, score: Callable[[list[Record]], float]) -> dict[int, 
 
 
 def _whole_runs(curve: Curve) -> list[list[Record]]:
-    """Return the runs with the most sizes of the curve: one whose sweep is not complete would look weak."""
+    """Return the runs with the most sizes of the curve: a run with an incomplete sweep would look weak."""
     sizes = {key: len(sizes_of(run)) for key, run in curve.runs.items()}
     return [run for key, run in curve.runs.items() if sizes[key] == max(sizes.values())]
 
 
 def _mean(run: list[Record], patterns: set[str], accuracy: str) -> float:
-    """Return the mean accuracy of a run over these patterns; if it has none of them, over all that was measured."""
+    """Return the mean accuracy of a run over these patterns; if it has none of them, over all its records."""
     counted = [record for record in run if record.pattern in patterns] or run
     return fmean(getattr(record, accuracy) for record in counted)
 

@@ -1,7 +1,7 @@
 """Tables: records as text, for the terminal and as Markdown.
 
-:func:`summary_table` has the accuracies as they were measured. :func:`comparison_table` and :func:`comparison_markdown`
-have the standings of a comparison (``ranking``): the same rows, once for the terminal, once for documents.
+:func:`summary_table` lists the measured accuracies. :func:`comparison_table` and :func:`comparison_markdown` list the
+standings of a comparison (``ranking``): the same rows, once for the terminal, once for documents.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _panels(records: Iterable[Record]) -> list[_Rows]:
 
 
 def named(standing: Standing, with_variant: bool) -> str:
-    """Return the name of a standing: its training, the allocation where there are several, and whether it is ours."""
+    """Return the name of a standing: its training, the allocation if there are several, and whether it is ours."""
     curve = standing.curve
     return f"{curve.training}{f', {curve.allocation}' if with_variant else ''}{' (ours)' if curve.ours else ''}"
 
@@ -172,5 +172,5 @@ def _table(title: str, caption: str | None = None) -> Table:
 
 
 def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it is."""
+    """Return text escaped so that Markdown shows it unchanged."""
     return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(text.split()))

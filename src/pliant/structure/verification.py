@@ -204,7 +204,7 @@ def _fault(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Inputs) -> 
             zero_channels(twin.get_submodule(name), axis, gone)
     try:
         expected = run(twin, inputs)
-    except Exception as error:  # whatever a user's forward may raise
+    except Exception as error:  # a user's forward may raise anything
         return f"cannot be verified, the network does not run in float64: {first_line(error)}"
     try:
         for (name, axis), gone in removed.items():

@@ -1,8 +1,8 @@
-"""The methods that pliant is compared with, each as small as it can be, one file each.
+"""The methods that pliant is compared with, each as small as possible, one file each.
 
-Most are :class:`MatrixSGD`: SGD that changes gradients before a step, or weights after it. A baseline knows neither
-norms nor balls nor SFW, so that a mistake there cannot help or harm both sides of a comparison; and, as SFW, it knows
-nothing of the compressors.
+Most are :class:`MatrixSGD`: SGD that changes gradients before a step, or weights after it. Baselines use neither norms
+nor balls nor SFW, so that a mistake there cannot affect both sides of a comparison; and like SFW, they do not depend on
+the compressors.
 """
 
 from pliant.experiments.baselines.base import MatrixSGD as MatrixSGD

@@ -1,4 +1,4 @@
-"""What most baselines are: SGD that changes the gradients before a step, or the weights after it."""
+"""The base of most baselines: SGD that changes the gradients before a step, or the weights after it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from pliant.experiments.baselines.matrices import as_matrices, write_matrices
 
 
 class MatrixSGD(SGD):
-    """SGD with momentum and weight decay, and two places where a subclass may act.
+    """SGD with momentum and weight decay, and two methods that a subclass may override.
 
-    A group with a ``"row_dim"`` holds the weights that the method is about, each read as matrices (blocks, rows,
-    columns), one row per output; all other groups take plain SGD steps.
-    What a penalty would add to the loss, :meth:`before` adds to the gradient: the same step, with no graph and no
-    automatic differentiation of a decomposition.
+    A group with a ``"row_dim"`` holds the weights that the method acts on, each read as matrices (blocks, rows,
+    columns), one row per output; all other groups take plain SGD steps. :meth:`before` adds the gradient of a penalty
+    directly: the step is the same as with a penalty in the loss, without a graph or automatic differentiation of a
+    decomposition.
 
     Args:
-        params: groups; ``"row_dim"`` and ``"blocks"`` in those of matrices.
+        params: parameter groups; groups of matrices have ``"row_dim"`` and ``"blocks"``.
         lr: learning rate.
         momentum: as in ``torch.optim.SGD``.
         weight_decay: as in ``torch.optim.SGD``.
-        options: of the method, those of :attr:`options`; a group may have its own.
+        options: values for :attr:`options`; a group may have its own.
+
+    Raises:
+        TypeError: the method has no such option.
     """
 
     options: ClassVar[dict[str, Any]] = {}
-    """The method's own settings, with the values they have by default."""
+    """The method's own settings, with their defaults."""
 
     def __init__(
         self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0, **options: Any
@@ -48,16 +51,39 @@ class MatrixSGD(SGD):
             super().add_param_group({"blocks": 1, **self._chosen, **param_group})
 
     def before(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
-        """Return the gradient to take instead of ``g``, None for ``g``; shapes: (blocks, rows, columns)."""
+        """Return the gradient to use instead of ``g``; None to keep ``g``.
+
+        Args:
+            w: the weight, (blocks, rows, columns).
+            g: its gradient, (blocks, rows, columns).
+            state: the optimizer's state of the parameter.
+            group: its parameter group.
+
+        Returns:
+            A tensor (blocks, rows, columns), or None.
+        """
         return None
 
     def after(self, w: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
-        """Return the weights to take instead of ``w`` after the step, None for ``w``; shapes: as above."""
+        """Return the weights to use instead of ``w`` after the step; None to keep ``w``.
+
+        Args:
+            w: the weight after the step, (blocks, rows, columns).
+            state: the optimizer's state of the parameter.
+            group: its parameter group.
+
+        Returns:
+            A tensor (blocks, rows, columns), or None.
+        """
         return None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; raises FloatingPointError for a NaN or infinite gradient, before anything has changed."""
+        """Take one step and return the closure's loss, None without a closure.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or infinite; nothing has changed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,7 +108,7 @@ class MatrixSGD(SGD):
                 yield from ((p, group) for p in group["params"] if p.grad is not None)
 
     def _check_finite(self) -> None:
-        # One reduction per tensor, one transfer for all.
+        # One reduction per tensor, but a single transfer to the host.
         named = [
             (name, p.grad)
             for group in self.param_groups

@@ -23,7 +23,7 @@ class CAT(MatrixSGD):
 
     def after(self, w: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Lower each singular value by the threshold."""
-        u, s, vh = svd(w)
+        u, s, vh = svd(w)  # s: (blocks, n)
         threshold: float = group["lr"] * group["strength"]
         lowered = (s - threshold).clamp_min(0)
         return (u * lowered[..., None, :]) @ vh

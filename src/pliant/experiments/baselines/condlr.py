@@ -1,4 +1,4 @@
-"""CondLR: weights of fixed rank with singular values near each other.
+"""CondLR: weights of fixed rank whose singular values are close to each other.
 
     W = U S Vᵀ,    U: rows × r and V: columns × r with orthonormal columns
 
@@ -7,12 +7,12 @@ After each SGD step on U, S and V, with QR decompositions U = Q_U R_U and V = Q_
     U, S, V ← Q_U, R_U S R_Vᵀ, Q_V                          the same product
     σ(S) ← clamp(σ(S), s̄·(1 − t), s̄·(1 + t))                s̄: their mean, t = (c − 1)/(c + 1)
 
-so that the condition number of S, the ratio of the largest to the smallest singular value, is at most c. Its purpose is
+so that the condition number of S, the ratio of the largest to the smallest singular value, is at most c. The purpose is
 robustness against small changes of the input, at a rank chosen before the training.
 
 Savostianova, Zangrando, Ceruti, Tudisco 2023, Robust low-rank training via approximate orthonormal constraints, arXiv
-2306.01485. The momentum stays as it is: under this sign of the decomposition, which makes it unique and continuous, a
-small step moves U, S and V by little.
+2306.01485. The momentum is not changed: the sign convention makes the decomposition unique and continuous, so that a
+small step changes U, S and V only a little.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CondLR(SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; raises torch.linalg.LinAlgError where a factor became NaN or infinite."""
+        """Take one step; raise torch.linalg.LinAlgError if a factor became NaN or infinite."""
         loss = super().step(closure)
         for group in self.param_groups:
             if group["condition"] is not None:
@@ -75,7 +75,11 @@ class CondLR(SGD):
 def condition_(left: Tensor, core: Tensor, right: Tensor, condition: float) -> None:
     """Make the columns of ``left`` and the rows of ``right`` orthonormal and ``core`` well-conditioned, in place.
 
-    Shapes: (blocks, rows, r), (blocks, r, r), (blocks, r, columns).
+    Args:
+        left: (blocks, rows, r).
+        core: (blocks, r, r).
+        right: (blocks, r, columns).
+        condition: largest condition number of ``core``.
     """
     q_left, r_left = orthonormalised(left)
     q_right, r_right = orthonormalised(right.mT)
@@ -86,7 +90,7 @@ def condition_(left: Tensor, core: Tensor, right: Tensor, condition: float) -> N
 
 
 def near_mean(s: Tensor, condition: float) -> Tensor:
-    """Clamp numbers to an interval around their mean whose ends have the ratio ``condition``."""
+    """Return numbers (..., n) clamped to an interval around their mean whose ends have the ratio ``condition``."""
     mean = s.mean(dim=-1, keepdim=True)
     t = (condition - 1) / (condition + 1)
     return torch.minimum(torch.maximum(s, mean * (1 - t)), mean * (1 + t))

@@ -3,9 +3,9 @@
     g = ∇L(θ)
     θ ← SGD step along  g + M ∘ ∇L(C(θ + ρ·g))
 
-C keeps a part of the weights, a share drawn anew in every step, and M keeps the same part of the gradient: entries (the
-largest ones over all layers, as published), whole filters, or the span of leading left singular vectors (both per
-layer). The version with the clean gradient g added and the sparse second one is the paper's CrAM+.
+C keeps a part of the weights, a share drawn at random in every step, and M keeps the same part of the gradient: entries
+(the largest over all layers, as published), whole filters, or the span of leading left singular vectors (both per
+layer). The version with the clean gradient g and the sparse second gradient is the paper's CrAM+.
 
 Peste et al. 2023, CrAM: a compression-aware minimizer, ICLR, arXiv 2207.14200.
 """
@@ -23,23 +23,29 @@ from pliant.experiments.baselines.base import MatrixSGD
 from pliant.experiments.baselines.matrices import as_matrices, svd, write_matrices
 from pliant.linalg import keep_largest, topk_mask, vector_norm
 
-SHARES = (0.5, 0.3, 0.1)  # of which C keeps one, each as likely as the others: the published sparsities
+SHARES = (0.5, 0.3, 0.1)  # the shares that C keeps, with equal probabilities: the published sparsities
 
 
 class CrAM(MatrixSGD):
     """SGD along the sum of the gradients at the weights and at their compressed, perturbed copy.
 
-    ``step`` needs a closure that computes the gradients anew, like those of ``torch.optim.LBFGS``; it is called once,
-    at the compressed weights. Those of the first pass must be there already.
+    ``step`` needs a closure that recomputes the gradients, like ``torch.optim.LBFGS``; it is called once, at the
+    compressed weights. The gradients of the first pass must exist already.
 
-    Options: ``strength`` is ρ, ``part`` what C keeps: "weights", "filters" or "rank".
+    Options: ``strength`` is ρ, and ``part`` is the part that C keeps: "weights", "filters" or "rank".
     """
 
     options: ClassVar[dict[str, Any]] = {"strength": 0.05, "part": "weights"}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; returns the loss at the compressed weights."""
+        """Take one step and return the loss at the compressed weights.
+
+        Raises:
+            TypeError: there is no closure.
+            ValueError: there is no group of matrices.
+            FloatingPointError: a gradient is NaN or infinite.
+        """
         if closure is None:
             raise TypeError("CrAM needs a closure that computes the gradients anew")
         self._check_finite()
@@ -63,7 +69,7 @@ class CrAM(MatrixSGD):
 
 
 def _compress(matrices: list[tuple[Tensor, dict[str, Any]]], share: float) -> list[Callable[[], None]]:
-    """Apply C to weights in place; return what applies M to their gradients."""
+    """Apply C to weights in place; return functions that apply M to their gradients."""
     if matrices[0][1]["part"] == "weights":
         tensors = [p for p, _ in matrices]
         keep_largest(tensors, _count(share, sum(p.numel() for p in tensors)), tensors)

@@ -2,9 +2,9 @@
 
     W = W_1 · … · W_N,    loss + wd/2 Σ_i ‖W_i‖²
 
-The least of that penalty over all factors of one W is, for N = 2, wd times its nuclear norm, and for larger N wd·N/2
-times the sum of σ^(2/N): decay of the factors is low-rank regularisation of the product. The inner sizes are min(rows,
-columns), which does not limit the rank. After the training the factors are multiplied out.
+The minimum of that penalty over all factors of a given W is wd times its nuclear norm for N = 2, and wd·N/2 times the
+sum of σ^(2/N) for larger N: decay of the factors is low-rank regularisation of the product. The inner sizes are
+min(rows, columns), which does not limit the rank. After the training the factors are multiplied out.
 
 Zhang, Alkhouri, Wang 2024, Structure-preserving network compression via low-rank induced training through linear layers
 composition, arXiv 2405.03089. The additional factors start as random orthogonal matrices, so that the product has the
@@ -20,7 +20,14 @@ from pliant.experiments.baselines.products import Product
 
 
 class Composition(Product):
-    """A weight as the product of ``count`` factors, see above."""
+    """A weight as the product of ``count`` factors.
+
+    Args:
+        shape: shape of the weight.
+        row_dim: the dimension that counts the rows.
+        blocks: how many matrices the weight holds.
+        count: the number of factors.
+    """
 
     def __init__(self, shape: torch.Size, row_dim: int, blocks: int, *, count: int) -> None:
         super().__init__(shape, row_dim, blocks)

@@ -4,9 +4,9 @@
     d = polar((1 − μ)·g + μ·m)                          Nesterov's look ahead; five Newton-Schulz steps
     W ← (1 − lr·λ)·W − lr·0.2·√max(rows, columns)·d
 
-Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks; the factor, which gives a step the size
-that Adam's has: Liu et al. 2025, Muon is scalable for LLM training, arXiv 2502.16982. It is ``torch.optim.Muon`` with
-``adjust_lr_fn="match_rms_adamw"``, for convolutions too, and in the precision of the weights instead of bfloat16.
+Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks; the factor, which gives a step the size of
+Adam's: Liu et al. 2025, Muon is scalable for LLM training, arXiv 2502.16982. It is ``torch.optim.Muon`` with
+``adjust_lr_fn="match_rms_adamw"``, also for convolutions, and in the precision of the weights instead of bfloat16.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pliant.linalg import polar
 class Directed(MatrixSGD):
     """Base of the methods that move matrices along a direction of their own, without the momentum of the SGD step.
 
-    Their ``momentum`` averages gradients; the matrices of a group hold it as ``"beta"``.
+    Their ``momentum`` averages gradients; a group of matrices holds it as ``"beta"``.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; for matrices the SGD step below is nothing but W ← W − lr·direction."""
+        """Add a group; for matrices the SGD step becomes W ← W − lr·direction."""
         if param_group.get("row_dim") is not None:
             beta = param_group.get("momentum", self.defaults["momentum"])
             param_group = {"beta": beta, **param_group, "momentum": 0.0, "weight_decay": 0.0}
@@ -48,7 +48,7 @@ class Muon(Directed):
     options: ClassVar[dict[str, Any]] = {"strength": 0.1}
 
     def before(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Return the direction in the place of the gradient."""
+        """Return the direction, which replaces the gradient."""
         ahead = g.lerp(self.average(g, state, group), group["beta"])
         decay: float = group["strength"]
         return adam_size(w) * polar(ahead, converging=0) + decay * w

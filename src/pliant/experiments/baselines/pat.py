@@ -23,10 +23,11 @@ KINDS = {"filters": ("Dim0Grouper", "ProxGroupLasso"), "rank": ("SVDGrouper", "P
 def pat_optimizer(
     groups: list[dict[str, Any]], part: str, *, lr: float, momentum: float, weight_decay: float, strength: float
 ) -> Optimizer:
-    """Return the optimizer of torchao.
+    """Return torchao's optimizer.
 
     Args:
-        groups: those with ``"row_dim"`` 0 hold weights to be made sparse; it knows no other layout of rows.
+        groups: parameter groups; those with ``"row_dim"`` 0 hold weights to be made sparse (torchao supports no other
+            layout of rows).
         part: "filters" for the group lasso, "rank" for the nuclear norm.
         lr: learning rate.
         momentum: of SGD.

@@ -1,4 +1,4 @@
-"""Weights that are trained as products of factors, and are single tensors again afterwards."""
+"""Weights that are trained as products of factors, and become single tensors again afterwards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pliant.experiments.baselines.matrices import as_matrices
 
 
 class Product(nn.Module):
-    """Base of the parametrisations: a weight of fixed shape whose matrices are products of factors.
+    """The base of parametrisations: a weight of fixed shape whose matrices are products of factors.
 
     Args:
-        shape: of the weight.
+        shape: shape of the weight.
         row_dim: the dimension that counts the rows.
         blocks: how many matrices the weight holds.
     """
@@ -29,24 +29,24 @@ class Product(nn.Module):
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Return the weight."""
-        with torch.autocast(factors[0].device.type, enabled=False):  # what is merged later must be what was trained
+        with torch.autocast(factors[0].device.type, enabled=False):  # so that merged() computes the same product
             product = factors[0]
             for factor in factors[1:]:
                 product = product @ factor
         return product.reshape(self.rows_first).movedim(0, self.row_dim)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return the factors to begin with."""
+        """Return the initial factors."""
         return self.factors(as_matrices(weight, self.row_dim, self.blocks))
 
     def factors(self, w: Tensor) -> tuple[Tensor, ...]:
-        """Return factors of matrices (blocks, rows, columns), whose product need only be near them."""
+        """Return factors whose product is near the matrices ``w``, (blocks, rows, columns)."""
         raise NotImplementedError
 
 
 def factorise(layer: nn.Module, product: Product) -> list[tuple[str, nn.Parameter]]:
-    """Train the weight of a layer, one without parametrisations, as a product; return its factors, named within it."""
-    parametrize.register_parametrization(layer, "weight", product, unsafe=True)  # unsafe: no trial call, no draws twice
+    """Parametrise the weight of a layer as a product; return its factors with their names in the layer."""
+    parametrize.register_parametrization(layer, "weight", product, unsafe=True)  # unsafe: no trial call, no second draw
     return [(name, p) for name, p in layer.named_parameters() if name.startswith("parametrizations.weight.")]
 
 

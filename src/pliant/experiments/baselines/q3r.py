@@ -1,12 +1,12 @@
-"""Q3R: a quadratic in the loss that majorises a smoothed log-determinant, reweighted now and then.
+"""Q3R: a quadratic in the loss that majorises a smoothed log-determinant, reweighted every few steps.
 
-Every T steps, from W₀ = U diag(σ) Vᵀ, with ε the least so far of the (k+1)-th singular values:
+Every T steps, from W₀ = U diag(σ) Vᵀ, with ε the smallest (k+1)-th singular value so far:
 
     D = diag(min(1, ε/σ_i))  in the directions U and V, the identity in all others
     L(θ) + λ/2 Σ_layers ⟨W, R(W)⟩,   R(W) = (U D Uᵀ) W (V D Vᵀ)          gradient λ·R(W)
 
-At W₀ that gradient is the one of Σ f(σ_i) with f(σ) = ε²·(ln(σ/ε) + ½) above ε and σ²/2 below: singular values above ε
-are pushed the less the larger they are, those below decay.
+At W₀ it is the gradient of Σ f(σ_i) with f(σ) = ε²·(ln(σ/ε) + ½) above ε and σ²/2 below: the larger a singular value
+above ε, the less it is pushed; those below ε decay.
 
 Ghosh, Nguyen, Kümmerle 2025, Q3R: quadratic reweighted rank regularizer for effective low-rank training, NeurIPS, arXiv
 2511.04485. Here the gradient of the penalty goes through the momentum, as any penalty in the loss does; their AdamQ3R,
@@ -33,7 +33,7 @@ class Q3R(MatrixSGD):
         """Add the gradient of the penalty."""
         if state.get("steps", 0) % group["every"] == 0:
             u, s, vh = svd(w)
-            # Beyond the last singular value there is nothing left to push down: ε becomes 0, and so does R.
+            # If there is no (k+1)-th singular value, there is nothing to push down: ε becomes 0, and so does R.
             last = s[..., group["k"]] if group["k"] < s.shape[-1] else torch.zeros_like(s[..., 0])
             state["epsilon"] = torch.minimum(state["epsilon"], last) if "epsilon" in state else last
             state["left"], state["right"] = u, vh.mT
@@ -44,6 +44,13 @@ class Q3R(MatrixSGD):
 
 
 def reweighted(w: Tensor, left: Tensor, right: Tensor, pull: Tensor) -> Tensor:
-    """Return (I − U P Uᵀ) W (I − V P Vᵀ) with P = diag(pull) = I − D."""
+    """Return (I − U P Uᵀ) W (I − V P Vᵀ) with P = diag(pull) = I − D.
+
+    Args:
+        w: W, (blocks, rows, columns).
+        left: U, (blocks, rows, n).
+        right: V, (blocks, columns, n).
+        pull: (blocks, n).
+    """
     w = w - (left * pull[..., None, :]) @ (left.mT @ w)
     return w - ((w @ right) * pull[..., None, :]) @ right.mT

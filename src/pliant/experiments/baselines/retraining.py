@@ -4,7 +4,7 @@ With the learning rates of the training, lr(t) for t < T, and R steps of retrain
 
     FT     lr(T − 1)                                          fine-tuning: the last one
     LRW    lr(T − R + t)                                      rewinding: the last R steps again
-    SLR    lr from its maximum on, squeezed                   scaled restarting; after a warm-up
+    SLR    lr from its maximum on, compressed in time         scaled restarting; after a warm-up
     CLR    from max lr to min lr along half a cosine wave     cyclic restarting; after a warm-up
     LLR    from max lr to 0 along a line                      linear restarting; after a warm-up
 
@@ -36,10 +36,10 @@ def rates(schedule: str, original: Sequence[float], steps: int) -> list[float]:
     Args:
         schedule: one of :data:`SCHEDULES`.
         original: the learning rate of each step of the training.
-        steps: of the retraining; LRW has no more than the training had.
+        steps: number of steps of the retraining; for LRW at most that of the training.
 
     Raises:
-        BadInput: an unknown schedule, or a number of steps out of range.
+        BadInput: the schedule is unknown, or the number of steps is out of range.
     """
     if schedule not in SCHEDULES:
         raise unknown("retraining schedule", schedule, SCHEDULES)
@@ -50,7 +50,7 @@ def rates(schedule: str, original: Sequence[float], steps: int) -> list[float]:
     if schedule == "LRW":
         return list(original[len(original) - steps :])
     high, low = max(original), min(original)
-    falling = original[original.index(high) :]  # the training's own warm-up comes no second time
+    falling = original[original.index(high) :]  # without the training's own warm-up
     warm = math.floor(WARMUP * steps + 0.5)
     rest = steps - warm
     shapes: dict[str, Callable[[float], float]] = {
@@ -70,11 +70,11 @@ def retrain(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
 ) -> None:
-    """Train a compressed network again, in place, with SGD; entries of weights that are zero stay zero.
+    """Retrain a compressed network, in place, with SGD; zero entries of weights stay zero.
 
     Args:
-        model: as a compressor returned it, on the device of the batches.
-        batches: images and labels of each step; as many as ``lrs``.
+        model: a network that a compressor returned, on the device of the batches.
+        batches: images and labels of each step, as many as ``lrs``.
         lrs: learning rates, see :func:`rates`.
         momentum: of SGD.
         weight_decay: of SGD.
@@ -96,8 +96,8 @@ def retrain(
 
 
 def cycles(ratio: float, count: int) -> list[float]:
-    """Return the ratio after each of ``count`` rounds of pruning that take the same share of what is left.
+    """Return the ratio after each of ``count`` rounds of pruning, each of which removes the same share of the rest.
 
-    Iterative magnitude pruning (Han et al. 2015) compresses to the first of them, retrains, goes on with the next.
+    Iterative magnitude pruning (Han et al. 2015) compresses to the first ratio, retrains, and repeats with the next.
     """
     return [1 - (1 - ratio) ** (i / count) for i in range(1, count + 1)]

@@ -6,9 +6,9 @@
 Pethick et al. 2025, Training deep learning models with norm-constrained LMOs, arXiv 2502.07529, with the
 spectral norm. A convolution counts as the matrix of its rows, with c·s² columns for c channels and s×s kernels, so
 that its radius is s times that of the authors' program, √(rows/c)/s². Their norms for other tensors (such as sign for
-the last layer, root mean square for biases) are left out: as under every method here, those take SGD steps. It is SFW
-with the ball ``Spectral(Lp(inf))`` of radius ρ·√(rows/columns) without rescaling, up to the error of the Newton-Schulz
-iteration.
+the last layer, root mean square for biases) are left out: as under every method here, those tensors take SGD steps. The
+method is SFW with the ball ``Spectral(Lp(inf))`` of radius ρ·√(rows/columns) without rescaling, up to the error of the
+Newton-Schulz iteration.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ class Scion(Directed):
     options: ClassVar[dict[str, Any]] = {"radius": 50.0}
 
     def before(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Return the direction in the place of the gradient."""
+        """Return the direction, which replaces the gradient."""
         size: float = group["radius"] * math.sqrt(w.shape[-2] / w.shape[-1])
         return w + size * polar(self.average(g, state, group), converging=0)

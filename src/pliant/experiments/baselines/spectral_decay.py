@@ -3,8 +3,8 @@
     W ← W − lr·λ·polar(W)          polar(U diag(σ) Vᵀ) = UVᵀ, the gradient of the nuclear norm
 
 after the step of SGD, with the polar factor from a Newton-Schulz iteration: products of matrices, no decomposition. A
-singular value that the iteration cannot lift to 1 is small enough that it decays in proportion to itself, and none can
-change its sign. (arXiv 2610.11730.)
+singular value that is too small for the iteration to lift it to 1 decays in proportion to itself, and no singular value
+can change its sign. (arXiv 2610.11730.)
 """
 
 from __future__ import annotations

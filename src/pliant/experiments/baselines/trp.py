@@ -1,13 +1,13 @@
 """TRP: truncated singular value decompositions during the training.
 
-Every m steps, with r the least rank that leaves out at most the share e of Σσ²:
+Every m steps, with r the smallest rank that leaves out at most the share e of Σσ²:
 
     W ← U_r (diag(σ_r) − lr·λ·I) V_rᵀ
 
 The second term is a step along the sub-gradient U_r V_rᵀ of the nuclear norm. In between, plain SGD.
 
 Xu et al. 2020, TRP: trained rank pruning for efficient deep neural networks, IJCAI, arXiv 2004.14566. The sub-gradient
-is applied where the decomposition is at hand, every m steps, and not through the momentum.
+is applied together with the decomposition, every m steps, and not through the momentum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TRP(MatrixSGD):
     options: ClassVar[dict[str, Any]] = {"energy": 0.02, "every": 20, "strength": 3e-4}
 
     def after(self, w: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
-        """Truncate, if it is time to."""
+        """Truncate the weight every ``every`` steps."""
         state["steps"] = state.get("steps", 0) + 1
         if state["steps"] % group["every"]:
             return None
@@ -38,7 +38,12 @@ class TRP(MatrixSGD):
 
 
 def needed(s: Tensor, energy: float) -> Tensor:
-    """Mark the fewest leading singular values (descending) that leave out at most ``energy`` of the sum of squares."""
+    """Return a mask of the fewest leading singular values that leave out at most the share ``energy`` of Σσ².
+
+    Args:
+        s: (blocks, n), descending.
+        energy: the share.
+    """
     squares = s.square()
-    tails = squares.flip(-1).cumsum(-1).flip(-1)  # what goes if this one and all after it go
+    tails = squares.flip(-1).cumsum(-1).flip(-1)  # the energy of each singular value and all smaller ones
     return tails > energy * squares.sum(-1, keepdim=True)

@@ -1,12 +1,12 @@
-"""Methods compared as a suite says: what :func:`pliant.compare` is made of.
+"""The comparison of methods according to a suite: the parts of :func:`pliant.compare`.
 
-suite       what to compare, read from YAML; those shipped are in suites/
+suite       the description of a comparison, read from YAML; shipped suites are in suites/
 joining     methods that the suite does not name
-comparison  what is to be done of a suite, and what is there already
+comparison  the jobs of a suite that are done, and those that are missing
 job         a training and its measurements as plain data
-performing  a job done: trained, cut, measured
+performing  train, compress and measure one job
 step_cost   the time and the memory of a step
 retraining  the reference that may train again for every size
-workers     here, or on a Ray cluster
-rehearsal   a few steps of everything on noise, before the long way
+workers     perform jobs in this process or on a Ray cluster
+rehearsal   a few steps of everything on noise, before the real comparison
 """

@@ -59,7 +59,7 @@ class Comparison:
     def run(self) -> None:
         """Do what is missing: the search, then the chosen trials with every seed, then what depends on them."""
         search = [job for job in self._search() if not self._searched(job)]
-        self._missing(self._wanted())  # refuses what was measured otherwise, before anything is written or trained
+        self._missing(self._wanted())  # raises for other measurements, before anything is written or trained
         write_text(self.folder / SUITE, self.suite.text)
         self._perform("search", search)
         self._perform("seeds", self._missing(job for seed in self.suite.seeds for job in self._chosen(seed)))
@@ -97,7 +97,7 @@ class Comparison:
         if "time" in self.suite.equal:
             yield from self._equal_time()
 
-    # --- what is to be done ---
+    # --- jobs ---
 
     def _search(self) -> Iterator[Job]:
         for task, entrant in itertools.product(self.suite.tasks, self.suite.methods):
@@ -108,7 +108,7 @@ class Comparison:
             yield self._job(task, entrant, trial, self.suite.seeds[0], entrant.families, search=True)
 
     def _chosen(self, seed: int) -> Iterator[Job]:
-        """Yield the runs of the best trials; one for several families where they agree."""
+        """Yield the runs of the best trials; a single run for all families with the same best trial."""
         for task in self.suite.tasks:
             for entrant in self.suite.methods:
                 best = {family: self._best(task, entrant, family) for family in entrant.families}
@@ -165,7 +165,7 @@ class Comparison:
             search=search,
         )
 
-    # --- what is there ---
+    # --- results so far ---
 
     def _searched(self, job: Job) -> bool:
         """Return whether all families of a trial have their outcome."""
@@ -177,7 +177,7 @@ class Comparison:
         return {outcome.family for outcome in outcomes} >= set(job.families)
 
     def _check_measure(self, outcome: Outcome, job: Job) -> None:
-        """Raise BadInput if the search was by another measure than the first one of the family is now."""
+        """Raise BadInput if the search used another measure than the one that is now the first of the family."""
         first = job.families[outcome.family][0]
         # Files without the name are from before there was another scheme.
         compressor = outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name
@@ -191,7 +191,7 @@ class Comparison:
                 )
 
     def _missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """Return the jobs with something left to measure, without what is measured already."""
+        """Return the jobs with missing measurements, without those that exist."""
         diverged = {outcome.run for outcome in self.trials if outcome.area is None}
         measured = grouped(self.records, lambda record: record.run)
         missing = []
@@ -221,7 +221,7 @@ class Comparison:
         return jobs[max(areas, key=lambda run: areas[run])].trial if areas else None
 
     def _step_ratio(self, job: Job) -> float | None:
-        """Return how much longer a step takes than SGD's, over all seeds; None if that was not measured."""
+        """Return the time of a step relative to SGD's, over all seeds; None if it was not measured."""
         runs = {run.name for run in self._of_all_seeds(job)}
         return step_ratio(record for record in self.records if record.run in runs)
 
@@ -236,7 +236,7 @@ class Comparison:
             dataclasses.replace(job, settings=dataclasses.replace(job.settings, seed=seed)) for seed in self.suite.seeds
         ]
 
-    # --- doing it ---
+    # --- performing ---
 
     def _perform(self, stage: str, jobs: list[Job]) -> None:
         if not jobs:

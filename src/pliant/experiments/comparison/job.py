@@ -66,21 +66,26 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of the run in the records; retraining makes it another one."""
+        """Name of the run in the records, which includes the retraining."""
         if not self.retraining:
             return self.training
         rounds = f"x{self.retraining_rounds}" if self.retraining_rounds > 1 else ""
         return f"{self.training}+{self.retraining}{rounds}"
 
     def check(self, config: dict[str, Any], where: Path) -> None:
-        """Raise BadInput if a result of this name was made with other settings."""
+        """Raise BadInput if a result of this name has other settings.
+
+        Args:
+            config: the settings of the result.
+            where: its file, for the message.
+        """
         settings = resolved(self.settings)
         free = set(PLACES)
         if settings.lr is None and config.get("turnover") is None:
-            # Turnover and the length of the training decide lr: a run has that instead, the search has turnover.
+            # lr follows from turnover and the length of the training: the config of a run has lr instead of turnover.
             free |= {"lr", "turnover"}
         if settings.precision == "auto":
-            free |= {"precision"}  # a run has what its machine is good at
+            free |= {"precision"}  # the config of a run has the precision that its machine chose
         expected = {name: value for name, value in settings.to_config().items() if name not in free}
         # How it was measured, if the results say so.
         expected |= {name: value for name, value in self._measured().items() if name in config}

@@ -25,7 +25,8 @@ SUITE = "suite.yaml"
 def join(suite: Suite, names: Sequence[str]) -> Suite:
     """Return a suite with some more methods.
 
-    Raises BadInput if one cannot be found, or is made for none of the suite's families.
+    Raises:
+        BadInput: a method cannot be found, or suits none of the suite's families.
     """
     names = [name for name in dict.fromkeys(names) if name not in {entrant.label for entrant in suite.methods}]
     if not names:

@@ -29,8 +29,7 @@ from pliant.reporting.area import area
 def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[Line]:
     """Train in ``folder``/runs, unless that is done already, and yield the measurements one by one.
 
-    A training that diverges yields an :class:`Outcome` that says so, for each family; a job without a family raises
-    Diverged.
+    A training that diverges yields an :class:`Outcome` without area for each family.
 
     Args:
         job: what to train and to measure.
@@ -48,7 +47,7 @@ def perform(job: Job, folder: Path, data: ImageData | None = None) -> Iterator[L
             raise
         yield from (_outcome(job, family, [], None, str(error)) for family in job.families)
         return
-    shutil.rmtree((path / CHECKPOINT).parent, ignore_errors=True)  # complete: nothing goes on from it
+    shutil.rmtree((path / CHECKPOINT).parent, ignore_errors=True)  # the training is complete: it is not needed
     run = Run.open(path, data)
     yield from _search(job, run) if job.search else _measure(job, run)
 

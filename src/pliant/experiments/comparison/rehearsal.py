@@ -1,4 +1,4 @@
-"""Rehearsing a comparison: every method and measure of a suite once, for a few steps, on images made of noise.
+"""The rehearsal of a comparison: every method and measure of a suite once, for a few steps, on noise images.
 
 It takes minutes to find what would fail after hours on a large machine: a method that does not fit a network, a
 compressor that finds nothing to remove. Nothing is kept.
@@ -50,7 +50,7 @@ def rehearse(suite: Suite) -> None:
 
 
 def noise(name: str, image_size: int | None) -> ImageData:
-    """Return uniform noise with the image shape and the classes of a data set; if unknown, those of CIFAR-10."""
+    """Return uniform noise with the image shape and the classes of a data set; of CIFAR-10, if these are unknown."""
     row = data_set(name)
     classes, shape = row.num_classes or 10, row.shape or (3, 32, 32)
     if image_size is not None:

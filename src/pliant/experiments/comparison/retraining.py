@@ -32,12 +32,12 @@ def retraining(job: Job, data: ImageData, settings: Settings) -> Refine:
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             first = settings.epochs + rounds_before * job.retraining_epochs
             for epoch in range(first, first + job.retraining_epochs):
-                loader.set_epoch(epoch)  # images shuffled as never before
+                loader.set_epoch(epoch)  # an order that the training did not use
                 for images, labels in loader:
                     yield images.to(device), labels.to(device)
 
         device = next(model.parameters()).device
-        # Autocast would keep the weights that it cast first until the end, and each step would see those of the first.
+        # Autocast would keep the weights that it cast in the first step until the end, and all steps would use these.
         half = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
         with half, sound_convolutions(model):
             retrain(model, batches(), lrs, momentum=settings.momentum, weight_decay=settings.weight_decay)

@@ -1,4 +1,4 @@
-"""What a training costs: the time of a step beside one of SGD, and what is kept in memory."""
+"""The cost of a training: the time of a step compared with one of SGD, and the memory in use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PHASES = 4
 
 
 def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
-    """Time steps of a method and of SGD in turns, and count what they keep in memory.
+    """Time steps of a method and of SGD in turns, and count the memory that they use.
 
     Args:
         job: the training of the method.
@@ -51,7 +51,7 @@ def step_cost(job: Job, data: ImageData, seconds: float) -> Cost:
 
 
 def _skip(session: Session, steps: int) -> None:
-    """Let k be what it is that many steps later."""
+    """Advance the annealing of k by this many steps."""
     if isinstance(session.optimizer, NuMuon):
         session.optimizer.skip(steps)
     elif session.k_schedule is not None:
@@ -68,7 +68,7 @@ def _stepper(session: Session) -> Callable[[], object]:
 
 
 def _memory(session: Session) -> int:
-    """Return the bytes of the weights, their gradients and what the optimizer keeps."""
+    """Return the bytes of the weights, their gradients and the optimizer's state."""
     state = [value for entry in session.optimizer.state.values() for value in entry.values()]
     if isinstance(session.optimizer, SFW):
         state += session.optimizer.scratch

@@ -1,7 +1,7 @@
 """Suites: what a comparison trains, searches and measures, read from YAML; those shipped are in suites/.
 
 A suite names *tasks* (a data set and a network), *families* of compressors, and *methods*, each with the families it
-takes part in and its *trials*: the settings to choose from on the validation images, as many for every method.
+takes part in and its *trials*: the settings to choose from on the validation images, equally many for every method.
 
     settings: {epochs: 40}                    # of pliant train, for every run
     tasks:
@@ -9,7 +9,7 @@ takes part in and its *trials*: the settings to choose from on the validation im
     seeds: [0, 1, 2]
     families:
       rank:
-        - {compressor: rank, ratios: [0, 0.5, 0.9]}               # the first one decides the search
+        - {compressor: rank, ratios: [0, 0.5, 0.9]}               # the first one is used in the search
         - {compressor: rank, whiten: false, ratios: [0, 0.5, 0.9]}
     methods:
       sgd: {families: [rank], trials: [{lr: 0.1}, {lr: 0.05}]}
@@ -47,11 +47,16 @@ _RESERVED = ("seed", "method")
 
 @dataclass(frozen=True)
 class Measure:
-    """A compressor and the sizes at which it measures a network."""
+    """A compressor and the sizes at which networks are measured under it.
+
+    Args:
+        compressor: its name, as in the shell.
+        points: pairs (ratio, pattern); the dense network is (0, "").
+        allocation, whiten, scheme: options of the compressor.
+    """
 
     compressor: str
     points: tuple[tuple[float, str], ...]
-    """Pairs (ratio, pattern): the dense network is (0, "")."""
     allocation: str = "global"
     whiten: bool = True
     scheme: str | None = None
@@ -62,7 +67,7 @@ class Measure:
         return record_name(self.compressor, self.whiten, self.scheme)
 
     def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
-        """Return what tells the record of a point apart among those of a run."""
+        """Return the key that identifies the record of a point among the records of a run."""
         return (
             self.name,
             allocation_of(self.compressor, self.allocation),
@@ -79,7 +84,7 @@ class Entrant:
         label: its name in the comparison.
         method: its name: one of :data:`~pliant.experiments.methods.METHODS`, or of another package.
         families: names of the suite's families that it is measured in.
-        trials: settings to choose from; each names what it sets beside the suite's and the task's settings.
+        trials: settings to choose from, in addition to those of the suite and the task.
     """
 
     label: str
@@ -90,7 +95,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Retraining:
-    """The references that may train again: networks of ``method``, compressed, then trained for some epochs more.
+    """The references that may train again: networks of one method, compressed, then retrained.
 
     Compression and training take one round; if weights become zeros also several, those of ``rounds``: iterative
     magnitude pruning.
@@ -134,7 +139,7 @@ class Suite:
     equal: tuple[str, ...] = ("epochs",)
     calibration: int = CALIBRATION
     joined: tuple[str, ...] = ()
-    """Labels of the methods that joined a comparison, beside those that its suite names."""
+    """Labels of the methods that joined the comparison, in addition to those that its suite names."""
 
     @classmethod
     def open(cls, name: str | Path) -> Suite:
@@ -142,7 +147,7 @@ class Suite:
 
         Raises:
             DamagedFile: there is no such file, or it is not YAML.
-            BadInput: a name or value in it is unknown or out of range, or its methods have unequal numbers of trials.
+            BadInput: a name in it is unknown, a value is out of range, or its methods have unequal numbers of trials.
         """
         path = Path(name)
         shipped = SHIPPED / f"{name}.yaml"
@@ -164,7 +169,7 @@ class Suite:
 
     @classmethod
     def from_dict(cls, name: str, content: object) -> Suite:
-        """Return the suite that plain data describe; raises BadInput as :meth:`open` does."""
+        """Return the suite that plain data describe; raise BadInput as :meth:`open` does."""
         suite = _mapping("a suite", content, _SUITE)
         common = _settings("settings", suite.get("settings", {}))
         tasks = {
@@ -257,7 +262,7 @@ def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entra
 
 
 def _method(where: str, name: str) -> Method:
-    """Return a method; raises BadInput that says where it is named."""
+    """Return a method; raise a BadInput that says where it is named if there is none."""
     if ":" not in name and name not in (known := names("method", METHODS)):
         raise unknown(f"method of {where}", name, known)
     try:
@@ -321,7 +326,7 @@ def _joined(labels: object, methods: tuple[Entrant, ...]) -> tuple[str, ...]:
 
 
 def _settings(where: str, value: object, own: Collection[str] = ()) -> dict[str, Any]:
-    """Return settings by name; ``own`` names those that one method alone has."""
+    """Return settings by name; ``own`` names the settings that only one method has."""
     settings = _mapping(where, value)
     for name in settings:
         if name in _RESERVED:
@@ -358,7 +363,7 @@ def _integers(where: str, value: object) -> list[int]:
 
 
 def _name(kind: str, name: str, also: str = "") -> str:
-    """Return a name that may stand in the name of a folder; ``also``: letters that are replaced there."""
+    """Return a name that may be part of a folder's name; ``also`` lists characters that are replaced there."""
     if name and not all(letter.isalnum() or letter in f"-_.{also}" for letter in name):
         raise BadInput(f"the name of a {kind} has letters, digits, '-', '_' and '.' only, got {shown(name)}")
     return name

@@ -1,4 +1,4 @@
-"""Who performs the jobs of a comparison: this process, one after the other, or the machines of a Ray cluster."""
+"""Where the jobs of a comparison are performed: in this process, one after the other, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pliant.experiments.comparison.performing import perform
 from pliant.reporting.grouping import grouped
 
 Performer = Callable[[list[Job], Path], Iterator[tuple[Job, Iterable[Line]]]]
-"""Performs jobs in the folder of a comparison and gives the lines of each, in any order."""
+"""A function that performs jobs in the folder of a comparison and yields the lines of each, in any order."""
 
 
 def here(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
@@ -71,7 +71,7 @@ def on_ray(address: str) -> Performer:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise BadInput if nothing answers at HOST:PORT: Ray itself goes on trying for a minute."""
+    """Raise BadInput if nothing answers at HOST:PORT; Ray itself would try for a minute."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()

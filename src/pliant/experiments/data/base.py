@@ -1,4 +1,4 @@
-"""What a data set is: the request to its reader, what the reader gives back; and what the readers share."""
+"""The description of a data set, the request to its reader and the reader's result; helpers of all readers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stored(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, C, H, W), as of a tensor."""
+        """The shape (N, C, H, W), like that of a tensor."""
 
     def part(self, mask: Tensor) -> Self:
         """Return the images of a boolean mask (N,)."""
@@ -30,7 +30,12 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels of one split: uint8 images (N, C, H, W) in 0..255, int64 labels (N,)."""
+    """Images and labels of one split.
+
+    Args:
+        images: uint8 (N, C, H, W), from 0 to 255.
+        labels: int64 (N,).
+    """
 
     images: Tensor | Stored
     labels: Tensor
@@ -58,35 +63,39 @@ class Split:
 
 
 class Request(NamedTuple):
-    """What a reader is asked for."""
+    """The request to a reader."""
 
     name: str
     """The data set's full name."""
     folder: Path | None
-    """Where its files lie; None if the user gave no folder."""
+    """The folder of its files; None if the user gave none."""
     image_size: int | None
-    """Side of the square images; None leaves them as they are. What a reader does not resize is resized afterwards."""
+    """Side of the square images; None leaves them unchanged. Images that a reader does not resize are resized later."""
     num_classes: int | None = None
     """How many classes a data set of this name has; None if its files decide."""
 
 
 class Raw(NamedTuple):
-    """What a reader returns."""
+    """The result of a reader."""
 
     train: Split
-    """All training images; those of the validation are held out afterwards."""
+    """All training images; validation images are held out from them afterwards."""
     test: Split | None
-    """The test images. If it is None, a fifth of the training images take their place."""
+    """The test images; if None, a fifth of the training images is held out for the test."""
     classes: tuple[str, ...]
     """The names of the classes, in the order of the labels."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that has a name: how it is read and what holds for its images."""
+    """A data set with a name: its reader and the properties of its images.
+
+    Raises:
+        BadInput: a field is of the wrong kind or out of range.
+    """
 
     name: str
-    """What ``--data`` calls it."""
+    """Its name for ``--data``."""
     read: Callable[[Request], Raw]
     """Its reader."""
     num_classes: int | None = None
@@ -96,7 +105,7 @@ class DataSet:
     flip: bool = True
     """Whether a mirrored image still belongs to its class."""
     pad: float = 1 / 8
-    """By which share of its shorter side a random crop may shift an image, less than 1."""
+    """The largest shift of a random crop, as a share of the image's shorter side, less than 1."""
 
     def __post_init__(self) -> None:
         if not callable(self.read):
@@ -120,7 +129,7 @@ def _is_shape(value: object) -> bool:
 
 
 def extra(module: str) -> Any:
-    """Import a module of the extra ``pliant[data]``; raises BadInput if it is not installed."""
+    """Import a module of the extra ``pliant[data]``; raise BadInput if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""The data sets that there are, one row each: a new one is a row and, where none of the formats fits, a reader.
+"""All data sets, one row each: a new data set is a row and, if none of the formats fits, a reader.
 
 A reader takes a `Request` and returns a `Raw`. It raises `DamagedFile` for a file that is missing or cannot be read,
-`BadInput` for an unsuitable option, column or image. What follows is the same for every data set and happens in
-``images``: the check of the labels, held-out images, mean and std.
+`BadInput` for an unsuitable option, column or image. The remaining steps are the same for every data set, in
+``images``: checking the labels, holding out images, mean and std.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ DATA_SETS = {
 
 
 def data_set(name: str) -> DataSet:
-    """Return the data set of a name: ours, ``package.module:name``, or what an installed package offers.
+    """Return the data set of this name: one of this package, ``package.module:name``, or an installed package's offer.
 
     Raises:
-        BadInput: nothing has this name, or it cannot be imported, or is not a data set.
+        BadInput: nothing has this name, or the object cannot be imported or is not a data set.
     """
     return find("data set", f"{HUB}OWNER/NAME" if name.startswith(HUB) else name, DATA_SETS, fault, guarded)

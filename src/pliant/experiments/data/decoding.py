@@ -1,4 +1,4 @@
-"""From encoded images (PNG, JPEG, whatever Pillow reads) to one uint8 tensor per split."""
+"""From encoded images (PNG, JPEG and all other formats of Pillow) to one uint8 tensor per split."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | N
     One thread: 60,000 images of 32x32 take about 7 s, and a pool of threads was slower in measurement.
 
     Args:
-        rows: what to call an image in an error, and the image as {bytes, path}.
+        rows: for each image, its name for error messages, and the image as {bytes, path}.
         count: number of rows.
-        size: side of the square images; None leaves them as they are.
+        size: side of the square images; None leaves them unchanged.
 
     Raises:
-        BadInput: the images differ in size, or one does not have 8 bits.
+        BadInput: the images differ in size, or an image does not have 8 bits.
         DamagedFile: an image cannot be decoded.
     """
     picture = decoder(size)
@@ -46,15 +46,15 @@ def decode(rows: Iterable[tuple[str, dict[str, Any]]], count: int, size: int | N
 
 
 def decoder(size: int | None) -> Callable[[str, dict[str, Any]], Any]:
-    """Return a function that makes of {bytes, path} an image of Pillow, grey ("L") or "RGB".
+    """Return a function that decodes {bytes, path} to a Pillow image, grey ("L") or "RGB".
 
-    It takes what to call the image in an error, and the image. Several threads may use it.
+    Its arguments are a name of the image for error messages, and the image. Several threads may use it.
 
     Args:
-        size: side of the square that the image becomes; None leaves it as it is.
+        size: side of the square that images are resized to; None leaves them unchanged.
     """
     decode_example, pillow = extra("datasets").Image().decode_example, extra("PIL.Image")
-    pillow.init()  # all formats now: Pillow would look for them when it meets one, which threads may do at once
+    pillow.init()  # load all formats now: Pillow would do so at the first image, perhaps in two threads
     damaged = (OSError, ValueError, SyntaxError, pillow.DecompressionBombError)  # what Pillow's readers raise
 
     def picture(origin: str, value: dict[str, Any]) -> Any:
@@ -71,7 +71,7 @@ def decoder(size: int | None) -> Callable[[str, dict[str, Any]], Any]:
 
 
 def encoded(file: str) -> dict[str, Any]:
-    """Return a file as {bytes, path}: opened by its path, an image that cannot be decoded would leave its file open."""
+    """Return a file as {bytes, path}, read here, because an image that cannot be decoded would leave its file open."""
     try:
         return {"bytes": Path(file).read_bytes(), "path": None}
     except OSError as error:

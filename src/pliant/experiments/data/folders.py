@@ -18,10 +18,10 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 def read_image_folder(request: Request) -> Raw:
-    """Read the images under ``train/`` and ``test/``, or all of them where there are only class folders.
+    """Read the images under ``train/`` and ``test/``, or all images if there are only class folders.
 
-    Without ``test/``, ``val/`` takes its place, as in ImageNet. Images that take more than `IN_MEMORY` bytes stay in
-    their files until a batch asks for them.
+    Without ``test/``, ``val/`` is used instead, as in ImageNet. Images that take more than `IN_MEMORY` bytes stay in
+    their files until a batch needs them.
     """
     root = request.folder
     if root is None:
@@ -53,7 +53,8 @@ def read_image_folder(request: Request) -> Raw:
 def _size_in_files(root: Path, files: list[str], size: int | None) -> int | None:
     """Return the image size if the images take too much memory and stay in their files, else None.
 
-    With a size they count as RGB, because their colours are not known before they are read; without one, as the first.
+    With a size all images count as RGB, because their colours are not known before they are read; without a size they
+    count like the first image.
     """
     if size is not None:
         return size if len(files) * 3 * size**2 > IN_MEMORY else None
@@ -81,7 +82,7 @@ def _class_files(folder: Path) -> list[tuple[str, str]]:
 
 
 def _image_files(folder: str) -> Iterator[str]:
-    # The folders of ImageNet hold a million files: their lists say what each one is, and no file is asked by itself.
+    # The folders of ImageNet hold a million files: scandir lists their types without a system call for each file.
     try:
         with os.scandir(folder) as entries:
             for entry in entries:

@@ -1,14 +1,14 @@
-"""Image data sets: three splits of images with what is needed to normalise and augment them.
+"""Image data sets: three splits of images, and the numbers that normalise and augment them.
 
 `load_data` reads a data set by name into an `ImageData`: the splits train, val and test of uint8 images.
 
 The splits are a property of the data set, not of a run: the validation images (5,000, or 10 % where there are
-fewer than 50,000 training images) and, where a data set has no test split, the test images (20 %) are chosen once,
-stratified by class, and are the same for every training seed. They are N·C·H·W bytes in memory; of a folder with more
-than 2 GiB of them the images stay in their files, and all cores decode them batch by batch.
+fewer than 50,000 training images) and, if a data set has no test split, the test images (20 %) are chosen once,
+stratified by class, and are the same for every training seed. Images take N·C·H·W bytes of memory; the images of a
+folder with more than 2 GiB stay in their files, and all cores decode them batch by batch.
 
-Pillow, pyarrow and `datasets` belong to the extra ``pliant[data]`` and are imported where they are used; `digits`
-and `fashion-mnist` from IDX files need none of them.
+Pillow, pyarrow and `datasets` belong to the extra ``pliant[data]`` and are imported only when used; `digits` and
+`fashion-mnist` from IDX files need none of them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,22 @@ from pliant.experiments.data.base import DataSet, Raw, Request, Split
 from pliant.experiments.data.data_sets import data_set
 from pliant.experiments.data.streaming import IN_MEMORY
 
-SPLIT_SEED = 0  # of the held-out images; changing it changes every result
-SAMPLE = 20_000  # mean and std are measured on at most this many images where each has to be decoded
+SPLIT_SEED = 0  # seed of the held-out images; changing it changes every result
+SAMPLE = 20_000  # mean and std are measured on at most this many images if each has to be decoded
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set.
+    """A data set in three splits.
 
-    ``mean`` and ``std`` hold one number per channel, measured on ``train`` (on 10,000 to 20,000 of its images where
-    each has to be decoded), for pixels scaled to [0, 1]. ``flip`` says whether a mirrored image still belongs to its
-    class, ``pad`` by how many pixels a random crop may shift it.
+    Args:
+        name: its name.
+        train, val, test: the splits.
+        classes: names of the classes, in the order of the labels.
+        mean, std: one number per channel for pixels scaled to [0, 1], measured on ``train`` (on 10,000 to 20,000 of its
+            images if each has to be decoded).
+        flip: whether a mirrored image still belongs to its class.
+        pad: largest shift of a random crop, in pixels.
     """
 
     name: str
@@ -83,19 +88,20 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
     =================  ==========================================  ==========================================
 
     Images become RGB unless all of them are grey. Images of an ``image-folder`` that would take more than 2 GiB stay in
-    their files, except those of the validation if these fit; a `Loader` decodes them, on all cores, when it comes to
-    them. They need an ``image_size``, are RGB even if all are grey, and a damaged or unsuitable one is found only then.
+    their files, except validation images if these fit; a `Loader` decodes them, on all cores, when it needs them. Such
+    images need an ``image_size`` and are RGB even if all are grey, and a damaged or unsuitable image is found only when
+    it is decoded.
 
     Args:
-        name: one of the table, or that of another package: what an installed package calls its data set (entry points
-            ``pliant.data``), or ``package.module:name``. The object is a `DataSet`, or a reader alone: a callable that
-            takes a `Request` and returns a `Raw`.
+        name: a name in the table; the name under which an installed package offers a data set (entry points
+            ``pliant.data``); or ``package.module:name``. The object of another package is a `DataSet`, or a reader: a
+            callable that takes a `Request` and returns a `Raw`.
         data_dir: folder of the files.
-        image_size: side in pixels; every image becomes a square of it, bilinearly, whatever its aspect ratio. Required
-            where the images differ in size.
+        image_size: side in pixels; every image is resized to a square of this side, bilinearly, whatever its aspect
+            ratio. Required if the images differ in size.
 
     Returns:
-        The three splits, with what is needed to normalise and augment them.
+        The three splits, with the numbers that normalise and augment them.
 
     Raises:
         BadInput: the name is unknown, an option is unsuitable, labels or columns do not fit, there are too few images
@@ -113,7 +119,7 @@ def load_data(name: str, data_dir: str | Path | None = None, *, image_size: int 
 
 
 def _assemble(name: str, row: DataSet, raw: Raw, image_size: int | None) -> ImageData:
-    """Check what a reader found, hold out validation (and test) images and measure mean and std."""
+    """Check the result of a reader, hold out validation (and test) images and measure mean and std."""
     train, test, classes = raw
     if len(classes) < 2:
         raise BadInput(f"{name} has the classes {list(classes)}: at least 2 are needed")
@@ -133,7 +139,7 @@ def _assemble(name: str, row: DataSet, raw: Raw, image_size: int | None) -> Imag
         )
     train, val = _hold_out(train, 5_000 if len(train) >= 50_000 else len(train) // 10)
     if prod(val.images.shape) <= IN_MEMORY:
-        val = val.in_memory()  # these are looked at after each epoch
+        val = val.in_memory()  # validation images are used after each epoch
     mean, std = _statistics(train)
     pad = int(min(train.images.shape[2:]) * row.pad)
     return ImageData(name, train, val, test, classes, mean, std, flip=row.flip, pad=pad)
@@ -146,7 +152,7 @@ def _resized(split: Split, size: int | None) -> Split:
 
 
 def _hold_out(split: Split, count: int) -> tuple[Split, Split]:
-    """Divide a split in two, the second of ``count`` images; each class loses its share, give or take one image."""
+    """Divide a split in two, the second with ``count`` images; each class loses its share, to within one image."""
     labels = split.labels.numpy()
     # RandomState, not default_rng: numpy guarantees its stream for ever, and these images must never change.
     order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))

@@ -1,4 +1,4 @@
-"""The loader: walks over one split of a data set in batches, normalised and, if asked, augmented."""
+"""The loader: batches of one split of a data set, normalised and optionally augmented."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Batch = TypeVar("Batch")
 
 
 class Loader:
-    """Batches of one split, normalised and, if asked, augmented: an iterable of (images, labels).
+    """An iterable of batches (images, labels) of one split, normalised and optionally augmented.
 
     Images are float32 (B, C, H, W) in ``channels_last``, normalised by the data set's mean and std; labels int64 (B,).
-    Order and augmentation depend on (seed, epoch) alone, on every machine and for every batch size, and neither reads
-    nor moves torch's global random state. Call `set_epoch` before each epoch: without it all epochs are the same.
+    Order and augmentation depend only on (seed, epoch), on every machine and for every batch size, and neither read nor
+    change torch's global random state. Call `set_epoch` before each epoch: without it all epochs are the same.
 
     The last batch may be smaller, except that under ``shuffle``, that is in training, a last batch of a single image
     joins the one before it: BatchNorm cannot normalise one 1x1 image.
@@ -31,11 +31,11 @@ class Loader:
         data: the data set.
         split: "train", "val" or "test".
         batch_size: images in a batch.
-        shuffle: whether each epoch has an order of its own; else that of the split.
+        shuffle: whether each epoch has an order of its own; otherwise images come in the order of the split.
         augment: whether to shift every image by up to ``data.pad`` pixels (a crop of the image mirrored over its edges)
-            and, where ``data.flip`` allows it, to mirror half of them.
-        seed: of order and augmentation.
-        limit: keep at most this many images, a random choice that depends on ``seed`` alone.
+            and, if ``data.flip`` allows it, to mirror half of them.
+        seed: seed of order and augmentation.
+        limit: keep at most this many images, a random choice that depends only on ``seed``.
 
     Raises:
         BadInput: the split is unknown, the batch size or the limit is below 1, or the seed is negative.
@@ -88,9 +88,9 @@ class Loader:
         """Choose the order and augmentation of the next iterations.
 
         Args:
-            epoch: counts from 0.
-            first: batches of the epoch to leave out, for a training that goes on in the middle of it. The length of the
-                loader stays that of a whole epoch.
+            epoch: number of the epoch, from 0.
+            first: number of batches to skip, for a training that is resumed within an epoch. The length of the loader
+                remains that of a whole epoch.
 
         Raises:
             BadInput: the epoch is negative, or has fewer batches than ``first``.

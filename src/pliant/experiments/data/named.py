@@ -1,4 +1,4 @@
-"""The data sets that are known by name, and where each is found: digits, Fashion-MNIST, CIFAR-10 and CIFAR-100."""
+"""The readers of digits, Fashion-MNIST, CIFAR-10 and CIFAR-100, which know where each is found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FASHION_CLASSES = (
 
 
 def read_digits(request: Request) -> Raw:
-    """Read the digits that scikit-learn carries; they come in one piece, without a test split."""
+    """Read the digits of scikit-learn, which have no test split."""
     from sklearn.datasets import load_digits
 
     if request.folder is not None:
@@ -40,7 +40,7 @@ def read_digits(request: Request) -> Raw:
 
 
 def read_fashion_mnist(request: Request) -> Raw:
-    """Read the four IDX files of the folder asked for, else of Debian's package, else the copy on the hub."""
+    """Read the four IDX files of the given folder, else of Debian's package, else the copy on the hub."""
     folder = request.folder
     if folder is None and DEBIAN_FASHION_MNIST.is_dir():
         folder = DEBIAN_FASHION_MNIST

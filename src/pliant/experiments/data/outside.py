@@ -1,8 +1,8 @@
-"""Data sets of other packages: a reader, or a row with one. What they return is checked.
+"""Data sets of other packages: a reader, or a row with one, whose results are checked.
 
-A package offers ``spirals = "my_package.sets:spirals"`` under ``[project.entry-points."pliant.data"]``; without being
-installed it is called ``my_package.sets:spirals``. The object is a `DataSet`, or a reader alone: a callable that takes
-a `Request` and returns a `Raw`.
+A package offers ``spirals = "my_package.sets:spirals"`` under ``[project.entry-points."pliant.data"]``. A data set of a
+package that is not installed is named ``my_package.sets:spirals``. The object is a `DataSet`, or a reader: a callable
+that takes a `Request` and returns a `Raw`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def fault(thing: object) -> str | None:
 
 
 def guarded(name: str, thing: Any) -> DataSet:
-    """Return the row of an object that :func:`fault` finds no fault with; its reader's results are checked."""
+    """Return the row of an object without :func:`fault`; the results of its reader are checked."""
     row = thing if isinstance(thing, DataSet) else DataSet(name, thing)
     origin = described("data set", name)
 
@@ -37,7 +37,7 @@ def guarded(name: str, thing: Any) -> DataSet:
                 raw = row.read(request)
         except PliantError:
             raise
-        except (Exception, SystemExit) as error:  # whatever the code of others raises
+        except (Exception, SystemExit) as error:  # other packages may raise anything
             raise BadInput(f"{origin}: its reader raised {one_line(error)}") from error
         if reason := _fault_of_raw(raw, row, request):
             raise BadInput(f"{origin}: {reason}")
@@ -47,7 +47,7 @@ def guarded(name: str, thing: Any) -> DataSet:
 
 
 def _fault_of_raw(raw: object, row: DataSet, request: Request) -> str | None:
-    """Return what is wrong with what a reader has returned; None if nothing is."""
+    """Return what is wrong with the result of a reader; None if nothing is."""
     if not isinstance(raw, Raw):
         return f"its reader should return a Raw (train, test, classes), got {shown(raw)}"
     if not isinstance(raw.classes, tuple) or not all(isinstance(name, str) for name in raw.classes):

@@ -1,4 +1,4 @@
-"""Images that stay in their files: for data sets that do not fit in memory."""
+"""Images that stay in their files, for data sets that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from torch import Tensor
 from pliant.experiments.data.decoding import decoder, encoded
 
 IN_MEMORY = 2 * 2**30  # bytes of decoded images; more of them stay in their files
-AHEAD = 2  # batches that are decoded while one is in use
+AHEAD = 2  # number of batches that are decoded while one is in use
 
 
 class ImageFiles:
-    """Images (N, 3, size, size), uint8, that are decoded when a batch asks for them.
+    """Images (N, 3, size, size), uint8, that are decoded when a batch needs them.
 
     Grey images become RGB, because only the names of the files are known. A file that is missing, damaged or not an
-    image of 8 bits raises `DamagedFile` or `BadInput`, with its name, when its turn comes.
+    8-bit image raises `DamagedFile` or `BadInput`, with its name, when it is decoded.
+
+    Args:
+        files: paths of the image files.
+        size: side of the square that every image is resized to, in pixels.
     """
 
     def __init__(self, files: Sequence[str], size: int) -> None:
@@ -35,7 +39,7 @@ class ImageFiles:
         return ImageFiles([self.files[row] for row in mask.nonzero().flatten().tolist()], self.shape[2])
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield the images of each tensor of row numbers, in order, while threads decode those that come next."""
+        """Yield the images (B, 3, size, size) of each tensor of row numbers (B,); threads decode the next ones."""
         threads = _threads()
         pool = ThreadPoolExecutor(threads, "pliant-images")
         picture = decoder(self.shape[2])
@@ -48,7 +52,7 @@ class ImageFiles:
                     yield _joined(waiting.popleft())
             while waiting:
                 yield _joined(waiting.popleft())
-        finally:  # also if nobody asks for the rest
+        finally:  # also if the caller stops early
             pool.shutdown(cancel_futures=True)
 
     def _pixels(self, picture: Callable[[str, dict[str, Any]], Any], rows: list[int]) -> NDArray[np.uint8]:
@@ -61,6 +65,6 @@ def _joined(shares: list[Future[NDArray[np.uint8]]]) -> Tensor:
 
 
 def _threads() -> int:
-    """Return how many cores this process may use: its share if torchrun started several on the machine."""
+    """Return the number of cores for this process: its share if torchrun started several on the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

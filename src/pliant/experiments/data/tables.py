@@ -39,7 +39,7 @@ def read_hub(request: Request) -> Raw:
 
 
 class _Piece(NamedTuple):
-    """The image and label column of one table, and what to call it in an error."""
+    """The image and label column of one table, and its name for error messages."""
 
     origin: str
     images: Any  # pyarrow.ChunkedArray
@@ -47,7 +47,7 @@ class _Piece(NamedTuple):
     names: tuple[str, ...] | None  # of the classes, if the table has them
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield what to call each image in an error and the image as {bytes, path}."""
+        """Yield, for each image, its name for error messages, and the image as {bytes, path}."""
         values = chain.from_iterable(chunk.to_pylist() for chunk in self.images.chunks)
         for row, value in enumerate(values):
             yield f"{self.origin}, row {row}", value if isinstance(value, dict) else {"bytes": value, "path": None}
@@ -96,7 +96,7 @@ def _piece(origin: str, table: Any, *, follow_paths: bool) -> _Piece:
     names = getattr(extra("datasets").Features.from_arrow_schema(table.schema)[label], "names", None)
     images = table[image]
     if not follow_paths and extra("pyarrow").types.is_struct(images.type):
-        # The path names a file on the machine of whoever wrote the table.
+        # The path names a file on the machine where the table was written.
         images = extra("pyarrow.compute").struct_field(images, "bytes")
     return _Piece(origin, images, table[label].to_numpy(), names and tuple(names))
 
@@ -114,7 +114,7 @@ def _columns(origin: str, schema: Any) -> tuple[str, str]:
         or kinds[name] in ("binary", "large_binary")
     ]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if not labels:  # no column says that it holds classes: go by the name
+    if not labels:  # no column is declared to hold classes: choose by name
         labels = [name for name in _LABEL_COLUMNS if kinds.get(name, "").lstrip("u").startswith(("int", "string"))]
     image = _pick(origin, "image", images, ("image", "img"), schema.names)
     return image, _pick(origin, "label", labels, _LABEL_COLUMNS, schema.names)

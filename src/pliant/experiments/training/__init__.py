@@ -1,11 +1,13 @@
-"""Training one network: what :func:`pliant.train` is made of.
+"""Training one network: the parts of :func:`pliant.train`.
 
-settings       every setting: its kind, its range, what it is for
-session        a training in progress: the network, what optimizes it, the loop over epochs and steps
-schedules      learning rates: a warm-up, then a schedule; the one that a turnover asks for
-checkpoint     what a training must keep to go on as if it had never stopped
+settings       every setting: its kind, its range and its description
+flags          the flags of ``pliant train``
+session        a training in progress: the network, its optimizer, the loop over epochs and steps
+optimizers     the optimizers of the methods
+schedules      learning rates: a warm-up, then a schedule; the learning rate that gives a turnover
+checkpoint     the state from which a training continues as if it had never stopped
 log, trackers  a line per epoch: in train.jsonl, in TensorBoard and others
-display        what a person sees meanwhile
-determinism    the same result in every bit, from run to run
-onednn         a fault of a library that is avoided
+display        the progress that a person sees
+determinism    bitwise equal results from run to run
+onednn         a workaround for a fault of oneDNN
 """

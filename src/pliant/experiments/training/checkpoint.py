@@ -1,4 +1,4 @@
-"""Checkpoints: what a training must keep to go on as if it had never stopped."""
+"""Checkpoints: the state from which a training continues as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pliant.experiments.baselines import NuMuon
 from pliant.files import make_folders, write_bytes
 
 CHECKPOINT = Path("checkpoint") / "last.pt"
-"""Where it lies in a run folder."""
+"""The path of the checkpoint in a run folder."""
 
 
 class Stateful(Protocol):
@@ -26,17 +26,17 @@ class Stateful(Protocol):
         """Return the state as tensors and plain data."""
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is.
+    """The progress of a training.
 
     Args:
-        epoch: epochs that are done.
-        batches: batches of the current epoch that are done.
-        sums: over these batches: loss, correct answers, images.
+        epoch: how many epochs are done.
+        batches: how many batches of the current epoch are done.
+        sums: sums over these batches: loss, correct answers, images.
     """
 
     epoch: int = 0
@@ -45,8 +45,8 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], epochs: int, batches: int) -> Progress:
-        """Return what a checkpoint says; raises ValueError unless it lies within ``epochs`` of ``batches`` each."""
-        progress = cls(state["epoch"], state.get("batches", 0))  # the first checkpoints were of whole epochs
+        """Return the progress in a checkpoint; raise ValueError unless it fits ``epochs`` of ``batches`` each."""
+        progress = cls(state["epoch"], state.get("batches", 0))  # old checkpoints were written after whole epochs
         if type(progress.epoch) is not int or not 0 <= progress.epoch <= epochs:
             raise ValueError(f"epoch {progress.epoch!r}")
         if type(progress.batches) is not int or not 0 <= progress.batches < batches:
@@ -56,7 +56,7 @@ class Progress:
 
 
 def save_checkpoint(path: Path, parts: Mapping[str, Stateful | None], progress: Progress) -> None:
-    """Write the states of the parts, those of the random numbers and the progress, in one step."""
+    """Write the states of the parts and of the random number generators, and the progress, atomically."""
     state = {
         "epoch": progress.epoch,
         "batches": progress.batches,
@@ -72,7 +72,7 @@ def save_checkpoint(path: Path, parts: Mapping[str, Stateful | None], progress: 
 
 
 def load_checkpoint(path: Path, parts: Mapping[str, Stateful | None], *, epochs: int, batches: int) -> Progress:
-    """Give the parts and the random numbers the states that :func:`save_checkpoint` wrote, and return the progress.
+    """Restore the parts and random number generators that :func:`save_checkpoint` saved, and return the progress.
 
     Args:
         path: the file.
@@ -81,7 +81,7 @@ def load_checkpoint(path: Path, parts: Mapping[str, Stateful | None], *, epochs:
         batches: per epoch.
 
     Raises:
-        DamagedFile: the file cannot be read, or is of another training.
+        DamagedFile: the file cannot be read, or belongs to another training.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -102,7 +102,7 @@ def load_checkpoint(path: Path, parts: Mapping[str, Stateful | None], *, epochs:
 
 
 def _of_today(state: dict[str, Any], parts: Mapping[str, Stateful | None]) -> dict[str, Any]:
-    """Return a checkpoint as it would be written today.
+    """Return a checkpoint in today's format.
 
     Those of numuon once held the current k in the groups, and its number of steps in a schedule beside them.
     """

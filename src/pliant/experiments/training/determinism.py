@@ -1,4 +1,4 @@
-"""Trainings whose result is the same in every bit from run to run."""
+"""Trainings whose results are bitwise equal from run to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while a network trains: a progress bar on a terminal, some lines elsewhere."""
+"""The progress that a person sees while a network trains: a progress bar on a terminal, some lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The flags of ``pliant train``: one for each setting, under the title of its group, and those of the run folder.
+"""The flags of ``pliant train``: one for each setting, under the title of its group, and flags for the run folder.
 
-The parser takes the flags of all methods. Its help shows those that every method has, and the own ones of a method that
-is given.
+The parser accepts the flags of all methods. Its help shows those that every method has, and if a method is given, its
+own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pliant.extensions import installed
 
 FOLDER = {
     "out": Setting(None, "run folder; by default runs/DATA-MODEL-METHOD-seedN.", str | None),
-    "resume": Setting(False, "go on from the last checkpoint of the run folder, with its settings.", bool),
+    "resume": Setting(False, "continue from the last checkpoint of the run folder, with its settings.", bool),
 }
 
 
@@ -27,8 +27,8 @@ def add_flags(parser: jsonargparse.ArgumentParser, given: Mapping[str, Any]) -> 
     """Add the flags to a parser.
 
     Args:
-        parser: of the verb.
-        given: values of flags, as far as they are known before the parser has read them.
+        parser: the parser of the verb.
+        given: values of flags that are known before the parser has read them.
     """
     name = given.get("method")
     method = find_method(name) if isinstance(name, str) else None
@@ -52,7 +52,7 @@ def add_flags(parser: jsonargparse.ArgumentParser, given: Mapping[str, Any]) -> 
 
 
 def methods_table() -> str:
-    """Return a line for each method: its name, the compressors that its networks are made for, what it is."""
+    """Return a line for each method: its name, the compressors that suit its networks, and a summary."""
     rows = [(name, ", ".join(method.cut_by) or "all", method.summary) for name, method in METHODS.items()]
     rows += [(name, "", f"from {entry.value}") for name, entry in installed("method").items() if name not in METHODS]
     return "\n".join(
@@ -61,7 +61,7 @@ def methods_table() -> str:
 
 
 def _add(group: Any, flag: str, setting: Setting, decided: object = None) -> argparse.Action:
-    """Add a flag; where its default is None, the help shows what the method decides."""
+    """Add a flag; if its default is None, the help shows the value that the method sets."""
     action: argparse.Action = group.add_argument(
         f"--{flag}", type=setting.kind, default=setting.default, help=setting.doc
     )

@@ -1,4 +1,4 @@
-"""Optimizers over a model's parameters: what the methods of :mod:`pliant.experiments.methods` train with.
+"""Optimizers over a model's parameters, for the methods of :mod:`pliant.experiments.methods`.
 
 A method is about the *matrices*: the weights of all convolutions and linear layers except the classifier. The SFW
 methods put one structured ball on each of them, the baselines act on them; biases, normalisations and the classifier
@@ -27,10 +27,10 @@ from pliant.structure.layers import tied_parameters
 from pliant.structure.verification import coupled_channels
 
 Build = Callable[[nn.Module, Resolved, Tensor | None], Optimizer]
-"""From the model, the settings and some images to the optimizer."""
+"""A function of the model, the settings and some images that returns the optimizer."""
 
 
-# --- beside the optimizer ---------------------------------------------------------------------------------------------
+# --- schedules --------------------------------------------------------------------------------------------------------
 
 
 def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSchedule | None:
@@ -157,7 +157,7 @@ def _constrained(model: nn.Module, settings: Resolved) -> Callable[[str, Tensor]
     m = 1 if settings.pattern is None else parse_pattern(settings.pattern)[1]
 
     def constrained(name: str, parameter: Tensor) -> bool:
-        # Hardware reads N:M along whole blocks of input channels; the first layer's 1 or 3 do not fill one.
+        # N:M patterns need whole blocks of input channels; the 1 or 3 channels of the first layer do not fill one.
         return name in inputs and parameter.shape[inputs[name]] % m == 0
 
     if not any(constrained(name, p) for name, p in model.named_parameters()):
@@ -207,7 +207,7 @@ def _untied(model: nn.Module, settings: Resolved) -> list[tuple[str, nn.Module]]
 
 
 def lorita(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optimizer:
-    """Put products of matrices in the place of weights, and build SGD over their factors."""
+    """Replace weights by products of matrices, and build SGD over their factors."""
     for _, module in _untied(model, settings):
         layout = layout_of(module)
         assert isinstance(module.weight, Tensor)
@@ -217,7 +217,7 @@ def lorita(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optim
 
 
 def condlr(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
-    """Put well-conditioned products in the place of weights, and build the optimizer that keeps them so."""
+    """Replace weights by well-conditioned products, and build the optimizer that keeps them well-conditioned."""
     groups: list[dict[str, Any]] = []
     condition = settings.condition
     for name, module in _untied(model, settings):

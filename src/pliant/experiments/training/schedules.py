@@ -1,4 +1,4 @@
-"""Learning rates over a training: a linear warm-up, then a schedule; and the one that a turnover asks for."""
+"""Learning rates over a training: a linear warm-up, then a schedule; and the learning rate that gives a turnover."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def learning_rate(schedule: str, warmup: float, steps: int) -> Callable[[int], f
     Args:
         schedule: a name in :data:`SCHEDULES`.
         warmup: share of the steps during which lr rises.
-        steps: of the whole training.
+        steps: number of steps of the whole training.
     """
     warm = int(warmup * steps + 0.5)
     shape = SCHEDULES[schedule]
@@ -34,9 +34,9 @@ def learning_rate(schedule: str, warmup: float, steps: int) -> Callable[[int], f
 
 
 def turnover_lr(turnover: float, factor: Callable[[int], float], steps: int) -> float:
-    """Return the largest lr of a training whose convex weights sum to ``turnover``; :data:`LARGEST_STEP` at most.
+    """Return the peak lr, at most :data:`LARGEST_STEP`, with which the step sizes of a training sum to ``turnover``.
 
-    It has three significant digits, as one would choose it.
+    It is rounded to three significant digits, as one would choose it by hand.
     """
     lr = turnover / sum(factor(step) for step in range(steps))
     return min(LARGEST_STEP, float(f"{lr:.3g}"))

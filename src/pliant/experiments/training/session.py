@@ -1,6 +1,6 @@
-"""A training in progress: the network, what optimizes it and how far it is.
+"""A training in progress: the network, its optimizer and its progress.
 
-The order of the images depends on (seed, epoch) alone, so a resumed training meets the same batches.
+The order of the images depends only on (seed, epoch), so a resumed training sees the same batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.nn.functional  # early: its default arguments keep the process group of the time of its import
+import torch.distributed.nn.functional  # early: its defaults keep the process group of this moment
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ PATIENCE = timedelta(minutes=1)
 
 
 class Session:
-    """One training: what is saved in a checkpoint, and the loop over it.
+    """One training: the parts that a checkpoint saves, and the loop over epochs.
 
     Args:
         settings: of the training; the method decides what is None.
@@ -94,11 +94,15 @@ class Session:
         self.k_schedule = make_k_schedule(self.optimizer, self.settings, self.steps)
         self.threshold = make_threshold(self.optimizer, self.settings)
         self.epoch = 0
-        self.batches = 0  # of the current epoch that are done
-        self.sums = (0.0, 0, 0)  # over these batches: loss, correct answers, images
+        self.batches = 0  # batches of the current epoch that are done
+        self.sums = (0.0, 0, 0)  # sums over these batches: loss, correct answers, images
 
     def run(self, folder: Path) -> None:
-        """Train from the current epoch to the last one; write the log, the checkpoints and at last the weights."""
+        """Train from the current epoch to the last one; write the log, the checkpoints and finally the weights.
+
+        Raises:
+            Diverged: the loss, a gradient or a weight became NaN or infinite.
+        """
         settings = self.settings
         network, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         validation = Loader(self.data, "val", 512)
@@ -131,7 +135,7 @@ class Session:
     def _train_epoch(
         self, network: nn.Module, optimizer: Any, epoch: int, folder: Path, display: Display
     ) -> tuple[float, float]:
-        """Go over the training images that are left; return the mean loss and the accuracy over the whole epoch."""
+        """Train on the remaining images of an epoch; return the mean loss and the accuracy over the whole epoch."""
         every = self.settings.checkpoint_steps
         network.train()
         self.loader.set_epoch(epoch, self.batches)
@@ -153,13 +157,16 @@ class Session:
         return total_loss / count, total_correct / count
 
     def step(self, network: nn.Module, optimizer: Any, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Take one step; return the mean loss of the batch and the number of correct answers, both from before it.
+        """Take one step.
 
         Args:
             network: the model, as Accelerate prepared it.
-            optimizer: as Accelerate prepared it.
+            optimizer: the optimizer, as Accelerate prepared it.
             images: a batch, (B, C, H, W).
             labels: (B,).
+
+        Returns:
+            The mean loss of the batch and the number of correct answers, both before the step.
 
         Raises:
             FloatingPointError: the loss or a gradient is NaN or infinite.
@@ -181,17 +188,17 @@ class Session:
         return loss, correct
 
     def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Add the gradients of a batch to those at hand; return its mean loss and the number of correct answers.
+        """Add the gradients of a batch to the current ones; return its mean loss and the number of correct answers.
 
-        Each process computes its part of the batch. Gradients are means over processes: a part counts as many times
-        its share as there are processes.
+        Each process computes its part of the batch. Gradients are means over processes, so the share of a part is
+        multiplied by the number of processes.
         """
         count, processes = len(labels), self.accelerator.num_processes
         images, labels, weight = self._own_part(images, labels)
         loss, correct = 0.0, 0.0
         parts = min(self.settings.accumulate, max(1, len(labels) // 2))  # BatchNorm needs two images
         for i, (part, target) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
-            last = i == parts - 1  # then the processes add up what they have
+            last = i == parts - 1  # with the last part, the processes average their gradients
             with contextlib.nullcontext() if last else self.accelerator.no_sync(network):
                 share = weight * processes * len(target) / count
                 part_loss, part_correct = self._backward(network, part, target, share)
@@ -201,7 +208,7 @@ class Session:
         return loss, round(correct)
 
     def _own_part(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return this process's part of a batch and whether it counts (1 or 0).
+        """Return this process's part of a batch, and its weight, 1 or 0.
 
         A batch with fewer than two images for each process has fewer parts. The other processes compute the first part
         too, so that all take part in the sums, but it does not count.
@@ -220,7 +227,7 @@ class Session:
         return total.tolist()
 
     def _validate(self, batches: Loader) -> float:
-        """Return the accuracy of the model, each process classifying its share of the images."""
+        """Return the accuracy of the model; each process classifies its share of the images."""
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
         device, precision = self.accelerator.device, self.settings.precision
         if processes == 1:
@@ -259,12 +266,12 @@ class Session:
     # --- checkpoints ---
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint in one step."""
+        """Write a checkpoint atomically."""
         if self.accelerator.is_main_process:
             save_checkpoint(path, self._parts(), Progress(self.epoch, self.batches, self.sums))
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint; raises DamagedFile if it cannot be read."""
+        """Continue from a checkpoint; raise DamagedFile if it cannot be read."""
         progress = load_checkpoint(path, self._parts(), epochs=self.settings.epochs, batches=len(self.loader))
         self.epoch, self.batches, self.sums = progress.epoch, progress.batches, progress.sums
 
@@ -279,7 +286,7 @@ class Session:
 
     def _refuse_non_finite_weights(self, folder: Path) -> None:
         if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():  # each process has BatchNorm's statistics of its images: take the first
+            for buffer in self.model.buffers():  # BatchNorm's statistics differ by process: take the first's
                 torch.distributed.broadcast(buffer, 0)
         for name, tensor in self.model.state_dict().items():  # BatchNorm's statistics may overflow before the weights
             if not tensor.isfinite().all():
@@ -299,7 +306,7 @@ def _try_out(model: nn.Module, data: ImageData, name: str) -> None:
     try:
         with torch.no_grad(), eval_mode(model):
             scores = model(images)
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:  # the user's code may raise anything
         where = f"model {name!r} cannot be run on images of shape {tuple(images.shape)}"
         raise BadInput(f"{where}: {one_line(error)}") from error
     expected = (len(images), data.num_classes)
@@ -309,7 +316,7 @@ def _try_out(model: nn.Module, data: ImageData, name: str) -> None:
 
 
 def _precision(settings: Settings, passes: int) -> str:
-    """Return the precision to train in; raises BadInput for one that this machine or the method does not have."""
+    """Return the precision to train in; raise BadInput if this machine or the method does not support it."""
     precision = resolve_precision(settings.precision, _device())
     if precision == "fp16" and _device().type == "cpu":
         raise BadInput("--precision fp16 needs a GPU, this is a CPU: take bf16 or fp32")

@@ -31,7 +31,7 @@ VERTICES = ("support", "sparse", "orthogonal")
 RECIPES = ("default", "gradient", "paper")
 
 Rule = Callable[[str, Any], None]
-"""From the name and the value of a setting, which is not None; raises BadInput for a value out of range."""
+"""A function of the name and the value of a setting, not None, that raises BadInput for a value out of range."""
 
 
 # --- one setting ------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ class Setting:
 
 
 def differ(name: str, one: object, other: object) -> bool:
-    """Return whether two values of a setting are different: an integer k is a count and a float a share."""
+    """Return whether two values of a setting differ: 1 and 1.0 are different k, a count and a share."""
     return one != other or (name in ("k", "k_start") and type(one) is not type(other))
 
 
@@ -86,7 +86,7 @@ def in_range(text: str, holds: Callable[[Any], bool]) -> Rule:
 
 
 def at_least(least: int) -> Rule:
-    """Return the rule of a count."""
+    """Return the rule of a count with a lower bound."""
     return in_range(f"must be at least {least}", lambda value: value >= least)
 
 
@@ -96,7 +96,7 @@ def from_number(least: int) -> Rule:
 
 
 def one_of(known: Collection[str]) -> Rule:
-    """Return the rule of a name."""
+    """Return the rule of a name that must be one of those known."""
 
     def rule(name: str, value: Any) -> None:
         if value not in known:
@@ -122,9 +122,10 @@ def _check_pattern(_: str, value: Any) -> None:
 
 
 def vertices_of(name: str) -> Any:
-    """Return what the presets take for a name: one of :data:`VERTICES`, or a class of vector norms of another package.
+    """Return the argument ``vertices`` of presets: one of :data:`VERTICES`, or a norm class of another package.
 
-    Raises BadInput if it is neither.
+    Raises:
+        BadInput: the name is neither.
     """
     if name in VERTICES:
         return name
@@ -184,7 +185,7 @@ class Settings:
         others: settings that only this method has, by name.
 
     Raises:
-        BadInput: a value of the wrong kind, or out of range.
+        BadInput: a value is of the wrong kind or out of range.
     """
 
     data: str = _data("digits", f"{', '.join(DATA_SETS)} or package.module:name.")
@@ -194,11 +195,11 @@ class Settings:
     width: float = _network(1.0, "factor on all channel counts.", POSITIVE)
     method: str = _method(
         "sgd",
-        "how the network is trained: one of those listed. `pliant train --method NAME --help` tells its own settings.",
+        "how the network is trained: one of those listed. `pliant train --method NAME --help` lists its own settings.",
     )
     recipe: str | None = _method(
         None,
-        "default; gradient for steps as long as SGD's with a constant k; or paper, which is that with balls on all "
+        "default; gradient for steps as long as SGD's with a constant k; or paper, the same with balls on all "
         "parameters.",
         one_of(RECIPES),
     )
@@ -221,11 +222,12 @@ class Settings:
         one_of(SCHEMES),
     )
     coupled: bool | None = _method(
-        None, "one ball for all that leaves with a channel: tied filters, biases, normalisations."
+        None, "one ball for everything that leaves with a channel: tied filters, biases, normalisations."
     )
     turnover: float | None = _method(
         None,
-        "how often the training replaces the weights, instead of lr: the sum of its convex steps; needs rescale none.",
+        "how many times the training replaces the weights, instead of lr: the sum of its step sizes; needs rescale "
+        "none.",
         POSITIVE,
     )
     rescale: str | None = _method(
@@ -239,7 +241,7 @@ class Settings:
         in_range("must lie in (0, 1]", lambda value: 0 < value <= 1),
     )
     strength: float | None = _method(
-        None, "factor of what the method adds to SGD: of its penalty, threshold, decay or perturbation.", from_number(0)
+        None, "factor of the penalty, threshold, decay or perturbation that the method adds to SGD.", from_number(0)
     )
     every: int | None = _method(None, "steps between two decompositions or thresholds.", at_least(1))
     persistence: float | None = _method(
@@ -303,7 +305,7 @@ class Settings:
             others: names of the settings that only the run's method has.
 
         Raises:
-            BadInput: a value of the wrong kind, or out of range.
+            BadInput: a value is of the wrong kind or out of range.
         """
         known = {name: config[name] for name in SETTINGS if name in config}
         return cls(**known, others={name: config[name] for name in others if name in config})
@@ -342,7 +344,7 @@ class Resolved(Settings):
 
     k: Any  # None if the pattern N:M decides it
     radius: float
-    turnover: float  # where lr is None
+    turnover: float  # if lr is None
     vertices: Any
     rescale: Any
     pattern: str

@@ -28,7 +28,8 @@ FOLDER_TAG = "folder"  # of a run in MLflow: a resumed run finds its own by this
 def tracker_names(setting: str | None) -> list[str]:
     """Return the trackers of a setting such as "tensorboard,wandb".
 
-    Raises BadInput for one that is unknown or whose package is not installed.
+    Raises:
+        BadInput: a tracker is unknown, or its package is not installed.
     """
     names = [] if setting is None else [name.strip() for name in setting.split(",")]
     for name in names:
@@ -40,13 +41,13 @@ def tracker_names(setting: str | None) -> list[str]:
 
 
 def start_trackers(names: list[str], folder: Path, settings: dict[str, Any], *, done: int) -> list[Any]:
-    """Return Accelerate's trackers, started, with the settings of the run.
+    """Start Accelerate's trackers with the settings of the run, and return them.
 
     Args:
-        names: from :func:`tracker_names`.
-        folder: the run folder; its name is that of the run, in the project "pliant".
-        settings: those of the run.
-        done: epochs that a resumed run has behind it.
+        names: the result of :func:`tracker_names`.
+        folder: the run folder, which gives its name to the run, in the project "pliant".
+        settings: the settings of the run.
+        done: how many epochs of a resumed run are done.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -86,13 +87,13 @@ def start_trackers(names: list[str], folder: Path, settings: dict[str, Any], *, 
 
 
 def finish_trackers(trackers: list[Any]) -> None:
-    """Let trackers write what they still hold."""
+    """Let trackers write their remaining data."""
     with contextlib.redirect_stdout(sys.stderr):
         for tracker in trackers:
             if tracker.name == "trackio":
                 import trackio
 
-                trackio.finish()  # Accelerate's leaves a run behind that is finished once more at exit
+                trackio.finish()  # Accelerate's finish() leaves a run that is finished again at exit
             else:
                 tracker.finish()
 
