@@ -14,133 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.constraints import filters, rank, weights
-from pliant.errors import BadInput, unknown
+from pliant.errors import BadInput, PliantError, one_line, shown, unknown
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
-from pliant.experiments.training.optimizers import Build, condlr, lorita, matrix_sgd, nm_preset, pat, sfw, sgd
-from pliant.experiments.training.settings import (
-    OWN,
-    SETTINGS,
-    Resolved,
-    Setting,
-    Settings,
-    has_k,
-    vertices_of,
-)
-from pliant.extensions import find
-
-RESERVED = ("out", "resume", "config", "print_config", "help", "others")
-"""Names that are no settings, but flags or keywords."""
-_FIELDS: dict[str, Any] = {
-    "summary": str,
-    "build": Callable,
-    "own": Mapping,
-    "docs": Mapping,
-    "passes": int,
-    "cut_by": tuple,
-    "trials": tuple,
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method and the settings it takes where none are given.
-
-    Args:
-        summary: what it is, in a few words.
-        build: from the model, all settings and some images to the optimizer; may parametrise weights of the model.
-        lr: learning rate; None where it follows from ``turnover`` and the length of the training.
-        own: the settings that not every method has, with this one's defaults; None where it has one but needs none. A
-            setting that no other method has needs a default other than None, or a
-            :class:`~pliant.experiments.training.settings.Setting` in its place.
-        docs: what its own settings are, where it is not what all methods understand by that name.
-        passes: forward and backward passes per step.
-        cut_by: the compressors that its networks are made for; none for all.
-        trials: settings to choose from in a comparison whose suite does not name the method.
-    """
-
-    summary: str
-    build: Build
-    lr: float | None = 0.1
-    own: Mapping[str, Any] = field(default_factory=dict)
-    docs: Mapping[str, str] = field(default_factory=dict)
-    passes: int = 1
-    cut_by: tuple[str, ...] = ()
-    trials: tuple[Mapping[str, Any], ...] = ()
-
-    @cached_property
-    def settings(self) -> dict[str, Setting]:
-        """Its own settings, with its defaults and what they are, in the order of run folders."""
-        names = [name for name in SETTINGS if name in self.own] + self.others
-        return {name: self._setting(name, self.own[name]) for name in names}
-
-    @property
-    def others(self) -> list[str]:
-        """The names of those settings that it alone has."""
-        return [name for name in self.own if name not in SETTINGS]
-
-    def _setting(self, name: str, value: Any) -> Setting:
-        given = value if isinstance(value, Setting) else Setting(value)
-        known = SETTINGS.get(name, given)
-        doc = self.docs.get(name) or given.doc or known.doc or "a setting of this method."
-        kind = type(given.default) if known.kind is None else known.kind
-        rule = known.rule if given.rule is None else given.rule
-        return dataclasses.replace(known, default=given.default, doc=doc, kind=kind | None, rule=rule)
-
-    def fault(self) -> str | None:
-        """Return what is wrong with its fields, None if nothing is."""
-        for name, kind in _FIELDS.items():
-            if not isinstance(getattr(self, name), kind):
-                return f"{name} is a {kind.__name__.lower()}, got {getattr(self, name)!r}"
-        if self.lr is None and "turnover" not in self.own:
-            return "lr is None, and there is no turnover that it follows from"
-        for name in self.own:
-            if not name.isidentifier() or name in RESERVED or (name in SETTINGS and name not in OWN):
-                return f"{name!r} cannot be a setting of its own"
-        try:
-            for name, setting in {"lr": SETTINGS["lr"], **self.settings}.items():
-                if name in self.others and setting.kind in (None, types.NoneType):
-                    return f"its setting {name} has neither a default nor a kind"
-                setting.check(name, self.lr if name == "lr" else setting.default)
-        except BadInput as error:
-            return f"its default of {error}"
-        return None
-
-
-def matrix_method(
-    summary: str,
-    optimizer: type[MatrixSGD],
-    *,
-    cut_by: tuple[str, ...] = (),
-    lr: float = 0.1,
-    passes: int = 1,
-    own: Mapping[str, Any] | None = None,
-    docs: Mapping[str, str] | None = None,
-    trials: tuple[Mapping[str, Any], ...] = (),
-    **fixed: Any,
-) -> Method:
-    """Return the method of an optimizer: its options, but the fixed ones, are its own settings.
-
-    Args:
-        summary: what it is, in a few words.
-        optimizer: a subclass of :class:`~pliant.experiments.baselines.MatrixSGD`.
-        cut_by, lr, passes, docs, trials: as of :class:`Method`.
-        own: settings beside the options, and other defaults of these.
-        fixed: options that are no settings.
-    """
-    options = {name: value for name, value in optimizer.options.items() if name not in fixed}
-    build = matrix_sgd(optimizer, **fixed)
-    return Method(summary, build, lr, {**options, **(own or {})}, docs or {}, passes, cut_by, trials)
+from pliant.experiments.training.method import Method as Method
+from pliant.experiments.training.method import matrix_method as matrix_method
+from pliant.experiments.training.optimizers import condlr, lorita, nm_preset, pat, sfw, sgd
+from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Settings, has_k, vertices_of
+from pliant.extensions import current_directory_importable, described, find
 
 
 def find_method(name: str) -> Method:
@@ -155,6 +43,9 @@ def _fault(thing: Any) -> str | None:
     if not isinstance(thing, Method) and not (isinstance(thing, type) and issubclass(thing, MatrixSGD)):
         kind = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
         return f"expected a Method or a subclass of MatrixSGD, got {kind}"
+    options: object = {} if isinstance(thing, Method) else thing.options
+    if not isinstance(options, Mapping):
+        return f"its options should be its settings with their defaults, got {shown(options)}"
     return _as_method(thing).fault()
 
 
@@ -213,7 +104,7 @@ def _gradient_recipe(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def _turnover(settings: Settings, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return turnover and lr: one of them decides the steps."""
-    if values["lr"] is None and values["rescale"] == "none":
+    if values["lr"] is None and values.get("rescale", "none") == "none":
         return {}
     if settings.turnover is not None:
         raise BadInput("--turnover is for --rescale none without --lr, which it decides")
@@ -245,9 +136,23 @@ def make_optimizer(model: nn.Module, settings: Resolved, images: Tensor | None =
         images: two or more, to find coupled channels with.
 
     Raises:
-        BadInput: a value out of range, or a model without a weight that the method is about.
+        BadInput: a value out of range, a model without a weight that the method is about, or the method of another
+            package builds no optimizer (its exception is chained).
     """
-    return find_method(settings.method).build(model, settings, images)
+    method = find_method(settings.method)
+    if settings.method in METHODS:
+        return method.build(model, settings, images)
+    origin = described("method", settings.method)
+    try:
+        with current_directory_importable():
+            optimizer: object = method.build(model, settings, images)
+    except PliantError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
+        raise BadInput(f"{origin}: its build raised {one_line(error)}") from error
+    if not isinstance(optimizer, Optimizer):
+        raise BadInput(f"{origin}: expected a torch.optim.Optimizer from its build, got {shown(optimizer)}")
+    return optimizer
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------
