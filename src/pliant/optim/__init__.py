@@ -1,7 +1,8 @@
 """The optimizer SFW, and what goes along with its steps.
 
 * ``sfw``: the optimizer: options, groups, state, ``step``, ``gap``, ``set_ball``;
-* ``checks``: what it refuses; ``momentum``: the directions; ``update``: towards a vertex; ``scratch``: memory;
+* ``checks``: what it refuses; ``balls``: those of groups, as plain data and as objects;
+* ``momentum``: the directions; ``update``: towards a vertex; ``scratch``: memory;
 * ``oracle``: what a step asks of tensors, answered by ``local`` for whole ones and ``sharded`` for DTensors;
 * ``vertices``, ``kept_directions``: exact vertices, and those of low rank from the last step's;
 * ``pieces``, ``sharded_spectral``: how DTensors lie on processes, and their singular directions;
