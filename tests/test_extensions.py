@@ -1,5 +1,6 @@
 """What other packages offer is found by name; a broken package is named, and harms nobody else."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ def test_an_unknown_name_tells_all_that_are_known(folder: Path) -> None:
         ({"m": "broken_p:y"}, "x = 3", "cannot be imported: AttributeError: module 'broken_p' has no attribute 'y'"),
         ({"m": "broken_p:x"}, "x = 'three'", "expected a number, got a str"),
         ({"m": "broken_p:x"}, "raise ValueError('two\\nlines')", "cannot be imported: ValueError: two lines"),
+        ({"m": "broken_p:"}, "x = 3", "expected an entry point package.module:name"),
     ],
 )
 def test_a_broken_package_is_named_in_one_line(
@@ -97,6 +99,26 @@ def test_a_broken_package_is_named_in_one_line(
     assert "\n" not in text
     assert find("method", "mine", OWN, is_number) == 2
     assert "m" in names("method", OWN)
+
+
+@pytest.mark.parametrize("reference", ["odd_package", "odd_package:", "no package at all:x y", "odd_package:x"])
+def test_an_entry_point_without_an_object_harms_nobody(folder: Path, reference: str) -> None:
+    install(folder, "odd_package", {"odd": reference}, "def __getattr__(name): raise RuntimeError(name)")
+    install(folder, "sound_package", {"sound": "sound_package:x [extra]"}, "x = []")
+    importlib.import_module("odd_package")
+    thing = find("method", "sound", OWN, lambda _: None)
+    assert names_of("method", thing) == ["sound"]
+    with pytest.raises(BadInput, match=r"^method 'odd' of the package odd_package "):
+        find("method", "odd", OWN, is_number)
+
+
+def test_a_package_without_a_name_harms_nobody(folder: Path) -> None:
+    install(folder, "nameless_package", {"odd": "nameless_package:x"}, "x = 'text'")
+    install(folder, "named_package", {"sound": "named_package:x"}, "x = 3")
+    (folder / "nameless_package-1.0.dist-info" / "METADATA").unlink()
+    assert find("method", "sound", OWN, is_number) == 3
+    with pytest.raises(BadInput, match=r"^method 'odd' of the package nameless_package "):
+        find("method", "odd", OWN, is_number)
 
 
 def test_two_packages_with_one_name_are_both_named(folder: Path) -> None:

@@ -38,13 +38,16 @@ class Refused(PliantError):
 
 def shown(value: object) -> str:
     """Return the ``repr`` of a value on one line for a message, cut if it is long."""
-    text = " ".join(part.strip() for part in repr(value).splitlines())
+    try:
+        text = " ".join(part.strip() for part in repr(value).splitlines())
+    except Exception:  # whatever the code of others raises
+        text = f"an object of the class {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> BadInput:
     """Return the error for a ``name`` that is not among the ``known`` names, with the nearest match as a hint."""
-    known = sorted(known)
+    known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return BadInput(f"unknown {what} {name!r}: {hint}known are {', '.join(known)}")

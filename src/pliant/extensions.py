@@ -77,13 +77,24 @@ def names(kind: str, own: Mapping[str, Any]) -> list[str]:
 
 def names_of(kind: str, thing: object) -> list[str]:
     """Return the names under which installed packages offer an object of this process; nothing is imported."""
-    return [entry.name for entry in installed(kind).values() if _already_imported(entry.module, entry.attr) is thing]
+    return [name for name, entry in installed(kind).items() if already_imported(entry.value) is thing]
 
 
 def already_imported(name: str) -> Any:
-    """Return the object that ``package.module:name`` names if it is already imported, else None."""
-    module, _, attribute = name.partition(":")
-    return _already_imported(module, attribute)
+    """Return the object that ``package.module:name`` names, if this process has it already, else None."""
+    module, attribute = _halves(name)
+    thing: Any = sys.modules.get(module)
+    for part in attribute.split("."):
+        try:
+            thing = getattr(thing, part)
+        except Exception:  # whatever the code of others raises
+            return None
+    return thing
+
+
+def attribute_of(entry: EntryPoint) -> str:
+    """Return what an entry point names in its module; empty if it names the module alone."""
+    return _halves(entry.value)[1]
 
 
 def import_named(kind: str, name: str, what: str = "object", example: str = "my_package.module:name") -> Any:
@@ -128,11 +139,10 @@ def current_directory_importable() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def _already_imported(module: str, attribute: str) -> Any:
-    thing: Any = sys.modules.get(module)
-    for part in attribute.split("."):
-        thing = getattr(thing, part, None)
-    return thing
+def _halves(reference: str) -> tuple[str, str]:
+    """Return module and attribute of ``package.module:name``, in which pip allows spaces and [extras]."""
+    module, _, attribute = reference.partition("[")[0].partition(":")
+    return module.strip(), attribute.strip()
 
 
 def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, Any]:
@@ -144,6 +154,8 @@ def _from_package(kind: str, name: str, own: Mapping[str, Any]) -> tuple[str, An
         packages = " and ".join(sorted(_package(entry) for entry in offers))
         raise BadInput(f"{kind} {name!r} is offered by {packages}: uninstall one, or name it as package.module:name")
     entry = offers[0]
+    if not attribute_of(entry):
+        raise BadInput(f"{_described(kind, entry)}: expected an entry point package.module:name")
     try:
         return _described(kind, entry), entry.load()
     except (Exception, SystemExit) as error:  # other packages may raise anything
@@ -155,4 +167,4 @@ def _described(kind: str, entry: EntryPoint) -> str:
 
 
 def _package(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else entry.module
+    return (entry.dist is not None and entry.dist.name) or _halves(entry.value)[0]

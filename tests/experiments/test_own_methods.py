@@ -224,6 +224,19 @@ def test_an_installed_package_offers_a_method_by_name(
         ("{M}m = Method('m', print, own={'beta': None})", "its setting beta has neither a default nor a kind"),
         ("{M}m = Method('m', print, own={'strength': -3.0})", "its default of --strength must be >= 0 and finite"),
         ("{M}m = Method('m', print, own={'strength': 'x'})", "its default of --strength expects float or null"),
+        ("{M}m = Method('m', print, own={3: 3})", "3 cannot be a setting of its own"),
+        ("{M}m = Method('m', print, own={'beta': [1]})", "its setting beta should be text, a number, true or false"),
+        (
+            "{M}m = Method('m', print, own={'beta': Setting(1, kind='int')})",
+            "its setting beta should be text, a number",
+        ),
+        ("{M}m = Method('m', print, own={'beta': Setting(1, rule=3)})", "its settings cannot be checked: TypeError"),
+        ("{M}m = Method('m', print, passes=3)", "passes is 1 or 2, got 3"),
+        ("{M}m = Method('m', print, trials=('lr',))", "trials are settings by name, got ('lr',)"),
+        (
+            "from pliant.experiments.baselines import MatrixSGD\nclass m(MatrixSGD): options = 3",
+            "its options should be",
+        ),
     ],
 )
 @pytest.mark.parametrize("installed", [False, True])
@@ -235,7 +248,10 @@ def test_a_broken_method_is_named_and_all_else_works(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code = code.replace("{M}", "from pliant.experiments.methods import Method\n")
+    code = code.replace(
+        "{M}",
+        "from pliant.experiments.methods import Method\nfrom pliant.experiments.training.settings import Setting\n",
+    )
     if installed:
         monkeypatch.syspath_prepend(place)
         install(place, "broken_methods", {"m": "broken_methods:m"}, code)
@@ -256,6 +272,39 @@ def test_a_broken_method_is_named_and_all_else_works(
     assert "sfw-rank" in help_of(["train"], capsys)
     assert resolved(Settings(method="sfw-rank")).turnover == 4.0
     assert len(Suite.open("tiny").methods) == 25
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        ("lambda *_: 1 / 0", "its build raised ZeroDivisionError: division by zero"),
+        ("lambda *_: exit(3)", "its build raised SystemExit: 3"),
+        ("lambda: None", "its build raised TypeError"),
+        ("lambda *_: None", "expected a torch.optim.Optimizer from its build, got None"),
+    ],
+)
+def test_a_method_that_builds_no_optimizer_is_named(
+    build: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("builds_nothing", f"from pliant.experiments.methods import Method\nm = Method('m', {build})")
+    line = fails(["train", *FLAGS, "--method", "builds_nothing:m", "--out", "run"], capsys)
+    assert f"method 'builds_nothing:m': {reason}" in line
+    assert not Path("run").exists()
+
+
+def test_turnover_decides_the_steps_of_an_optimizer_of_ones_own() -> None:
+    write("my_noisy", NOISY + "turning = Method('t', build, lr=None, own={'turnover': 3.0, **noisy.own})")
+    pliant.train(**QUICK, method="my_noisy:turning", out="run")
+    assert config_of("run")["lr"] > 0
+
+
+def test_a_run_whose_norm_is_gone_is_not_damaged() -> None:
+    write("my_norm", "from pliant.norms import KSupport\nclass Vanishing(KSupport): pass\n")
+    pliant.train(**QUICK, method="sfw-weights", vertices="my_norm:Vanishing", out="run")
+    del sys.modules["my_norm"]
+    Path("my_norm.py").unlink()
+    with pytest.raises(BadInput, match=r"^run/config\.yaml: --vertices: norm 'my_norm:Vanishing': import failed"):
+        pliant.train(out="run", resume=True)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

@@ -132,6 +132,10 @@ def test_a_spec_finds_the_norm_of_an_installed_package(tmp_path: Path, monkeypat
         ("import nowhere_at_all", "cannot be imported: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("Broken = 3", "expected a subclass of pliant.Norm, got 3"),
         (
+            "class R:\n    def __repr__(self): raise ValueError\nBroken = R()",
+            "expected a subclass of pliant.Norm, got an object of the class R",
+        ),
+        (
             "from pliant.norms import VectorNorm as V\nclass Broken(V): pass",
             "Broken does not define align, diameter_of",
         ),

@@ -14,133 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.constraints import filters, rank, weights
-from pliant.errors import BadInput, shown, unknown
+from pliant.errors import BadInput, PliantError, one_line, shown, unknown
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
-from pliant.experiments.training.optimizers import Build, condlr, lorita, matrix_sgd, nm_preset, pat, sfw, sgd
-from pliant.experiments.training.settings import (
-    OWN,
-    SETTINGS,
-    Resolved,
-    Setting,
-    Settings,
-    has_k,
-    vertices_of,
-)
-from pliant.extensions import find
-
-RESERVED = ("out", "resume", "config", "print_config", "help", "others")
-"""Names of flags and keywords that are not settings."""
-_FIELDS: dict[str, Any] = {
-    "summary": str,
-    "build": Callable,
-    "own": Mapping,
-    "docs": Mapping,
-    "passes": int,
-    "cut_by": tuple,
-    "trials": tuple,
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A training method and the defaults of its settings.
-
-    Args:
-        summary: what it is, in a few words.
-        build: makes the optimizer from the model, the settings and some images; may parametrise weights of the model.
-        lr: learning rate; None if it follows from ``turnover`` and the length of the training.
-        own: defaults of the settings that not every method has, by name; None if the setting may be left out. In the
-            place of a default, :class:`~pliant.experiments.training.settings.Setting` also states the kind, the range
-            and the meaning of a setting that only this method has.
-        docs: what its own settings mean, if that is not what they mean for other methods.
-        passes: forward and backward passes per step.
-        cut_by: the compressors that its networks are made for; empty for all.
-        trials: settings to choose from in a comparison whose suite does not name the method.
-    """
-
-    summary: str
-    build: Build
-    lr: float | None = 0.1
-    own: Mapping[str, Any] = field(default_factory=dict)
-    docs: Mapping[str, str] = field(default_factory=dict)
-    passes: int = 1
-    cut_by: tuple[str, ...] = ()
-    trials: tuple[Mapping[str, Any], ...] = ()
-
-    @cached_property
-    def settings(self) -> dict[str, Setting]:
-        """Its own settings, with its defaults and what they mean, in the order of run folders."""
-        names = [name for name in SETTINGS if name in self.own] + self.others
-        return {name: self._setting(name, self.own[name]) for name in names}
-
-    @property
-    def others(self) -> list[str]:
-        """The names of the settings that only this method has."""
-        return [name for name in self.own if name not in SETTINGS]
-
-    def _setting(self, name: str, value: Any) -> Setting:
-        own = value if isinstance(value, Setting) else Setting(value)
-        known = SETTINGS.get(name, own)
-        doc = self.docs.get(name) or own.doc or known.doc or "a setting of this method."
-        kind = type(own.default) if known.kind is None else known.kind
-        rule = known.rule if own.rule is None else own.rule
-        return dataclasses.replace(known, default=own.default, doc=doc, kind=kind | None, rule=rule)
-
-    def fault(self) -> str | None:
-        """Return what is wrong with its fields; None if nothing is."""
-        for name, kind in _FIELDS.items():
-            if not isinstance(getattr(self, name), kind):
-                return f"{name} is a {kind.__name__.lower()}, got {getattr(self, name)!r}"
-        if self.lr is None and "turnover" not in self.own:
-            return "lr is None, and there is no turnover that it follows from"
-        for name in self.own:
-            if not name.isidentifier() or name in RESERVED or (name in SETTINGS and name not in OWN):
-                return f"{name!r} cannot be a setting of its own"
-        try:
-            for name, setting in {"lr": SETTINGS["lr"], **self.settings}.items():
-                if name in self.others and setting.kind in (None, types.NoneType):
-                    return f"its setting {name} has neither a default nor a kind"
-                setting.check(name, self.lr if name == "lr" else setting.default)
-        except BadInput as error:
-            return f"its default of {error}"
-        return None
-
-
-def matrix_method(
-    summary: str,
-    optimizer: type[MatrixSGD],
-    *,
-    cut_by: tuple[str, ...] = (),
-    lr: float = 0.1,
-    passes: int = 1,
-    own: Mapping[str, Any] | None = None,
-    docs: Mapping[str, str] | None = None,
-    trials: tuple[Mapping[str, Any], ...] = (),
-    **fixed: Any,
-) -> Method:
-    """Return the method of an optimizer, whose options, except the fixed ones, are the method's own settings.
-
-    Args:
-        summary: a description in a few words.
-        optimizer: a subclass of :class:`~pliant.experiments.baselines.MatrixSGD`.
-        cut_by, lr, passes, docs, trials: as in :class:`Method`.
-        own: more settings, or other defaults of the options.
-        fixed: options that are not settings, with their values.
-    """
-    options = {name: value for name, value in optimizer.options.items() if name not in fixed}
-    build = matrix_sgd(optimizer, **fixed)
-    return Method(summary, build, lr, {**options, **(own or {})}, docs or {}, passes, cut_by, trials)
+from pliant.experiments.training.method import Method as Method
+from pliant.experiments.training.method import matrix_method as matrix_method
+from pliant.experiments.training.optimizers import condlr, lorita, nm_preset, pat, sfw, sgd
+from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Settings, has_k, vertices_of
+from pliant.extensions import current_directory_importable, described, find
 
 
 def find_method(name: str) -> Method:
@@ -153,7 +41,11 @@ def find_method(name: str) -> Method:
 
 def _fault(thing: Any) -> str | None:
     if not isinstance(thing, Method) and not (isinstance(thing, type) and issubclass(thing, MatrixSGD)):
-        return f"expected a Method or a subclass of MatrixSGD, got {shown(thing)}"
+        kind = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+        return f"expected a Method or a subclass of MatrixSGD, got {kind}"
+    options: object = {} if isinstance(thing, Method) else thing.options
+    if not isinstance(options, Mapping):
+        return f"its options should be its settings with their defaults, got {shown(options)}"
     return _as_method(thing).fault()
 
 
@@ -245,9 +137,23 @@ def make_optimizer(model: nn.Module, settings: Resolved, images: Tensor | None =
         images: two or more, from which coupled channels are found.
 
     Raises:
-        BadInput: a value is out of range, or the model has no weight that the method acts on.
+        BadInput: a value is out of range, the model has no weight that the method acts on, or the method of another
+            package builds no optimizer (its exception is chained).
     """
-    return find_method(settings.method).build(model, settings, images)
+    method = find_method(settings.method)
+    if settings.method in METHODS:
+        return method.build(model, settings, images)
+    origin = described("method", settings.method)
+    try:
+        with current_directory_importable():
+            optimizer: object = method.build(model, settings, images)
+    except PliantError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
+        raise BadInput(f"{origin}: its build raised {one_line(error)}") from error
+    if not isinstance(optimizer, Optimizer):
+        raise BadInput(f"{origin}: expected a torch.optim.Optimizer from its build, got {shown(optimizer)}")
+    return optimizer
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pliant.experiments.run_folder import CONFIG, LOG, SHAPE, Run, write_config,
 from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.determinism import deterministic_algorithms
 from pliant.experiments.training.session import Session
-from pliant.experiments.training.settings import Settings, differ
+from pliant.experiments.training.settings import Settings, differ, vertices_of
 from pliant.files import is_empty, locked, make_folders, remove_leftovers, write_text
 from pliant.measuring import versions
 from pliant.storage import PLAN, WEIGHTS
@@ -148,6 +148,8 @@ def _saved_settings(folder: Path) -> Settings:
     config = Run.open(folder).config
     try:
         method = find_method(config["method"])
+        if isinstance(config.get("vertices"), str):  # a package that is gone is no damage to the file
+            vertices_of(config["vertices"])
     except BadInput as error:
         raise BadInput(f"{folder / CONFIG}: {error}") from None
     try:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from pliant import extensions
-from pliant.errors import BadInput
+from pliant.errors import BadInput, shown
 from pliant.norms.shapes import Rebuild, Shape, Tensors, scaled, shapes_of
 
 
@@ -320,7 +320,7 @@ class Norm(ABC):
 def is_norm(thing: object) -> str | None:
     """Return what is wrong with an object that should be a class of norms; None if nothing is."""
     if not (isinstance(thing, type) and issubclass(thing, Norm)):
-        return f"expected a subclass of pliant.Norm, got {thing!r:.60}"
+        return f"expected a subclass of pliant.Norm, got {shown(thing)}"
     missing = sorted(getattr(thing, "__abstractmethods__", ()))
     return f"{thing.__name__} does not define {', '.join(missing)}" if missing else None
 
@@ -329,7 +329,7 @@ def _class_of(name: object) -> type[Norm] | None:
     """Return the norm class of this name, imported if an installed package offers it; None if there is none."""
     if isinstance(name, str) and name not in Norm.known:
         for offered, entry in extensions.installed("norm").items():
-            if entry.attr == name:
+            if extensions.attribute_of(entry) == name:
                 extensions.find("norm", offered, {}, is_norm)
     kind = Norm.known.get(name) if isinstance(name, str) else None
     return None if kind is None or inspect.isabstract(kind) else kind

@@ -3,6 +3,14 @@
 Most are :class:`MatrixSGD`: SGD that changes gradients before a step, or weights after it. Baselines use neither norms
 nor balls nor SFW, so that a mistake there cannot affect both sides of a comparison; and like SFW, they do not depend on
 the compressors.
+
+base                             SGD with two hooks
+matrices, products               weights as matrices; trained as products of factors
+ssl, glt, pat, cram              towards few filters (pat and cram also towards low rank, cram towards few weights)
+nuc, cat, trp, lorita, condlr    towards low rank
+spectral_decay, q3r, numuon      towards low rank
+muon, scion                      steps of equal lengths along singular directions
+retraining                       prune, then train again
 """
 
 from pliant.experiments.baselines.base import MatrixSGD as MatrixSGD

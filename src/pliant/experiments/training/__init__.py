@@ -1,6 +1,7 @@
 """Training one network: the parts of :func:`pliant.train`.
 
 settings       every setting: its kind, its range and its description
+method         a training method: its optimizer, its own settings
 flags          the flags of ``pliant train``
 session        a training in progress: the network, its optimizer, the loop over epochs and steps
 optimizers     the optimizers of the methods
