@@ -41,8 +41,7 @@ def find_method(name: str) -> Method:
 
 def _fault(thing: Any) -> str | None:
     if not isinstance(thing, Method) and not (isinstance(thing, type) and issubclass(thing, MatrixSGD)):
-        kind = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
-        return f"expected a Method or a subclass of MatrixSGD, got {kind}"
+        return f"expected a Method or a subclass of MatrixSGD, got {shown(thing)}"
     options: object = {} if isinstance(thing, Method) else thing.options
     if not isinstance(options, Mapping):
         return f"its options should be its settings with their defaults, got {shown(options)}"
