@@ -36,8 +36,8 @@ def train(settings: Settings, /, *, out: str | None = None, resume: bool = False
 def train(*first: Any, out: str | None = None, resume: bool = False, **settings: Any) -> Path:
     """Train one network and return its run folder.
 
-    ``pliant train --help`` and the page on the command line list the settings and their defaults; with ``--method
-    NAME`` the help lists those of this method too. In Python each is a keyword of the same name::
+    ``pliant train --help`` and the page on the command line list all settings with their defaults;
+    ``pliant train --method NAME --help`` adds those of a method. In Python each setting is a keyword of the same name::
 
         pliant.train("digits", model="resnet8", method="sfw-rank", k=0.1, epochs=10)
 

@@ -195,7 +195,7 @@ class Settings:
     width: float = _network(1.0, "factor on all channel counts.", POSITIVE)
     method: str = _method(
         "sgd",
-        "how the network is trained: one of those listed. `pliant train --method NAME --help` lists its own settings.",
+        "how the network is trained: one of those listed; if given, this help also lists the method's own settings.",
     )
     recipe: str | None = _method(
         None,
