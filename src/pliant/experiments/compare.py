@@ -49,25 +49,25 @@ def compare(
     folder = Path(out or f"comparisons/{whole.name}")
     chosen_methods = None if methods is None else _method_names(whole, methods)
     whole = join(whole, [*([] if dry_run else _still_found(joined_before(folder))), *(chosen_methods or [])])
-    read = whole if chosen_methods is None else _only_methods(whole, chosen_methods)
+    part = whole if chosen_methods is None else _only_methods(whole, chosen_methods)
     if tasks is not None:
-        chosen = _chosen("task", tasks, read.tasks)
-        read = dataclasses.replace(read, tasks={name: read.tasks[name] for name in chosen})
+        chosen = _chosen("task", tasks, part.tasks)
+        part = dataclasses.replace(part, tasks={name: part.tasks[name] for name in chosen})
     if data_dir is not None:
         place = str(Path(data_dir).expanduser().resolve())
-        read = dataclasses.replace(read, tasks={name: {**t, "data_dir": place} for name, t in read.tasks.items()})
+        part = dataclasses.replace(part, tasks={name: {**t, "data_dir": place} for name, t in part.tasks.items()})
     if dry_run:
-        rehearse(read)
+        rehearse(part)
         return None
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder}: it is a file, but the folder of the comparison is expected")
-    each = here if ray is None else on_ray(ray)
-    for task in read.tasks:
-        data_of(read.task_settings(task))  # for its errors, before anything is written
+    performer = here if ray is None else on_ray(ray)
+    for task in part.tasks:
+        data_of(part.task_settings(task))  # for its errors, before anything is written
     make_folders(folder)
     with locked(folder):
-        Comparison(read, folder, each).run()
-        done = Comparison(whole, folder, each)
+        Comparison(part, folder, performer).run()
+        done = Comparison(whole, folder, performer)
         found, remarks, page = done.current(), done.diverged(), folder / "report.html"
         if not found:
             raise Diverged(f"{folder}: there is nothing to report. {' '.join(remarks)}")

@@ -22,7 +22,7 @@ from pliant.experiments.baselines.matrices import svd
 
 
 class TRP(MatrixSGD):
-    """SGD that truncates the weights ``every`` so many steps, up to the share ``energy`` of their squared norm."""
+    """SGD that truncates the weights after every ``every`` steps, up to the share ``energy`` of their squared norm."""
 
     options: ClassVar[dict[str, Any]] = {"energy": 0.02, "every": 20, "strength": 3e-4}
 

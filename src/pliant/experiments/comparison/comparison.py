@@ -43,13 +43,13 @@ class Comparison:
     Args:
         suite: what to compare.
         folder: where.
-        each: performs jobs and gives their lines, in any order.
+        performer: performs jobs and gives their lines, in any order.
     """
 
-    def __init__(self, suite: Suite, folder: Path, each: Performer) -> None:
+    def __init__(self, suite: Suite, folder: Path, performer: Performer) -> None:
         self.suite = suite
         self.folder = folder
-        self.each = each
+        self.performer = performer
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         trials = folder / TRIALS
         self.trials = read_lines(trials, Outcome.from_dict, "trials") if trials.exists() else []
@@ -78,7 +78,7 @@ class Comparison:
         return list(latest.values())
 
     def diverged(self) -> list[str]:
-        """Return a sentence that tells what is missing in the records, for it diverged; none if nothing did."""
+        """Return a sentence that tells what is missing in the records because it diverged; none if nothing did."""
         runs = dict.fromkeys(outcome.run for outcome in self.trials if outcome.area is None)
         wanted = {job.training for job in self._wanted()}
         lost = [run for run in runs if run in wanted]
@@ -123,18 +123,20 @@ class Comparison:
         for seed in self.suite.seeds:
             for job in self._chosen(seed):
                 if job.label == wanted.method:
-                    again = dataclasses.replace(job, retraining_epochs=wanted.epochs)
+                    retrained = dataclasses.replace(job, retraining_epochs=wanted.epochs)
                     for rounds, schedule in itertools.product(wanted.rounds, wanted.schedules):
-                        families = {family: wanted.measures(of, rounds) for family, of in job.families.items()}
+                        families = {
+                            family: wanted.measures(measures, rounds) for family, measures in job.families.items()
+                        }
                         yield dataclasses.replace(
-                            again, families=families, retraining=schedule, retraining_rounds=rounds
+                            retrained, families=families, retraining=schedule, retraining_rounds=rounds
                         )
 
     def _equal_time(self) -> Iterator[Job]:
         """Yield runs of fewer epochs for the methods whose steps take longer than SGD's.
 
         They have as many as do not take longer than SGD's time and TIME_SLACK; those of an earlier seed, once there
-        is one, for the times of steps are never quite the same.
+        is one, because the times of steps are never quite the same.
         """
         for seed in self.suite.seeds:
             for job in self._chosen(seed):
@@ -177,9 +179,9 @@ class Comparison:
         first = job.families[outcome.family][0]
         # Files from before the name was kept are also from before there was another scheme.
         compressor = outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name
-        told = {"compressor": compressor, **outcome.measure}
+        searched = {"compressor": compressor, **outcome.measure}
         for name, now in {"compressor": first.name, **job.chosen_by(outcome.family)}.items():
-            before = told.get(name, now)  # files from before a thing was kept do not tell it
+            before = searched.get(name, now)  # files from before a thing was kept do not tell it
             if before != now:
                 raise BadInput(
                     f"{self.folder / TRIALS} has chosen {outcome.label} with {name} {shown(before)}, the first measure "
@@ -239,7 +241,7 @@ class Comparison:
             return
         self._say(f"{stage}: {len(jobs)} trainings")
         started = time.perf_counter()
-        for done, (job, lines) in enumerate(self.each(jobs, self.folder), start=1):
+        for done, (job, lines) in enumerate(self.performer(jobs, self.folder), start=1):
             for line in lines:
                 self._keep(line)
             seconds = time.perf_counter() - started

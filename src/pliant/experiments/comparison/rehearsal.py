@@ -41,10 +41,14 @@ def rehearse(suite: Suite) -> None:
                 new = {family: measures for family, measures in job.families.items() if family not in seen}
                 seen |= set(new)
                 search = dataclasses.replace(job, families=new, search=True)
-                for one in (search, *([dataclasses.replace(job, families=new)] if new else []), *_again(suite, job)):
+                for one in (
+                    search,
+                    *([dataclasses.replace(job, families=new)] if new else []),
+                    *_retrainings(suite, job),
+                ):
                     lines = _performed(one, Path(folder), data)
-                    told = f"{len(lines)} measurements" if one.families else "trained"
-                    console.print(f"{one.name}: {told}" + (", search" if one.search and one.families else ""))
+                    outcome = f"{len(lines)} measurements" if one.families else "trained"
+                    console.print(f"{one.name}: {outcome}" + (", search" if one.search and one.families else ""))
     console.print("Everything runs; nothing is kept.")
 
 
@@ -94,17 +98,17 @@ def _few(measure: Measure) -> Measure:
     return dataclasses.replace(measure, points=measure.points[:1] + measure.points[-1:])
 
 
-def _again(suite: Suite, job: Job) -> list[Job]:
+def _retrainings(suite: Suite, job: Job) -> list[Job]:
     """Return the jobs that train again: the first schedule after each compressor, the others after one."""
     wanted = suite.retraining
     if wanted is None or wanted.method != job.label:
         return []
-    again = []
+    retrainings = []
     for rounds in wanted.rounds:
-        measures = {family: tuple(map(_few, wanted.measures(of, rounds))) for family, of in job.families.items()}
+        measures = {family: tuple(map(_few, wanted.measures(whole, rounds))) for family, whole in job.families.items()}
         families = {family: few for family, few in measures.items() if few}
         first = dict(list(families.items())[:1])
-        again += [
+        retrainings += [
             dataclasses.replace(
                 job,
                 families=first if index else families,
@@ -115,4 +119,4 @@ def _again(suite: Suite, job: Job) -> list[Job]:
             for index, schedule in enumerate(wanted.schedules)
             if families
         ]
-    return again
+    return retrainings

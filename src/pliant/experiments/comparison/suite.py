@@ -110,7 +110,7 @@ class Retraining:
         return (dataclasses.replace(family[0], points=points),)
 
     def check(self, epochs: int) -> None:
-        """Raise BadInput if a schedule goes back further than a training of so many epochs is long."""
+        """Raise BadInput if a schedule goes back further than a training of that many epochs is long."""
         if "LRW" in self.schedules and self.epochs > epochs:
             raise BadInput(
                 f"retraining.epochs: LRW goes back at most the {epochs} epochs of the training, got {self.epochs}"
@@ -177,7 +177,7 @@ class Suite:
         methods = tuple(
             _entrant(label, entry, families) for label, entry in _mapping("methods", suite["methods"]).items()
         )
-        made = cls(
+        comparison = cls(
             name=name,
             text=yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
             tasks=tasks,
@@ -189,14 +189,14 @@ class Suite:
             calibration=suite.get("calibration", CALIBRATION),
             joined=_joined(suite.get("joined", []), methods),
         )
-        made._check()
-        return made
+        comparison._check()
+        return comparison
 
     def _check(self) -> None:
         counts = {entrant.label: len(entrant.trials) for entrant in self.methods}
         if len(set(counts.values())) != 1:
-            told = ", ".join(f"{label} {count}" for label, count in counts.items())
-            raise BadInput(f"a fair comparison gives every method the same number of trials; here: {told}")
+            listed = ", ".join(f"{label} {count}" for label, count in counts.items())
+            raise BadInput(f"a fair comparison gives every method the same number of trials; here: {listed}")
         for value in self.equal:
             check_choice("equal", value, EQUAL)
         if self.equal[:1] != ("epochs",):
@@ -247,7 +247,7 @@ def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entra
         check_choice(f"family of {where}", family, tuple(families))
     trials = fields.get("trials", [{}])
     if isinstance(trials, dict):
-        values = [_list(f"{where}.trials.{name}", of) for name, of in trials.items()]
+        values = [_list(f"{where}.trials.{name}", choices) for name, choices in trials.items()]
         trials = [dict(zip(trials, combination, strict=True)) for combination in itertools.product(*values)]
     checked = tuple(_settings(f"{where}.trials", trial, own) for trial in _list(f"{where}.trials", trials))
     if any(trial in checked[:i] for i, trial in enumerate(checked)):

@@ -41,7 +41,7 @@ def on_ray(address: str) -> Performer:
     gpus = 1 if ray.cluster_resources().get("GPU") else 0  # one for each training, where there are any
     remote = ray.remote(max_retries=3, num_gpus=gpus)(performed)
 
-    def each(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
+    def on_cluster(jobs: list[Job], folder: Path) -> Iterator[tuple[Job, Iterable[Line]]]:
         # Jobs of the same training take turns: only one of them can train it.
         queues = grouped(jobs, lambda job: job.training)
         waiting: dict[Any, Job] = {}
@@ -67,7 +67,7 @@ def on_ray(address: str) -> Performer:
         if errors:
             raise errors[0]
 
-    return each
+    return on_cluster
 
 
 def _check_reachable(address: str) -> None:
