@@ -1,9 +1,9 @@
 """The choice of a ball for each parameter, before training.
 
-* ``presets``: balls in relative terms: filters, rank, weights, N:M patterns, L2;
-* ``parameter_groups``: from rules for parameters to the parameter groups of the optimizer;
-* ``radius``: the norm of weights at initialisation, the unit of radii;
-* ``transformer_rules``: rules for the parts of transformers.
+presets            balls in relative terms: filters, rank, weights, N:M patterns, L2
+parameter_groups   from rules for parameters to the parameter groups of the optimizer
+radius             the norm of weights at initialisation, the unit of radii
+transformer_rules  rules for the parts of transformers
 """
 
 from pliant.constraints.parameter_groups import CoupledChannels as CoupledChannels

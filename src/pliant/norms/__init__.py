@@ -1,11 +1,11 @@
 """Norms whose unit balls have sparse extreme points, and the balls.
 
-* ``base``: the interface of a norm, and the methods that each kind of norm implements;
-* ``vector``: norms of the entries, ``Lp(p)``, ``KSparse(k)``, ``KSupport(k)``;
-* ``lifts``: a vector norm applied to rows, channels, singular values or blocks;
-* ``ball``: a norm and a radius, the set that weights live in;
-* ``projections``: the nearest points of k-norm balls;
-* ``shapes``: how a tensor is read as a matrix, and how it is scaled.
+base         the interface of a norm, and the methods that each kind of norm implements
+vector       norms of the entries: ``Lp(p)``, ``KSparse(k)``, ``KSupport(k)``
+lifts        a vector norm applied to rows, channels, singular values or blocks
+ball         a norm and a radius: the set that weights live in
+projections  the nearest points of k-norm balls
+shapes       how a tensor is read as a matrix, and how it is scaled
 
 The pieces combine: ``Rows(KSupport(8))`` is the ball for "few filters", ``Spectral(KSupport(8))`` the one for "low
 rank", and ``Blocks(KSupport(2), 4)`` the one for 2:4 patterns.

@@ -1,12 +1,16 @@
 """Records as tables and as a page, without torch.
 
-``page`` has the function of ``pliant report``. Below it:
-
-- ``curves``: comparable records, sorted into sections, views, curves and panels; ``grouping`` helps
-- ``ranking``: how the curves of a panel compare, the best first
-- ``area``: the area under a curve; ``intervals``: its confidence interval over the seeds
-- ``tables``: the comparison for the terminal and as Markdown; ``formats``: numbers as text
-- ``figures``, ``cells``: the data of the page's figures and of its table; ``templates/`` has the page itself
+page        ``pliant report``: records to a page
+curves      comparable records, sorted into sections, views, curves and panels
+grouping    which records belong together
+ranking     how the curves of a panel compare, the best first
+area        the area under a curve
+intervals   its confidence interval over the seeds
+tables      the comparison for the terminal and as Markdown
+formats     numbers as text
+figures     the data of the page's figures
+cells       the data of the page's table
+templates/  the page itself
 """
 
 from pliant.reporting.curves import Curve as Curve

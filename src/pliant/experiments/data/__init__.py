@@ -1,11 +1,16 @@
 """Image data sets and the loader that feeds them to a network.
 
-- ``images``: `load_data`, from a name to an `ImageData`; ``loader``: the batches of one split
-- ``data_sets``: a row for each data set; ``named``: readers of digits, Fashion-MNIST and CIFAR
-- ``outside``: the data sets of other packages
-- ``idx``, ``tables``, ``folders``: the file formats; tables are parquet files and the hub
-- ``decoding``: encoded images as tensors; ``streaming``: the same batch by batch, for images that stay in their files
-- ``base``: the description of a data set, the request to its reader and the reader's result
+images     :func:`load_data`, from a name to an ``ImageData``
+loader     the batches of one split
+data_sets  a row for each data set
+named      readers of digits, Fashion-MNIST and CIFAR
+outside    the data sets of other packages
+idx        the file format of Fashion-MNIST
+tables     parquet files and the hub
+folders    images in folders
+decoding   encoded images as tensors
+streaming  the same batch by batch, for images that stay in their files
+base       the description of a data set, the request to its reader and the reader's result
 """
 
 from pliant.experiments.data.base import DataSet as DataSet
