@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import inspect
 import json
 import re
 import warnings
@@ -14,14 +15,14 @@ from typing import Any, overload
 
 import torch
 
-from pliant.errors import BadInput, Busy, DamagedFile
+from pliant.errors import BadInput, Busy, DamagedFile, shown
 from pliant.experiments.data.images import ImageData
 from pliant.experiments.methods import find_method, settings_from
 from pliant.experiments.run_folder import CONFIG, LOG, SHAPE, Run, write_config, write_shape
 from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.determinism import deterministic_algorithms
 from pliant.experiments.training.session import Session
-from pliant.experiments.training.settings import Settings, differ, vertices_of
+from pliant.experiments.training.settings import SETTINGS, Settings, differ, vertices_of
 from pliant.files import is_empty, locked, make_folders, remove_leftovers, write_text
 from pliant.measuring import versions
 from pliant.storage import PLAN, WEIGHTS
@@ -30,7 +31,7 @@ ENVIRONMENT = "env.json"
 
 
 @overload
-def train(data: str = ..., /, *, out: str | None = None, resume: bool = False, **settings: Any) -> Path: ...
+def train(data: str = ..., /, *more: Any, out: str | None = None, resume: bool = False, **settings: Any) -> Path: ...
 @overload
 def train(settings: Settings, /, *, out: str | None = None, resume: bool = False) -> Path: ...
 def train(*first: Any, out: str | None = None, resume: bool = False, **settings: Any) -> Path:
@@ -62,6 +63,17 @@ def train(*first: Any, out: str | None = None, resume: bool = False, **settings:
     if not resume:
         raise BadInput(f"--out: {folder} exists: go on with --resume, or choose another one")
     return train_run(resumable(folder, given), folder)
+
+
+def _signature() -> inspect.Signature:
+    """Return the signature of :func:`train` with every setting and its default, for completion and ``help``."""
+    own = inspect.signature(train).parameters
+    all_settings = inspect.signature(Settings).parameters
+    placed = [all_settings[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in SETTINGS]
+    return inspect.Signature([*placed, *(own[name] for name in ("out", "resume", "settings"))], return_annotation=Path)
+
+
+vars(train)["__signature__"] = _signature()
 
 
 def resumable(folder: Path, given: Mapping[str, Any]) -> Settings:
@@ -126,14 +138,18 @@ def train_run(settings: Settings, folder: Path, data: ImageData | None = None) -
 
 def _given(first: tuple[Any, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of :func:`train`, by name."""
-    if len(first) > 1 or (first and "data" in settings):
-        raise BadInput("expected one data set, and all other settings by name")
     if first and isinstance(first[0], Settings):
-        if settings:
-            raise BadInput(f"expected all settings in one place, got {', '.join(settings)} beside them")
+        if settings or len(first) > 1:
+            beside = [*(shown(value) for value in first[1:]), *settings]
+            raise BadInput(f"expected all settings in one place, got {', '.join(beside)} beside them")
         settings = first[0].to_config()
-    elif first:
-        settings = {"data": first[0], **settings}
+    else:
+        if len(first) > len(SETTINGS):
+            raise BadInput(f"expected at most {len(SETTINGS)} settings by position, got {len(first)}")
+        placed = dict(zip(SETTINGS, first, strict=False))
+        if twice := [name for name in placed if name in settings]:
+            raise BadInput(f"expected every setting once, got {', '.join(twice)} by position and by name")
+        settings = {**placed, **settings}
     folder = settings.get("data_dir")
     return {**settings, **({"data_dir": str(Path(folder).expanduser().resolve())} if isinstance(folder, str) else {})}
 

@@ -1,6 +1,7 @@
 """The settings of a training: one schema, checked when it is made, for keywords, flags, suites and run folders."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,26 @@ def test_settings_in_one_object_or_by_name_leave_the_same_run(tmp_path: Path) ->
         pliant.train(dataclasses.replace(settings, seed=5), out=str(two), resume=True)
 
 
-def test_settings_come_from_one_place(tmp_path: Path) -> None:
-    for first, options in (
-        (("digits", "mlp"), {}),
-        (("digits",), {"data": "cifar10"}),
-        ((Settings(),), {"epochs": 3}),
+def test_a_setting_is_given_once(tmp_path: Path) -> None:
+    for first, options, culprit in (
+        (("digits",), {"data": "cifar10"}, "data"),
+        (("digits", None, None, "mlp"), {"model": "lenet5", "width": 1}, "model"),
+        (("digits",) * (len(SETTINGS) + 1), {}, f"at most {len(SETTINGS)}"),
+        ((Settings(),), {"epochs": 3}, "epochs"),
+        ((Settings(), "digits"), {}, "'digits'"),
     ):
-        with pytest.raises(BadInput, match="expected"):
+        with pytest.raises(BadInput, match=f"expected .*{culprit}"):
             pliant.train(*first, **options, out=str(tmp_path / "run"))  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_by_position_are_those_of_the_signature(tmp_path: Path) -> None:
+    parameters = inspect.signature(pliant.train).parameters
+    assert [name for name in parameters if name not in ("out", "resume", "settings")] == ORDER
+    assert {name: parameters[name].default for name in ORDER} == {name: getattr(Settings(), name) for name in ORDER}
+    run = pliant.train("digits", None, None, "mlp", 0.05, epochs=1, batch_size=512, out=str(tmp_path / "run"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["model"], config["width"]) == ("mlp", 0.05)
 
 
 def test_a_default_that_was_given_contradicts_as_any_other_value(tmp_path: Path) -> None:
