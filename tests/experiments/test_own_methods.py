@@ -1,7 +1,6 @@
-"""Methods and norms of other packages: trained with, helped with, compared, and what is said of broken ones."""
+"""Methods of other packages: trained with, helped with, compared, and what is said of broken ones."""
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pliant.errors import BadInput, DamagedFile
 from pliant.experiments.comparison.joining import join, joined_before, trials_of
 from pliant.experiments.comparison.suite import Suite
 from pliant.experiments.methods import METHODS, Method, find_method, resolved, settings_from
-from pliant.experiments.training.settings import Setting, Settings
+from pliant.experiments.training.settings import Settings
 from tests.test_extensions import install
 
 L1 = '''
@@ -298,15 +297,6 @@ def test_turnover_decides_the_steps_of_an_optimizer_of_ones_own() -> None:
     assert config_of("run")["lr"] > 0
 
 
-def test_a_run_whose_norm_is_gone_is_not_damaged() -> None:
-    write("my_norm", "from pliant.norms import KSupport\nclass Vanishing(KSupport): pass\n")
-    pliant.train(**QUICK, method="sfw-weights", vertices="my_norm:Vanishing", out="run")
-    del sys.modules["my_norm"]
-    Path("my_norm.py").unlink()
-    with pytest.raises(BadInput, match=r"^run/config\.yaml: --vertices: norm 'my_norm:Vanishing': import failed"):
-        pliant.train(out="run", resume=True)
-
-
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
@@ -422,92 +412,3 @@ def test_what_joined_is_read_from_the_folder(place: Path) -> None:
             joined_before(place)
     with pytest.raises(BadInput, match="method in joined 'muon'"):
         Suite.from_dict("small", {**CONTENT, "joined": ["muon"]})
-
-
-# --- norms ------------------------------------------------------------------------------------------------------------
-
-
-NORMS = """
-from dataclasses import dataclass
-import torch
-from pliant.norms import KNorm, VectorNorm
-
-@dataclass(frozen=True)
-class Largest{n}(KNorm):
-    def norm_of(self, a):
-        return torch.maximum(a.amax(dim=-1), a.sum(dim=-1) / self.k)
-    def dual_of(self, a):
-        return a.topk(self.k, dim=-1).values.sum(dim=-1)
-    def align(self, a):
-        return torch.zeros_like(a).scatter(-1, a.topk(self.k, dim=-1).indices, 1.0) * (a > 0)
-    def diameter_of(self, n):
-        return 2 * self.k**0.5
-
-@dataclass(frozen=True)
-class Round{n}(VectorNorm):
-    def norm_of(self, a):
-        return a.square().sum(dim=-1).sqrt()
-    def dual_of(self, a):
-        return self.norm_of(a)
-    def align(self, a):
-        return a / self.norm_of(a)[..., None].clamp_min(1e-30)
-    def diameter_of(self, n):
-        return 2.0
-
-@dataclass(frozen=True)
-class Scaled{n}(Round{n}):
-    scale: float
-"""
-
-
-@pytest.mark.parametrize("method", ["sfw-filters", "sfw-rank", "sfw-weights", "sfw-nm"])
-def test_a_norm_of_another_package_makes_the_balls(method: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(place)
-    unique = method.replace("-", "_")
-    entries = {f"largest-{method}": f"norms_{unique}:Largest{unique}"}
-    install(place, f"norms_{unique}", entries, NORMS.replace("{n}", unique), "pliant.norms")
-    options = {**QUICK, "width": 0.25, "method": method, "deterministic": True}
-    named = pliant.train(**options, vertices=f"norms_{unique}:Largest{unique}", out="named")
-    installed = pliant.train(**options, vertices=f"largest-{method}", out="installed")
-    assert config_of(named)["vertices"] == f"norms_{unique}:Largest{unique}"
-    assert (named / "model.safetensors").read_bytes() == (installed / "model.safetensors").read_bytes()
-    if method == "sfw-weights":  # its ball and its vertices are those of "sparse"
-        ours = pliant.train(**options, vertices="sparse", out="ours")
-        log = [json.loads(line)["loss"] for line in (ours / "train.jsonl").read_text().splitlines()]
-        own = [json.loads(line)["loss"] for line in (named / "train.jsonl").read_text().splitlines()]
-        assert own == pytest.approx(log, rel=1e-3)
-    round_ = pliant.train(**options, vertices=f"norms_{unique}:Round{unique}", out="round")
-    config = config_of(round_)
-    assert (config["k"], config["k_start"]) == (None, None)
-    assert pliant.train(out="round", resume=True) == round_
-    with pytest.raises(BadInput, match=rf"--k is for norms that have a k, unlike --vertices norms_{unique}:Round"):
-        pliant.train(**options, vertices=f"norms_{unique}:Round{unique}", k=0.5, out="other")
-    with pytest.raises(BadInput, match=r"--vertices: norm .*Scaled.* can be made with k alone, but needs scale"):
-        pliant.train(**options, vertices=f"norms_{unique}:Scaled{unique}", out="other")
-    assert not Path("other").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("supports", "unknown vertices 'supports': did you mean 'support'"),
-        ("json:loads", "--vertices: norm 'json:loads': expected a subclass of pliant.Norm"),
-        (
-            "pliant:Rows",
-            "--vertices: norm 'pliant:Rows': expected a norm of vectors, a subclass of VectorNorm, got",
-        ),
-        ("nowhere_at_all:Norm", "--vertices: norm 'nowhere_at_all:Norm': import failed"),
-    ],
-)
-def test_vertices_that_are_no_norm_are_named(name: str, message: str) -> None:
-    with pytest.raises(BadInput, match=re.escape(message)):
-        Settings(method="sfw-rank", vertices=name)
-
-
-def test_a_setting_says_what_it_takes() -> None:
-    setting = Setting(0.5, "a share.", float | None)
-    for value in (0.5, 1, None, math.inf):
-        setting.check("share", value)
-    for value in ("x", True):
-        with pytest.raises(BadInput, match="--share expects float or null"):
-            setting.check("share", value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 import pliant
 from pliant.errors import BadInput
 from pliant.experiments.methods import METHODS, resolved, settings_from
-from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Settings
+from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Setting, Settings
 
 # What config.yaml has, in this order: files of runs stay as they are.
 ORDER = [
@@ -164,3 +165,12 @@ def test_config_yaml_tells_what_was_decided(tmp_path: Path) -> None:
     assert (config["k"], config["radius"], config["turnover"], config["rescale"]) == (0.5, 1.0, None, "none")
     assert 0 < config["lr"] <= 0.1
     assert settings_from(config) == Settings.from_config(config)
+
+
+def test_a_setting_says_what_it_takes() -> None:
+    setting = Setting(0.5, "a share.", float | None)
+    for value in (0.5, 1, None, math.inf):
+        setting.check("share", value)
+    for value in ("x", True):
+        with pytest.raises(BadInput, match="--share expects float or null"):
+            setting.check("share", value)
