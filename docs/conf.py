@@ -41,6 +41,9 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 90
 add_module_names = False
 
+# The page shows the overloads in place of forty settings, whose defaults autodoc would look for in the source.
+vars(pliant.train).pop("__signature__")
+
 html_theme = "furo"
 html_title = "pliant"
 html_copy_source = False
