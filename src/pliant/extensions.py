@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pliant.errors import BadInput, one_line, unknown
+from pliant.errors import BadInput, PliantError, one_line, unknown
 
 GROUPS = {
     "norm": "pliant.norms",
@@ -137,6 +137,25 @@ def current_directory_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+@contextlib.contextmanager
+def foreign_code(what: str) -> Iterator[None]:
+    """Run code of another package, which may import from the current directory.
+
+    Args:
+        what: words for the code, for messages.
+
+    Raises:
+        BadInput: the code raised an exception, which is chained; a :class:`PliantError` stays what it is.
+    """
+    try:
+        with current_directory_importable():
+            yield
+    except PliantError:
+        raise
+    except (Exception, SystemExit) as error:  # other packages may raise anything
+        raise BadInput(f"{what} raised {one_line(error)}") from error
 
 
 def _halves(reference: str) -> tuple[str, str]:

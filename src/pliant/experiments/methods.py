@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.constraints import filters, rank, weights
-from pliant.errors import BadInput, PliantError, one_line, shown, unknown
+from pliant.errors import BadInput, shown, unknown
 from pliant.experiments import baselines
 from pliant.experiments.baselines import MatrixSGD
 from pliant.experiments.training.method import Method as Method
 from pliant.experiments.training.method import matrix_method as matrix_method
 from pliant.experiments.training.optimizers import condlr, lorita, nm_preset, pat, sfw, sgd
 from pliant.experiments.training.settings import OWN, SETTINGS, Resolved, Settings, has_k, vertices_of
-from pliant.extensions import current_directory_importable, described, find
+from pliant.extensions import described, find, foreign_code
 
 
 def find_method(name: str) -> Method:
@@ -143,13 +143,8 @@ def make_optimizer(model: nn.Module, settings: Resolved, images: Tensor | None =
     if settings.method in METHODS:
         return method.build(model, settings, images)
     origin = described("method", settings.method)
-    try:
-        with current_directory_importable():
-            optimizer: object = method.build(model, settings, images)
-    except PliantError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the code of others raises
-        raise BadInput(f"{origin}: its build raised {one_line(error)}") from error
+    with foreign_code(f"{origin}: its build"):
+        optimizer: object = method.build(model, settings, images)
     if not isinstance(optimizer, Optimizer):
         raise BadInput(f"{origin}: expected a torch.optim.Optimizer from its build, got {shown(optimizer)}")
     return optimizer

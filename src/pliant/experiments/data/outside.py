@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.errors import BadInput, PliantError, one_line, shown
+from pliant.errors import BadInput, shown
 from pliant.experiments.data.base import DataSet, Raw, Request, Split
 from pliant.experiments.data.streaming import ImageFiles
-from pliant.extensions import current_directory_importable, described
+from pliant.extensions import described, foreign_code
 
 
 def fault(thing: object) -> str | None:
@@ -32,13 +32,8 @@ def guarded(name: str, thing: Any) -> DataSet:
     origin = described("data set", name)
 
     def read(request: Request) -> Raw:
-        try:
-            with current_directory_importable():
-                raw = row.read(request)
-        except PliantError:
-            raise
-        except (Exception, SystemExit) as error:  # other packages may raise anything
-            raise BadInput(f"{origin}: its reader raised {one_line(error)}") from error
+        with foreign_code(f"{origin}: its reader"):
+            raw = row.read(request)
         if reason := _fault_of_raw(raw, row, request):
             raise BadInput(f"{origin}: {reason}")
         return raw
