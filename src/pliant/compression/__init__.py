@@ -9,6 +9,7 @@ plan          the plan, as plain data
 applying      ``compress``, and the same from a stored plan
 by_name       compressors by their names in the shell and in plans, including those of other packages
 allocation    how a ratio is shared out among the layers
+elimination   which channels the others can make up for
 filters       removes coupled channels
 heads         removes attention heads
 rank          factorises layers
