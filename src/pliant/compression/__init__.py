@@ -9,6 +9,11 @@ plan          the plan, as plain data
 applying      ``compress``, and the same from a stored plan
 by_name       compressors by their names in the shell and in plans, including those of other packages
 allocation    how a ratio is shared out among the layers
+calibration   batches of data, checked and split
+rows          inputs and outputs of a layer at some of its positions
+observing     the linear maps of a network, and their inputs and outputs while it runs
+moments       second moments of the inputs
+choosing      loss curves of groups of channels
 elimination   which channels the others can make up for
 filters       removes coupled channels
 heads         removes attention heads
@@ -22,6 +27,8 @@ whitening     second moments of the layers' outputs on data
 factored      two thin layers that replace one
 rewiring      replacing modules of a model by others
 batchnorm     re-estimation of BatchNorm statistics
+fitting       least squares for one layer
+refit         the weights that are left make up for what has gone
 """
 
 from pliant.compression.applying import compress as compress

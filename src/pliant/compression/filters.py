@@ -17,7 +17,10 @@ from pliant import measuring
 from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import nearest
 from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.calibration import calibration_of
+from pliant.compression.choosing import loss_curves
 from pliant.compression.costs import applications
+from pliant.compression.elimination import Curve
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compressor_names import ALLOCATIONS
 from pliant.errors import BadInput, check_choice
@@ -35,7 +38,7 @@ from pliant.structure import (
     zero_channels,
 )
 
-IMPORTANCES = ("l2", "l1", "bn")
+IMPORTANCES = ("auto", "loss", "l2", "l1", "bn")
 MODES = ("remove", "mask")
 AXES: tuple[AxisName, ...] = ("outputs", "inputs")
 
@@ -47,10 +50,13 @@ class Channels(Analysis):
     Args:
         groups: the verified groups of coupled channels of the model.
         applied: weight name → how often it is applied in one forward pass of the example.
+        curves: for each group, the order in which its channels leave and the losses, measured on calibration data;
+            None without data.
     """
 
     groups: tuple[ChannelGroup, ...]
     applied: Mapping[str, int]
+    curves: tuple[Curve, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,10 @@ class FilterPruning(Compressor[Channels]):
     Args:
         ratio: share of the compressible parameters to remove, in [0, 1).
         allocation: "uniform", "global" or "energy".
-        importance: the measure of a filter: its "l2" norm, its "l1" norm, or "bn", the l2 norm after scaling by
-            abs(γ)/√(σ² + ε) of the BatchNorm if it alone reads the filter.
+        importance: the measure of a channel: "loss" is what the layers that read it lose on calibration data once all
+            their other inputs make up for it (``elimination``); "l2" and "l1" are norms of its filters, and "bn" the
+            l2 norm after scaling by abs(γ)/√(σ² + ε) of the BatchNorm if it alone reads the filter. "auto" is "loss"
+            if there is calibration data, else "l2".
         mode: "remove" returns the small network; "mask" keeps the shapes and zeroes the channels instead of removing
             them, which gives a network that computes the same function.
         cost: the cost that the ratio counts and the allocation economises: "params", or "macs", the
@@ -86,7 +94,7 @@ class FilterPruning(Compressor[Channels]):
 
     ratio: float = 0.5
     allocation: str = "global"
-    importance: str = "l2"
+    importance: str = "auto"
     mode: str = "remove"
     cost: str = "params"
 
@@ -98,7 +106,13 @@ class FilterPruning(Compressor[Channels]):
         check_choice("cost", self.cost, COSTS)
 
     def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Channels:
-        """Find and verify the coupled channels, whatever the weights are."""
+        """Find and verify the coupled channels, whatever the weights are; measure their losses if there is data.
+
+        Raises:
+            BadInput: the example or the data does not fit, or importance is "loss" and there is no data.
+        """
+        if self.importance == "loss" and calibration is None:
+            raise BadInput('importance="loss" needs calibration data: give batches of images, or use "auto"')
         structure = coupled_channels(model, example_inputs)
         groups, refused = self.choose(model, structure)
         probe = copy.deepcopy(model).eval()
@@ -108,7 +122,10 @@ class FilterPruning(Compressor[Channels]):
             attention = isinstance(layers[name], nn.MultiheadAttention)  # reads the weight of its own output layer
             for tensor in ("in_proj_weight", "out_proj.weight") if attention else ("weight",):
                 weights.setdefault(f"{name}.{tensor}" if name else tensor, times.whole)
-        return Channels(parameter_shapes(model), refused, groups, weights)
+        curves = None
+        if calibration is not None and self.importance in ("auto", "loss"):
+            curves = loss_curves(model, groups, calibration_of(calibration, model, example_inputs))
+        return Channels(parameter_shapes(model), refused, groups, weights, curves)
 
     def choose(
         self, model: nn.Module, structure: Structure
