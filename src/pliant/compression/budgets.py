@@ -21,6 +21,7 @@ from pliant.calling import Example
 from pliant.compression.base import Analysis, Compressor
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.chain import Chain
+from pliant.compression.controls import AT_LEAST
 from pliant.compression.plan import Plan
 from pliant.errors import BadInput, Refused
 
@@ -218,4 +219,16 @@ def _reachable(compressor: Compressor[Any], budget: Budget, least: float, smalle
     reasons = [f"{name} {reason}" for name, reason in smallest.refused[:5]]
     more = "; ..." if len(smallest.refused) > 5 else ""
     left = f"; left alone: {'; '.join(reasons)}{more}" if reasons else ""
-    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{left}"
+    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{_floors(smallest)}{left}"
+
+
+def _floors(smallest: Plan) -> str:
+    """Return, in words, the layers of the smallest network that ``at_least`` keeps from getting smaller."""
+    names = [
+        layer.name
+        for plan in smallest.links or (smallest,)
+        for layer in plan.layers
+        if layer.name in plan.floored and layer.kept > 1 and plan.options.get("at_least", AT_LEAST) != 1
+    ]
+    more = ", ..." if len(names) > 5 else ""
+    return f"; at their floor: {', '.join(names[:5])}{more}: at_least=1 goes lower" if names else ""

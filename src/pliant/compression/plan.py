@@ -61,6 +61,7 @@ class Plan:
         layers: the plan for each layer that the compressor acts on.
         refused: (layer, reason) for every layer that is left alone.
         links: the plans of a chain, in order; a chain has no layers of its own.
+        floored: names of the layers that keep as little as the compressor's options allow, such as ``at_least``.
     """
 
     compressor: str
@@ -73,10 +74,13 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     refused: tuple[tuple[str, str], ...] = ()
     links: tuple[Plan, ...] = ()
+    floored: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
         own = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if not self.floored:  # as in plans of earlier versions, which can read this one then
+            del own["floored"]
         return own | {"links": [link.to_dict() for link in self.links]}
 
     @classmethod
@@ -102,6 +106,7 @@ class Plan:
             layers=tuple(_layer(x, i) for i, x in enumerate(fields.items("layers"))),
             refused=tuple(_pair(x) for x in fields.items("refused")),
             links=tuple(cls.from_dict(x) for x in fields.items("links", default=())),
+            floored=tuple(_text(x, "plan.floored") for x in fields.items("floored", default=())),
         )
         fields.end()
         return plan
@@ -146,7 +151,8 @@ class Plan:
         what = "multiply-accumulates" if self.options.get("cost") == "macs" else "parameters"
         asked = f"{verb} {self.ratio_removed:.2%} of the compressible {what} ({self.ratio:.2%} asked)"
         left = [f"left alone: {name}: {reason}" for name, reason in self.refused]
-        return "\n".join([head, asked, *(x.rstrip() for x in lines), *left])
+        floors = [f"at the floor: {', '.join(self.floored)}"] if self.floored else []
+        return "\n".join([head, asked, *(x.rstrip() for x in lines), *floors, *left])
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
