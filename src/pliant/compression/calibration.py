@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ _PATIENCE = 3.0  # seconds of silence before a pass over the data shows its prog
 class Calibration:
     """Calibration data for one network, in pieces on its device.
 
-    :meth:`inputs` gives the inputs of one piece after the other. Iterating gives each as a batch without labels, so that
-    the object can be handed on wherever calibration data is expected.
+    :meth:`inputs` gives the inputs of one piece after the other. Iterating gives each as a batch without labels, so
+    that the object can be handed on wherever calibration data is expected.
 
     Args:
         data: a collection of batches that can be iterated over several times: a list or a loader; a tensor counts as
@@ -141,7 +142,7 @@ def _split(inputs: Inputs, parts: int) -> list[Inputs]:
     if parts == 1 or samples < 2 or any(x.dim() == 0 or len(x) != samples for x in tensors):
         return [inputs]
     bounds = [samples * i // min(parts, samples) for i in range(min(parts, samples) + 1)]
-    return [map_tensors(lambda x, a=a, b=b: x[a:b], inputs) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [map_tensors(lambda x: x[slice(*bound)], inputs) for bound in pairwise(bounds)]  # noqa: B023 (used at once)
 
 
 def calibration_of(data: Iterable[Any], model: nn.Module, example_inputs: Example) -> Calibration:

@@ -127,8 +127,8 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
     before = error(now, bias)
     errors = [before, *(error(weight, offset_of(weight)) for _, weight in candidates[1:])]
     best = min(range(len(errors)), key=errors.__getitem__)
-    damping, weight = candidates[best]
-    return Fit(weight, bias if best == 0 else offset_of(weight), damping, errors[best], before)
+    chosen, weight = candidates[best]
+    return Fit(weight, bias if best == 0 else offset_of(weight), chosen, errors[best], before)
 
 
 def _error(held: Sums, weight: Tensor, bias: Tensor | None, *, centred: bool) -> float:

@@ -19,7 +19,7 @@ class HeadPruning(FilterPruning):
 
     A head consists of the rows of the query, key and value projections that produce it, and the columns of the output
     projection that read it. In grouped-query attention a head of keys and values is removed together with all the
-    heads of queries that read it. At least one head of every attention module stays.
+    heads of queries that read it. At least one head of every attention module stays; the controls count heads.
 
     Two kinds of modules are recognised: ``nn.MultiheadAttention``, which becomes a ``pliant.structure.ThinAttention``,
     and every module with linear projections for queries, keys and values, packed or separate, under their usual names;

@@ -113,7 +113,7 @@ def input_moments(model: nn.Module, names: Iterable[str], calibration: Calibrati
     def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
         weight = maps[name].weight
         if by_channel(layer, weight):
-            most = rows_per_piece(value.shape[-1 - len(layer.kernel_size)], calibration.pieces)  # type: ignore[arg-type]
+            most = rows_per_piece(value.shape[-1 - len(layer.kernel_size)], calibration.pieces)
             x = channel_rows(layer, value, most, name, piece)
             x = x.unflatten(2, (layer.groups, -1)).squeeze(0).transpose(0, 1)  # type: ignore[arg-type]
         else:

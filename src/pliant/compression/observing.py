@@ -83,7 +83,7 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
     wanted = set(names)
 
     def report(name: str, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-        value = args[0] if args else kwargs.get("input", kwargs.get("x"))
+        (value,) = [*args, *kwargs.values()][:1]
         watch(name, layer, value, output)
         latest[:] = [(name, output)]
 

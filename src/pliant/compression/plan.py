@@ -108,6 +108,7 @@ class Plan:
         refused: (layer, reason) for every layer that is left alone.
         links: the plans of a chain, in order; a chain has no layers of its own.
         refit: how the weights were refitted to calibration data; None if they were not.
+        floored: names of the layers that keep as little as the compressor's options allow, such as ``at_least``.
     """
 
     compressor: str
@@ -121,12 +122,14 @@ class Plan:
     refused: tuple[tuple[str, str], ...] = ()
     links: tuple[Plan, ...] = ()
     refit: RefitRecord | None = None
+    floored: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
         own = {"format": FORMAT, "version": VERSION, **asdict(self), "links": [link.to_dict() for link in self.links]}
-        if self.refit is None:  # so that earlier programs can read the plan
-            del own["refit"]
+        for name in ("refit", "floored"):
+            if not own[name]:  # as in plans of earlier versions, which can read this one then
+                del own[name]
         return own
 
     @classmethod
@@ -153,6 +156,7 @@ class Plan:
             refused=tuple(_pair(x) for x in fields.items("refused")),
             links=tuple(cls.from_dict(x) for x in fields.items("links", default=())),
             refit=_refit(fields.data.pop("refit", None)),
+            floored=tuple(_text(x, "plan.floored") for x in fields.items("floored", default=())),
         )
         fields.end()
         return plan
@@ -199,7 +203,8 @@ class Plan:
         what = "multiply-accumulates" if self.options.get("cost") == "macs" else "parameters"
         asked = f"{verb} {self.ratio_removed:.2%} of the compressible {what} ({self.ratio:.2%} asked)"
         left = [f"left alone: {name}: {reason}" for name, reason in self.refused]
-        return "\n".join([head, asked, *(x.rstrip() for x in lines), *left])
+        floors = [f"at the floor: {', '.join(self.floored)}"] if self.floored else []
+        return "\n".join([head, asked, *(x.rstrip() for x in lines), *floors, *left])
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:

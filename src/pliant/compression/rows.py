@@ -7,6 +7,7 @@ the kernel. A convolution has thousands of rows per image; a random part of them
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,8 @@ def input_rows(layer: nn.Module, value: Tensor, rows: Tensor, grid: tuple[int, .
         ),
     )
     image, *places = torch.unravel_index(rows.to(images.device), grid)
-    patches = windows[(image, slice(None), *places)]  # (rows, channels, *kernel)
+    everything: Any = (image, slice(None), *places)
+    patches = windows[everything]  # (rows, channels, *kernel)
     return patches.reshape(len(rows), layer.groups, -1).transpose(0, 1)
 
 
