@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -71,9 +71,11 @@ class Controlled(Compressor[A]):
 
     def plan_options(self) -> dict[str, Any]:
         """Return the options by name as plain data, without the controls that have their defaults."""
-        plain = {**super().plan_options(), "keep": list(self.keep), "ratios": dict(self.ratios)}
+        options = super().plan_options()
+        controls = {name: options.pop(name) for name in _DEFAULTS}
+        controls |= {"keep": list(self.keep), "ratios": dict(self.ratios)}
         # 1 == 1.0, but they are one and all.
-        return {name: value for name, value in plain.items() if repr(value) != _DEFAULTS.get(name)}
+        return options | {name: value for name, value in controls.items() if repr(value) != _DEFAULTS[name]}
 
     def options_key(self) -> str:
         """Return a text that tells apart all options but the ratio, to find what was computed for them before."""
@@ -111,7 +113,7 @@ _DEFAULTS = {
     "at_most": "1.0",
     "ratios": "{}",
 }
-CONTROLS = tuple(field.name for field in fields(Controlled))
+CONTROLS = tuple(_DEFAULTS)
 """The names of the controls."""
 
 
