@@ -23,6 +23,7 @@ AT_LEAST = 0.05
 KEPT = "is kept by name"
 """The reason in plans for a layer that ``keep`` names."""
 
+_RATIOS = "ratios (--layer_ratios)"  # in the shell, ratios are those of a sweep
 _SHOWN = 5  # names of layers in a message
 _ROUNDING = 1e-9  # 0.1 of 30 is 3, although 0.1 · 30 > 3 in floating point
 
@@ -101,7 +102,7 @@ class Controlled(Compressor[A]):
         left = {name for pattern in self.keep for name in _matching("keep", pattern, layers)}
         own: dict[str, float] = {}
         for pattern, ratio in dict(self.ratios).items():
-            for name in _matching("ratios", pattern, layers):
+            for name in _matching(_RATIOS, pattern, layers):
                 own.setdefault(name, ratio)
         return left, own
 
@@ -169,7 +170,7 @@ def _pairs(ratios: Any) -> tuple[tuple[str, float], ...]:
     for name, share in pairs:
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not isinstance(name, str) or not number or not 0 <= share < 1:
-            raise BadInput(f"ratios: {shown(name)} has the share {shown(share)} to remove: expected 0 <= share < 1")
+            raise BadInput(f"{_RATIOS}: {shown(name)} has the share {shown(share)} to remove: expected 0 <= share < 1")
     return tuple((name, float(share)) for name, share in pairs)
 
 
