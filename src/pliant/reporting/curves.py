@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
-from pliant.compressor_names import COMPRESSORS, TITLE
+from pliant.compressor_names import COMPRESSORS, TITLE, variant_in_words
 from pliant.records import Record
 from pliant.reporting.grouping import flat, grouped, run_of
 
@@ -277,11 +277,11 @@ class Panel(NamedTuple):
     @property
     def title(self) -> str:
         """What the compressor does, in words."""
-        family, _, variant = self.compressor.partition("-")
+        family = self.compressor.partition("-")[0]
         row = COMPRESSORS.get(family)
         title = self._recorded_title if row is None else row.removed if self.removes else row.zeroed
         title = title or (family if self.removes else f"{family}, zeroed")
-        return ", ".join([title, *filter(None, variant.split("-"))])
+        return ", ".join([title, *variant_in_words(self.compressor)])
 
     @property
     def _recorded_title(self) -> str:

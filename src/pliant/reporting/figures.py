@@ -10,8 +10,8 @@ import math
 from statistics import fmean
 from typing import Any
 
-from pliant.compressor_names import control_flags
-from pliant.records import CALIBRATION, LayerCount, Record, factorises
+from pliant.compressor_names import control_flags, shell_flags
+from pliant.records import CALIBRATION, LayerCount, Record
 from pliant.reporting.curves import Axis, Curve, Panel, Section, panels_of
 from pliant.reporting.formats import human, percent
 from pliant.reporting.grouping import size_of, sizes_of
@@ -127,15 +127,11 @@ def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
 
 def _command(record: Record, runs: str) -> list[str] | None:
     """Return the command that compresses a run like a record, in words, without the size; None if there is none."""
-    compressor, *variants = record.compressor.split("-")
-    schemes = [variant for variant in variants if variant != "whitened" and "=" not in variant]
-    if "retraining" in record.config or len(schemes) > factorises(compressor):  # only rank has a scheme, and only one
+    variant = shell_flags(record.compressor)
+    if "retraining" in record.config or variant is None:
         return None
-    words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
-    if factorises(compressor) and "whitened" not in variants:
-        words += ["--whiten", "false"]
-    if factorises(compressor):
-        words += ["--scheme", *(schemes or ["channel"])]
+    compressor = record.compressor.partition("-")[0]
+    words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor, *variant]
     if record.allocation not in ("", "global"):
         words += ["--allocation", record.allocation]
     if (calibration := record.config.get("calibration", CALIBRATION)) != CALIBRATION:
