@@ -207,7 +207,9 @@ class Record:
         What only a refit gives is left out where it is None, as in records of earlier versions.
         """
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "extra"}
-        return {name: value for name, value in values.items() if name not in _OF_REFIT or value is not None} | self.extra
+        return {
+            name: value for name, value in values.items() if name not in _OF_REFIT or value is not None
+        } | self.extra
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:

@@ -169,7 +169,7 @@ def _name(bench: Workbench, label: str) -> str:
 def _unusual(bench: Workbench) -> list[str]:
     """Return a word for each option whose value gives another network than its default."""
     words = []
-    if bench.choice not in ("", LOSS) or bench.importance != AUTO and not bench.choice:
+    if bench.choice not in ("", LOSS) or (bench.importance != AUTO and not bench.choice):
         words.append(bench.importance)
     if factorises(bench.compressor) and not bench.whiten:
         words.append("plain")

@@ -262,7 +262,7 @@ class Workbench:
             config=self.run.config | self._settings | settings,
             versions=versions(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            extra=self._title,
+            extra=_title(self.compressor),
         )
         return small, plan, record
 
@@ -303,14 +303,6 @@ class Workbench:
     def _settings(self) -> dict[str, Any]:
         settings = {"calibration": self.calibration, "evaluation_precision": self.precision}
         return settings | ({"controls": self.controls} if self.controls else {})
-
-    @property
-    def _title(self) -> dict[str, Any]:
-        """The title of a compressor of another package, which a report cannot look up."""
-        if "+" in self.compressor or self.compressor in COMPRESSORS:
-            return {}
-        title = row_of(self.compressor).removed
-        return {TITLE: title} if title else {}
 
     @cached_property
     def _calibration_images(self) -> Loader:
@@ -359,6 +351,14 @@ class Workbench:
 def pattern_compressor(pattern: str, **options: Any) -> SemiStructured:
     """Return the compressor of a pattern such as "2:4"; raise BadInput unless it is N:M with 1 <= N < M."""
     return SemiStructured(*parse_pattern(pattern), **options)
+
+
+def _title(compressor: str) -> dict[str, Any]:
+    """Return the title of a compressor of another package, which a report cannot look up, as an entry of records."""
+    if "+" in compressor or compressor in COMPRESSORS:
+        return {}
+    title = row_of(compressor).removed
+    return {TITLE: title} if title else {}
 
 
 def _layer_counts(plan: Plan) -> list[LayerCount]:

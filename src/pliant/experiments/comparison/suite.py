@@ -72,9 +72,7 @@ class Measure:
     def name(self) -> str:
         """The compressor with its variant, as records name it."""
         choice = choice_of(self.compressor, self.importance)
-        return record_name(
-            self.compressor, self.whiten, self.scheme, self.controls, choice=choice, refit=self.refit
-        )
+        return record_name(self.compressor, self.whiten, self.scheme, self.controls, choice=choice, refit=self.refit)
 
     def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
         """Return the key that identifies the record of a point among the records of a run."""
