@@ -194,7 +194,9 @@ def test_statistics_that_lag_behind_are_not_brought_back(run: Path, tmp_path: Pa
 def test_a_line_says_what_the_refit_gave(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "records.jsonl")
     sweep([run], "filters", ratios=[0.5], calibration=256, out=out)
-    assert re.search(r"filters-loss-refit ratio 0.5  top1 .* \(re-estimated .*%, raw .*%, dense", capsys.readouterr().err)
+    assert re.search(
+        r"filters-loss-refit ratio 0.5  top1 .* \(re-estimated .*%, raw .*%, dense", capsys.readouterr().err
+    )
     sweep([run], "filters", ratios=[0.5], calibration=256, refit=False, out=out)
     assert "re-estimated" not in capsys.readouterr().err
 

@@ -162,8 +162,10 @@ class Workbench:
 
     def _compressed(self, network: nn.Module, ratio: float, pattern: str) -> tuple[nn.Module, Plan]:
         compressor = self._compressor(ratio, pattern)
-        analysis = self._analysis(compressor) if network is self.dense else None
-        plan = compressor.plan(network, self._images(2), analysis=analysis)
+        image = self._images(2)
+        known = network is self.dense
+        analysis = self._analysis(compressor) if known else compressor.analyse(network, image, self._seen)
+        plan = compressor.plan(network, image, analysis=analysis)
         return compressor.apply(network, plan, analysis=analysis), plan
 
     def fit(self, budget: budgets.Budget) -> tuple[nn.Module, Plan, Record]:
