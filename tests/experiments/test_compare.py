@@ -282,12 +282,22 @@ def test_trials_from_before_the_measure_was_kept_are_read(finished: Path):
     assert (Outcome.from_dict(outcome).compressor, Outcome.from_dict(outcome).measure) == ("", {})
 
 
-def test_trials_from_before_the_measure_was_kept_were_chosen_by_channel(finished: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("filters", r"has chosen sgd with compressor 'filters', .* has 'filters-loss-refit' now"),
+        ("rank", r"has chosen ours with compressor 'rank-whitened', .* has 'rank-whitened-spatial-refit' now"),
+    ],
+)
+def test_trials_from_before_the_measure_was_kept_were_cut_in_the_oldest_way(
+    family: str, message: str, finished: Path, tmp_path: Path
+):
     out = tmp_path / "out"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("runs"))
-    lines = [{**outcome.to_dict(), "compressor": "", "measure": {}} for outcome in outcomes(finished)]
+    oldest = {"compressor": "", "measure": {}}
+    lines = [{**o.to_dict(), **(oldest if o.family == family else {})} for o in outcomes(finished)]
     (out / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    with pytest.raises(BadInput, match=r"has chosen sgd with compressor 'filters', .* has 'filters-loss-refit' now"):
+    with pytest.raises(BadInput, match=message):
         compare(str(finished.parent / "small.yaml"), out=str(out))
 
 
