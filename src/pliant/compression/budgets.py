@@ -175,7 +175,7 @@ def fit(
     last = value(smallest)
     if is_cost and last > budget.limit:
         lower = _without_floors(family).at(SMALLEST).plan(model, example_inputs, analysis=analysis)
-        floored = smallest.floored if lower.params_after < smallest.params_after else ()
+        floored = [name for name in smallest.floored if _kept(lower, name) < _kept(smallest, name)]
         raise Refused(f"{budget} is out of reach: {_reachable(family, budget, last, smallest, floored)}")
     if not is_cost and last <= budget.limit:
         return smallest
@@ -239,3 +239,8 @@ def _without_floors(compressor: Compressor[Any]) -> Compressor[Any]:
     if isinstance(compressor, Chain):
         return Chain(*map(_without_floors, compressor.links))
     return replace(compressor, at_least=1) if isinstance(compressor, Controlled) else compressor
+
+
+def _kept(plan: Plan, name: str) -> list[int]:
+    """Return how much of a layer the links of a plan keep."""
+    return [layer.kept for part in plan.links or (plan,) for layer in part.layers if layer.name == name]
