@@ -171,7 +171,10 @@ def _pairs(ratios: Any) -> tuple[tuple[str, float], ...]:
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not isinstance(name, str) or not number or not 0 <= share < 1:
             raise BadInput(f"{_RATIOS}: {shown(name)} has the share {shown(share)} to remove: expected 0 <= share < 1")
-    return tuple((name, float(share)) for name, share in pairs)
+    first: dict[str, float] = {}
+    for name, share in pairs:
+        first.setdefault(name, float(share))
+    return tuple(first.items())
 
 
 def _check_patterns(keep: Any) -> None:
