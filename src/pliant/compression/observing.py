@@ -62,11 +62,11 @@ def map_names(model: nn.Module) -> list[str]:
 
 
 @contextlib.contextmanager
-def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterator[set[str]]:
+def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterator[dict[str, str]]:
     """Return a context in which ``watch`` is called whenever one of the named maps is applied.
 
-    The context is a set, to which the names of all maps are added whose outputs a BatchNorm reads: it absorbs any
-    constant that is added to them.
+    The context is a dict: the name of each map whose outputs a BatchNorm reads → the name of that BatchNorm, which
+    absorbs any constant that is added to them.
 
     Args:
         model: a copy of the user's model: its ``nn.MultiheadAttention`` modules become ``ThinAttention``, which
@@ -77,7 +77,7 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
     """
     handles: list[Any] = []
     watched: list[ThinAttention] = []
-    absorbed: set[str] = set()
+    absorbed: dict[str, str] = {}
     latest: list[tuple[str, Tensor]] = []  # the last map that was applied, and its output
     fast_path = torch.backends.mha.get_fastpath_enabled()
     wanted = set(names)
@@ -87,8 +87,8 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
         watch(name, layer, value, output)
         latest[:] = [(name, output)]
 
-    def normalise(_: nn.Module, args: tuple[Any, ...]) -> None:
-        absorbed.update(name for name, output in latest if args and args[0] is output)
+    def normalise(norm: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        absorbed.update((name, norm) for name, output in latest if args and args[0] is output)
 
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # its fused kernels call no layer
@@ -103,7 +103,7 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
             elif name in wanted:
                 handles.append(module.register_forward_hook(partial(report, name), with_kwargs=True))
             elif isinstance(module, _BatchNorm):
-                handles.append(module.register_forward_pre_hook(normalise))
+                handles.append(module.register_forward_pre_hook(partial(normalise, name)))
         yield absorbed
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

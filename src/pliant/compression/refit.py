@@ -13,17 +13,17 @@ BatchNorm statistics, or the refitted one, whichever is nearest. The plan record
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from pliant.calling import Example
-from pliant.compression.batchnorm import reestimate_batchnorm
+from pliant.calling import Example, eval_mode
+from pliant.compression.batchnorm import estimating, normalises, reestimate_batchnorm
 from pliant.compression.calibration import Calibration
 from pliant.compression.factored import FactoredConvolution, FactoredLinear
 from pliant.compression.fitting import Sums, fit
@@ -60,6 +60,19 @@ class _Target:
     outputs: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What the maps of a network have seen in one pass.
+
+    Args:
+        sums: for each map, the sums over the rows to fit and over those held out.
+        absorbed: map → the BatchNorm that reads its outputs.
+    """
+
+    sums: Mapping[str, list[Sums | None]]
+    absorbed: Mapping[str, str]
+
+
 class Refitter:
     """A dense network on calibration data, to which networks cut from it are refitted.
 
@@ -86,23 +99,25 @@ class Refitter:
         """
         sites, unfitted = _sites(self.model, small, plan)
         errors: dict[str, float] = {"cut": self._error(small)}
-        states: dict[str, nn.Module] = {"cut": small}
         if errors["cut"] <= _EQUAL:
             return small, replace(plan, refit=RefitRecord("cut", errors, self.calibration.samples))
-        if any(isinstance(module, _BatchNorm) for module in small.modules()):
-            states["reestimated"] = reestimate_batchnorm(small, self.calibration)
-        network = copy.deepcopy(states.get("reestimated", small))
-        fits: dict[str, LayerFit] = {}
+        states: dict[str, nn.Module] = {"cut": small}
+        network, seen = self._observe(small, sites, estimate=normalises(small))
+        if normalises(small):
+            states["reestimated"], errors["reestimated"] = network, self._error(network)
+        # Where little was cut, the dense statistics are better than any estimate, and stay.
+        estimate = errors.get("reestimated", math.inf) < errors["cut"]
+        if normalises(small) and not estimate:
+            network, seen = self._observe(small, sites, estimate=False)
         cuts: dict[str, Tensor] = {}
+        fits: dict[str, LayerFit] = {}
         for sweep in range(SWEEPS):
-            sums, absorbed, error = self._observe(network, sites)
-            if sweep == 0 and "reestimated" in states:
-                errors["reestimated"] = error
-            fits = _fit_all(network, sums, absorbed, cuts)
-            if not fits:
-                break
-            network = reestimate_batchnorm(network, self.calibration)
+            if sweep:
+                network, seen = self._observe(network, sites, estimate=estimate)
+            network = copy.deepcopy(network)
+            fits = _fit_all(network, seen, cuts, None if estimate else small)
         if fits:
+            network = reestimate_batchnorm(network, self.calibration) if estimate else network
             errors["refitted"], states["refitted"] = self._error(network), network
         best = min(errors, key=errors.__getitem__)
         silent = [(site.name, "is not applied on the calibration data") for site in sites if site.name not in fits]
@@ -136,30 +151,30 @@ class Refitter:
     def _error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
-        results = {
-            piece: call_on(probe, inputs, piece)
-            for piece, inputs in enumerate(self.calibration.inputs())
-            if self.calibration.held_out(piece)
-        }
-        return self._compare(results)
-
-    def _compare(self, results: Mapping[int, list[Tensor]]) -> float:
         missed = energy = 0.0
-        for piece, expected in self._reference[1].items():
-            got = [x for x in results[piece] if x.is_floating_point()]
-            for x, y in zip(got, expected, strict=True):
+        for piece, inputs in enumerate(self.calibration.inputs()):
+            if not self.calibration.held_out(piece):
+                continue
+            got = [x for x in call_on(probe, inputs, piece) if x.is_floating_point()]
+            for x, y in zip(got, self._reference[1][piece], strict=True):
                 missed += float((x.double() - y.double()).square().sum())
                 energy += float((y.double() - y.double().mean(0)).square().sum())
         return missed / energy if energy else missed
 
-    def _observe(self, network: nn.Module, sites: list[_Site]) -> tuple[dict[str, list[Sums | None]], set[str], float]:
-        """Run a network; return the sums of each site (to fit, held out), those read by a BatchNorm, and the error."""
+    def _observe(self, network: nn.Module, sites: list[_Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
+        """Run a network on all pieces, and return what its sites have seen.
+
+        Args:
+            network: the small network; not changed.
+            sites: the maps to observe.
+            estimate: whether its BatchNorm statistics are estimated in the same pass: each piece is normalised by its
+                own, and the returned network has the means.
+        """
         targets, _ = self._reference
-        probe = copy.deepcopy(network).eval()
+        probe = copy.deepcopy(network)
         by_name = {site.name: site for site in sites}
         sums: dict[str, list[Sums | None]] = {}
         calls: dict[str, int] = {}
-        results: dict[int, list[Tensor]] = {}
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
@@ -180,13 +195,11 @@ class Refitter:
             else:
                 old.add(new)
 
-        with observing(probe, by_name, watch) as absorbed:
+        with observing(probe, by_name, watch) as absorbed, estimating(probe) if estimate else eval_mode(probe):
             for piece, inputs in enumerate(self.calibration.inputs()):
                 calls.clear()
-                result = call_on(probe, inputs, piece)
-                if self.calibration.held_out(piece):
-                    results[piece] = result
-        return sums, absorbed, self._compare(results)
+                call_on(probe, inputs, piece)
+        return probe, _Seen(sums, absorbed)
 
 
 def _sites(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[_Site], list[tuple[str, str]]]:
@@ -229,24 +242,33 @@ def kept_outputs(plan: Plan) -> dict[str, Tensor]:
     return kept
 
 
-def _fit_all(
-    network: nn.Module, sums: Mapping[str, list[Sums | None]], absorbed: set[str], cuts: dict[str, Tensor]
-) -> dict[str, LayerFit]:
-    """Fit all observed maps of a network in place; ``cuts`` keeps the weights that the first sweep found."""
+def _fit_all(network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn.Module | None) -> dict[str, LayerFit]:
+    """Fit all observed maps of a network in place.
+
+    Args:
+        network: the network.
+        seen: what its maps have seen.
+        cuts: the weights that the first sweep found, which all sweeps are damped towards; filled by the first one.
+        dense: a network with the dense BatchNorm statistics, if those stay: a mean that a layer without bias misses is
+            then made up for in the statistics of the BatchNorm behind it.
+    """
     fits: dict[str, LayerFit] = {}
-    for name, (fitted, held) in sums.items():
+    for name, (fitted, held) in seen.sums.items():
         found = linear_map(network, name)
         if fitted is None or held is None or found is None:
             continue
         groups = len(fitted.xx)
         now = _matrices(found, groups)
         bias = None if found.bias is None else found.bias.double().unflatten(0, (groups, -1))
-        cut = cuts.setdefault(name, now)
-        result = fit(fitted, held, cut, now, bias, centred=name in absorbed)
+        result = fit(fitted, held, cuts.setdefault(name, now), now, bias, centred=name in seen.absorbed)
         if result.damping is not None:
             found.weight.copy_(result.weight.flatten(0, 1).reshape(found.weight.shape))
             if found.bias is not None and result.bias is not None:
                 found.bias.copy_(result.bias.flatten())
+        if dense is not None and bias is None and name in seen.absorbed:
+            missing = fitted.mean_y - (result.weight @ fitted.mean_x.unsqueeze(2)).squeeze(2)  # (groups, filters)
+            mean = network.get_buffer(f"{seen.absorbed[name]}.running_mean")
+            mean.copy_(dense.get_buffer(f"{seen.absorbed[name]}.running_mean") - missing.flatten())
         fits[name] = LayerFit(name, result.damping, result.error, result.error_before)
     return fits
 
