@@ -34,6 +34,8 @@ from pliant.compression.rows import chosen_rows, grid_of, input_rows, output_row
 from pliant.structure import tied_parameters
 
 SWEEPS = 3
+MOST_SWEEPS = 8
+_GAIN = 5e-3  # error that some layer has to lose in a sweep to be worth another one after the first three
 _EQUAL = 1e-12  # relative error of outputs below which nothing has been lost: that of float32 is 1e-14
 
 
@@ -111,7 +113,9 @@ class Refitter:
             network, seen = self._observe(small, sites, estimate=False)
         cuts: dict[str, Tensor] = {}
         fits: dict[str, LayerFit] = {}
-        for sweep in range(SWEEPS):
+        for sweep in range(MOST_SWEEPS):
+            if sweep >= SWEEPS and max((x.error_before - x.error for x in fits.values()), default=0.0) < _GAIN:
+                break
             if sweep:
                 network, seen = self._observe(network, sites, estimate=estimate)
             network = copy.deepcopy(network)
