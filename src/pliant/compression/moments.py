@@ -173,10 +173,9 @@ def gram(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return numbers a near the means of x, the rows x − a, and Σ x in float64."""
-    about = x.mean(1, keepdim=True, dtype=torch.float64).to(x.dtype)
-    rest = x - about
-    about = about.squeeze(1).double()
-    return about, rest, rest.sum(1, dtype=torch.float64) + x.shape[1] * about
+    total = x.sum(1, dtype=torch.float64)
+    about = (total / x.shape[1]).to(x.dtype)
+    return about.double(), x - about.unsqueeze(1), total
 
 
 def call_on(model: nn.Module, inputs: object, batch: int) -> list[Tensor]:
