@@ -25,6 +25,7 @@ from pliant.compression.moments import gram
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """The λ that are tried, in units of the mean of E[x_i²] over the columns that are not zero."""
+_CONSTANT = 1e-7  # share of E[x_i²] below which the variance of x_i is taken for zero
 _STEPS = 50  # of conjugate gradients: enough for float32 accuracy at the smallest damping that matters
 
 
@@ -124,7 +125,11 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
     second, cross, _ = sums.means(centred=free)
     fixed = cut == 0
     used = (~fixed).any(1)  # (groups, n)
-    level = (second.diagonal(dim1=1, dim2=2) * used).sum(1) / used.sum(1).clamp(min=1)
+    # Inputs that are constant have a covariance of rounding errors, which must not count as a signal.
+    least = (sums.xx.diagonal(dim1=1, dim2=2)[:, :-1] / sums.rows * _CONSTANT).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
+    level = (second.diagonal(dim1=1, dim2=2).maximum(least) * used).sum(1) / used.sum(1).clamp(min=1)
     level = level.clamp(min=torch.finfo(torch.float32).tiny)  # (groups,)
     silent = None if bias is None else fixed.all(2) & (bias == 0)  # filters that a mask has removed
     candidates: list[tuple[float | None, Tensor]] = [(None, now)]
@@ -148,11 +153,12 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
 
 def _error(held: Sums, weight: Tensor, bias: Tensor | None, *, centred: bool) -> float:
     """Return E‖y − W x − b‖² / E‖y − E y‖² on the held-out rows."""
-    second, cross, yy = held.means(centred=centred)
-    missed = (weight @ second * weight).sum() - 2 * (weight.mT * cross).sum() + yy.sum()
-    if bias is not None:
-        missed += (bias.square() + 2 * bias * ((weight @ held.mean_x.unsqueeze(2)).squeeze(2) - held.mean_y)).sum()
-    energy = held.means(centred=True)[2].sum()
+    second, cross, yy = held.means(centred=True)
+    energy = yy.sum()
+    missed = ((weight @ second * weight).sum() - 2 * (weight.mT * cross).sum() + energy).clamp(min=0)
+    if not centred:
+        rest = held.mean_y - (weight @ held.mean_x.unsqueeze(2)).squeeze(2)
+        missed += (rest if bias is None else rest - bias).square().sum()
     return float(missed / energy.clamp(min=torch.finfo(energy.dtype).tiny))
 
 
