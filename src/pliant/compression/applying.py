@@ -47,12 +47,11 @@ def compress(
         BadInput: the example or the data does not fit.
     """
     data = None if calibration is None else calibration_of(calibration, model, example_inputs)
+    refitter = Refitter(model, example_inputs, data) if data is not None and refit else None
     analysis = compressor.analyse(model, example_inputs, data)
     plan = compressor.plan(model, example_inputs, analysis=analysis)
     small = compressor.apply(model, plan, analysis=analysis)
-    if data is None or not refit:
-        return small
-    return Refitter(model, example_inputs, data).refit(small, plan)[0]
+    return small if refitter is None else refitter.refit(small, plan)[0]
 
 
 def replay(model: nn.Module, plan: Plan) -> nn.Module:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,14 +29,17 @@ from pliant.compression.calibration import Calibration
 from pliant.compression.factored import FactoredConvolution, FactoredLinear
 from pliant.compression.fitting import Sums, fit
 from pliant.compression.moments import MAX_COLUMNS, call_on, rows_per_piece
-from pliant.compression.observing import LinearMap, linear_map, map_names, observing
+from pliant.compression.observing import LinearMap, linear_map, map_names, observing, unfused
 from pliant.compression.plan import LayerFit, Plan, RefitRecord
 from pliant.compression.rows import chosen_rows, grid_of, input_rows, output_rows
-from pliant.structure import tied_parameters
+from pliant.errors import BadInput
+from pliant.structure import obstacle, tied_parameters
 
 SWEEPS = 3
 MOST_SWEEPS = 8
 _GAIN = 5e-3  # error that some layer has to lose in a sweep to be worth another one after the first three
+_UNSEEN = "is not called on the calibration data, or its parent reads its weight without calling it"
+_BROKEN = "is hardly called on the calibration data, or reads NaN or infinity there"
 _EQUAL = 1e-12  # relative error of outputs below which nothing has been lost: that of float32 is 1e-14
 
 
@@ -84,9 +88,17 @@ class Refitter:
         model: the dense network; not changed.
         example_inputs: inputs that it takes.
         calibration: the data.
+
+    Raises:
+        BadInput: the data is a single piece.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Example, calibration: Calibration) -> None:
+        if calibration.pieces < 2:
+            raise BadInput(
+                "the calibration data is a single sample, or one batch that cannot be split: a part is held out to "
+                "compare fits, so give at least two batches, or refit=False"
+            )
         self.model, self.example_inputs, self.calibration = model, example_inputs, calibration
 
     def refit(self, small: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
@@ -124,7 +136,9 @@ class Refitter:
             network = reestimate_batchnorm(network, self.calibration) if estimate else network
             errors["refitted"], states["refitted"] = self._error(network), network
         best = min(errors, key=errors.__getitem__)
-        silent = [(site.name, "is not applied on the calibration data") for site in sites if site.name not in fits]
+        silent = [
+            (site.name, _BROKEN if site.name in seen.sums else _UNSEEN) for site in sites if site.name not in fits
+        ]
         record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
         return states[best], replace(plan, refit=record)
 
@@ -147,7 +161,7 @@ class Refitter:
 
         with observing(dense, maps, watch):
             for piece, inputs in enumerate(self.calibration.inputs()):
-                result = call_on(dense, inputs, piece)
+                result = call_on(dense, inputs, self.calibration.batch_of[piece])
                 if self.calibration.held_out(piece):
                     outputs[piece] = [x for x in result if x.is_floating_point()]
         return targets, outputs
@@ -155,15 +169,23 @@ class Refitter:
     def _error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
-        missed = energy = 0.0
-        for piece, inputs in enumerate(self.calibration.inputs()):
-            if not self.calibration.held_out(piece):
-                continue
-            got = [x for x in call_on(probe, inputs, piece) if x.is_floating_point()]
-            for x, y in zip(got, self._reference[1][piece], strict=True):
-                missed += float((x.double() - y.double()).square().sum())
-                energy += float((y.double() - y.double().mean(0)).square().sum())
-        return missed / energy if energy else missed
+        with unfused():
+            results = {
+                piece: call_on(probe, inputs, self.calibration.batch_of[piece])
+                for piece, inputs in enumerate(self.calibration.inputs())
+                if self.calibration.held_out(piece)
+            }
+        expected = self._reference[1]
+        missed = sum(
+            float(torch.where(x == y, 0.0, x.double() - y.double()).square().sum())  # infinite in masked logits
+            for piece, outputs in expected.items()
+            for x, y in zip((x for x in results[piece] if x.is_floating_point()), outputs, strict=True)
+        )
+        energy = sum(_energy(outputs) for outputs in zip(*expected.values(), strict=True))
+        if not math.isfinite(energy):
+            raise BadInput("the outputs of the dense network on the calibration data hold NaN")
+        error = missed / energy if energy else missed
+        return error if math.isfinite(error) else sys.float_info.max
 
     def _observe(self, network: nn.Module, sites: list[_Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
         """Run a network on all pieces, and return what its sites have seen.
@@ -202,13 +224,23 @@ class Refitter:
         with observing(probe, by_name, watch) as absorbed, estimating(probe) if estimate else eval_mode(probe):
             for piece, inputs in enumerate(self.calibration.inputs()):
                 calls.clear()
-                call_on(probe, inputs, piece)
+                call_on(probe, inputs, self.calibration.batch_of[piece])
         return probe, _Seen(sums, absorbed)
+
+
+def _energy(outputs: Sequence[Tensor]) -> float:
+    """Return Σ (y − ȳ)² over one output in several pieces, Σ y² if that is zero; infinite numbers do not count."""
+    groups: dict[tuple[int, ...], list[Tensor]] = {}  # sequences may differ in length
+    for y in outputs:
+        groups.setdefault(tuple(y.shape[1:]), []).append(y.double().masked_fill(y.isinf(), 0.0).flatten(0, 0))
+    joined = [torch.cat(pieces) for pieces in groups.values()]
+    centred = sum(float((y - y.mean(0)).square().sum()) for y in joined if len(y))
+    return centred or sum(float(y.square().sum()) for y in joined)
 
 
 def _sites(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[_Site], list[tuple[str, str]]]:
     """Return the maps that can be fitted, and (name, reason) for the others."""
-    kept = kept_outputs(plan)
+    removals = kept_outputs(plan)
     tied = tied_parameters(small)
     modules = dict(small.named_modules())
     sites: list[_Site] = []
@@ -219,28 +251,44 @@ def _sites(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[_Site],
         if isinstance(module, (FactoredLinear, FactoredConvolution)):
             name = f"{source}.expand".lstrip(".")
         found = None if module is None else linear_map(small, name)
-        reason = None
-        if found is None:
-            reason = "has no weights that can be fitted"
-        elif isinstance(found.layer, _ConvTransposeNd):
-            reason = "is a transposed convolution"
-        elif any(id(p) in tied for p in found.layer.parameters(recurse=False)):
-            reason = "shares a parameter with another layer"
-        elif found.weight[0].numel() > MAX_COLUMNS["linear"]:
-            reason = f"has {found.weight[0].numel()} columns, more than {MAX_COLUMNS['linear']}"
+        dense = linear_map(model, source)
+        if found is None or dense is None:
+            unfitted.append((source, "has no weights that can be fitted"))
+            continue
+        kept = removals.get(source)
+        if name != source and name in removals:  # the factorised layer has lost outputs
+            kept = removals[name] if kept is None else kept[removals[name]]
+        reason = _unfit(found, tied)
+        if reason is None and len(found.weight) != len(dense.weight if kept is None else kept):
+            reason = "has other outputs than the dense layer"
         if reason is None:
-            sites.append(_Site(name, source, kept.get(source)))
+            sites.append(_Site(name, source, kept))
         else:
             unfitted.append((source, reason))
     return sites, unfitted
 
 
+def _unfit(found: LinearMap, tied: frozenset[int]) -> str | None:
+    """Return why a map cannot be fitted, or None."""
+    if isinstance(found.layer, _ConvTransposeNd):
+        return "is a transposed convolution"
+    if found.weight[0].numel() > MAX_COLUMNS["linear"]:
+        return f"has {found.weight[0].numel()} columns, more than {MAX_COLUMNS['linear']}"
+    if isinstance(found.layer, nn.MultiheadAttention):
+        shared = any(id(p) in tied for p in found.layer.parameters(recurse=False))
+        return "shares a parameter with another layer" if shared else None
+    return obstacle(found.layer, tied)
+
+
 def kept_outputs(plan: Plan) -> dict[str, Tensor]:
-    """Return which outputs of each dense layer are left after a plan, for layers that lose some; int64 (n,)."""
+    """Return which outputs of each layer are left after a plan, for layers that lose some; int64 (n,).
+
+    A layer whose channels are zeroed in place of removed has as many outputs as before, and is not in the result.
+    """
     kept: dict[str, Tensor] = {}
     for link in plan.links or (plan,):
         for layer in link.layers:
-            if layer.outputs is not None:
+            if layer.outputs is not None and layer.params < layer.params_dense:
                 positions = torch.tensor(layer.outputs)
                 kept[layer.name] = kept[layer.name][positions] if layer.name in kept else positions
     return kept
@@ -259,7 +307,7 @@ def _fit_all(network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn
     fits: dict[str, LayerFit] = {}
     for name, (fitted, held) in seen.sums.items():
         found = linear_map(network, name)
-        if fitted is None or held is None or found is None:
+        if fitted is None or held is None or found is None or not (fitted.finite and held.finite):
             continue
         groups = len(fitted.xx)
         now = _matrices(found, groups)
