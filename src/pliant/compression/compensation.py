@@ -1,19 +1,29 @@
-"""Zeroing and rounding the weights of one layer, column by column, while the columns to the right make up for it.
+"""Zeroing and rounding the weights of one layer, while its other weights make up for it.
 
-Let a layer with weight W (filters × columns) read inputs with second moment H = E[x xᵀ], and let H⁻¹ = Uᵀ U with U
-upper triangular. If column j of W changes from w to q and the columns to its right are refitted, the best is
+Let a layer with weight W (filters × columns) read inputs with second moment H = E[x xᵀ]. With new weights W' its
+outputs change by tr((W − W') H (W − W')ᵀ).
 
-    W_:,k ← W_:,k − (w − q)/U_jj · U_jk   for k > j,
+*Zeros.* :func:`prune` and :func:`prune_blocks` look for the W' of least error among those with few entries, or with few
+in every block, by the alternating direction method of multipliers: X = W' is any weight, D = W' has the zeros, and
 
-and the layer's outputs change by ‖w − q‖²/U_jj². The columns to the left stay as they are. So |w|/U_jj is what an
-entry is worth once the sweep has reached it. Updates of columns that are far to the right wait until a block is done,
-and then are one product of matrices.
+    X ← (W H + ρ D − V)(H + ρ)⁻¹,   D ← the largest entries of X + V/ρ,   V ← V + ρ (X − D)
+
+with growing ρ, where the diagonal of H is scaled to one. So all entries of a filter decide together which of them go.
+At last the entries that stay are refitted by conjugate gradients.
+
+*Rounding.* :func:`round_to_grid` rounds column by column. With H⁻¹ = Uᵀ U, U upper triangular, the columns to the right
+make up best for column j, which changes from w to q, by
+
+    W_:,k ← W_:,k − (w − q)/U_jj · U_jk   for k > j.
+
+Updates of columns that are far to the right wait until a block is done, and then are one product of matrices.
 
 All functions take weights (groups, m, n) and positive definite moments (groups, n, n) in float64, and return new
-weights. An entry that is zero stays zero, so masks and patterns survive. No filter gets worse than without updates.
+weights. An entry that is zero stays zero, so masks and patterns survive. No filter gets worse than without making up.
 
-Source: Frantar and Alistarh 2023, "SparseGPT", for zeros and patterns; Frantar et al. 2023, "GPTQ", for rounding; both
-after Hassibi and Stork 1993, "Second order derivatives for network pruning: optimal brain surgeon".
+Source: Meng et al. 2024, "ALPS: improved optimization for highly sparse one-shot pruning for large language models",
+for zeros; Frantar et al. 2023, "GPTQ", for rounding; Hassibi and Stork 1993, "Second order derivatives for network
+pruning: optimal brain surgeon", for the losses of single entries.
 """
 
 from __future__ import annotations
@@ -23,48 +33,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-BLOCK = 128  # columns between two updates of all columns to the right
+from pliant.compression.fitting import masked_solve
 
-Rule = Callable[[Tensor, int, int], Tensor]
-"""Gets the weights at the moment, a column and the end of its block; returns what becomes of the column."""
+BLOCK = 128  # columns between two updates of all columns to the right
+ROUNDS = 60  # of the alternating directions
+_RHO, _GROWTH = 0.05, 1.1  # twice the rounds with a tenth of the first ρ lower the error by another half percent
+_BETTER = 1 - 1e-9  # of an error, to rule out rounding
 
 
 def prune(weight: Tensor, moment: Tensor, kept: int) -> Tensor:
-    """Return the weights with all but ``kept`` entries zeroed, over all groups and filters.
+    """Return the weights with all but ``kept`` entries zeroed, over all groups and filters."""
 
-    When the sweep reaches a block of columns, the ``kept`` entries of the whole rest that are worth most are found, and
-    those of the block that are not among them go. So the count is exact, and how it is shared out follows the updates.
-    """
-    factor = inverse_factor(moment)
-    spread, free = _diagonal(factor), weight != 0
-    stays = torch.zeros_like(free)
-    left = kept
+    def choose(x: Tensor) -> Tensor:
+        return largest(x.flatten(), kept).view_as(x)
 
-    def rule(now: Tensor, column: int, end: int) -> Tensor:
-        nonlocal left
-        if column % BLOCK == 0:
-            worth = (now.abs() / spread * free)[:, :, column:]
-            best = largest(worth.flatten(), left).view_as(worth)[:, :, : end - column]
-            stays[:, :, column:end] = best
-            left -= int(best.sum())
-        return now[:, :, column] * (stays & free)[:, :, column]
-
-    return _better(weight, moment, _sweep(weight, factor, rule, BLOCK), weight * stays)
+    return _with_zeros(weight, moment, choose)
 
 
 def prune_blocks(weight: Tensor, moment: Tensor, n: int, m: int) -> Tensor:
     """Return the weights with all but ``n`` of every ``m`` consecutive columns zeroed, for each filter by itself."""
-    factor = inverse_factor(moment)
-    spread, free = _diagonal(factor), weight != 0
-    stays = torch.zeros_like(free)
 
-    def rule(now: Tensor, column: int, end: int) -> Tensor:
-        if column % m == 0:
-            block = slice(column, column + m)
-            stays[:, :, block] = largest((now.abs() / spread * free)[:, :, block], n)
-        return now[:, :, column] * (stays & free)[:, :, column]
+    def choose(x: Tensor) -> Tensor:
+        return largest(x.unflatten(2, (-1, m)), n).flatten(2)
 
-    return _better(weight, moment, _sweep(weight, factor, rule, max(1, BLOCK // m) * m), weight * stays)
+    return _with_zeros(weight, moment, choose)
 
 
 def round_to_grid(weight: Tensor, moment: Tensor, scale: Tensor, levels: int) -> Tensor:
@@ -75,14 +67,21 @@ def round_to_grid(weight: Tensor, moment: Tensor, scale: Tensor, levels: int) ->
         scale: the step of the grid of each filter, float64 (groups, m, 1).
         levels: the largest number.
     """
-    steps, free = scale.squeeze(2), weight != 0
-    nearest = (weight / scale).round().clamp(-levels, levels)
-
-    def rule(now: Tensor, column: int, end: int) -> Tensor:
-        return (now[:, :, column] / steps).round().clamp(-levels, levels) * steps * free[:, :, column]
-
-    swept = _sweep(weight, inverse_factor(moment), rule, BLOCK)
-    return (_better(weight, moment, swept, nearest * scale) / scale).round()
+    factor, free = inverse_factor(moment), weight != 0
+    now = weight.clone()
+    for start in range(0, weight.shape[2], BLOCK):
+        end = min(start + BLOCK, weight.shape[2])
+        errors = now.new_empty(*now.shape[:2], end - start)
+        for j in range(start, end):
+            column = slice(j, j + 1)
+            rounded = _nearest(now[:, :, column], scale, levels) * scale * free[:, :, column]
+            error = (now[:, :, column] - rounded) / factor[:, column, column]
+            now[:, :, column] = rounded
+            now[:, :, j + 1 : end] -= error * factor[:, column, j + 1 : end]
+            errors[:, :, j - start] = error.squeeze(2)
+        now[:, :, end:] -= errors @ factor[:, start:end, end:]
+    plain = _nearest(weight, scale, levels) * scale
+    return (_better(weight, moment, now, plain) / scale).round()
 
 
 def inverse_factor(moment: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def single_losses(weight: Tensor, moment: Tensor) -> Tensor:
 
 def energy(weight: Tensor, moment: Tensor) -> Tensor:
     """Return tr(W H Wᵀ), summed over the groups: the energy of the outputs, or the error if W is a difference."""
-    return (weight @ moment).mul_(weight).sum()
+    return _energies(weight, moment).sum()
 
 
 def largest(x: Tensor, count: int) -> Tensor:
@@ -115,31 +114,47 @@ def largest(x: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(-1) <= room))
 
 
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor.diagonal(dim1=1, dim2=2).unsqueeze(1)
+def _with_zeros(weight: Tensor, moment: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the better weights of two masks: that of the alternating directions, and that of magnitude times power."""
+    scale = moment.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
+    w, h = weight * scale, moment / scale / scale.mT
+    target = w @ h
+    candidates = []
+    for mask in (choose(w.abs()), _alternating(w, h, choose)):
+        mask = mask & (w != 0)
+        start = w.masked_fill(~mask, 0.0)
+        candidates.append(_better(w, h, masked_solve(h, target, start, mask), start))
+    plain, found = candidates
+    better = energy(w - found, h) < _BETTER * energy(w - plain, h)
+    return (found if better else plain) / scale + 0.0  # no −0
 
 
-def _better(weight: Tensor, moment: Tensor, swept: Tensor, plain: Tensor) -> Tensor:
-    """Return, for each filter, the weights with the smaller error: a sweep looks to the right only, and can fail."""
+def _alternating(weight: Tensor, moment: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mask that the alternating directions end with."""
+    values, vectors = torch.linalg.eigh(moment)
+    values, free = values.unsqueeze(1), weight != 0
+    target = weight @ moment
+    zeroed, multiplier, rho = weight, torch.zeros_like(weight), _RHO
+    mask = free
+    for _ in range(ROUNDS):
+        any_weight = ((target + rho * zeroed - multiplier) @ vectors / (values + rho)) @ vectors.mT
+        shifted = (any_weight + multiplier / rho).mul_(free)
+        mask = choose(shifted.abs())
+        zeroed = shifted * mask
+        multiplier = multiplier + rho * (any_weight - zeroed)
+        rho *= _GROWTH
+    return mask
 
-    def errors(new: Tensor) -> Tensor:
-        difference = weight - new
-        return (difference @ moment).mul_(difference).sum(2, keepdim=True)
 
-    return torch.where(errors(swept) <= errors(plain), swept, plain)
+def _nearest(weight: Tensor, scale: Tensor, levels: int) -> Tensor:
+    return (weight / scale).round().clamp(-levels, levels)
 
 
-def _sweep(weight: Tensor, factor: Tensor, rule: Rule, block: int) -> Tensor:
-    """Change the columns one by one from left to right as the rule says, and pass the errors on to the right."""
-    now = weight.clone()
-    for start in range(0, weight.shape[2], block):
-        end = min(start + block, weight.shape[2])
-        errors = now.new_empty(*now.shape[:2], end - start)
-        for column in range(start, end):
-            new = rule(now, column, end)
-            error = (now[:, :, column] - new) / factor[:, column, column].unsqueeze(1)
-            now[:, :, column] = new
-            now[:, :, column + 1 : end] -= error.unsqueeze(2) * factor[:, column, column + 1 : end].unsqueeze(1)
-            errors[:, :, column - start] = error
-        now[:, :, end:] -= errors @ factor[:, start:end, end:]
-    return now
+def _energies(weight: Tensor, moment: Tensor) -> Tensor:
+    return (weight @ moment).mul_(weight).sum(2, keepdim=True)
+
+
+def _better(weight: Tensor, moment: Tensor, new: Tensor, plain: Tensor) -> Tensor:
+    """Return, for each filter, the new weights with the smaller error."""
+    worse = _energies(weight - new, moment) > _energies(weight - plain, moment)
+    return torch.where(worse, plain, new)

@@ -160,12 +160,13 @@ class Magnitude(Zeroing):
     Exactly round(ratio·n) of n entries become zero; among equals those of lower index stay. By magnitude, biases and
     normalisation layers do not change.
 
-    By loss on calibration data, all layers are swept column by column, as SparseGPT does: an entry that goes is made up
-    for by those of its filter in later columns, and the bias makes up for the mean of what has gone. The plan says how
-    many entries each layer keeps, from what each entry loses if it goes alone; which ones go is decided in the sweep.
-    Layers that are not applied on the data, or have too many columns (``moments``), go by magnitude.
+    By loss on calibration data, the plan says how many entries each layer keeps, from what each entry loses if it goes
+    alone. Which ones go is decided when it is carried out, together with the weights of those that stay, such that the
+    outputs of the layer change least; the bias makes up for the mean of what has gone. Layers that are not applied on
+    the data, or have too many columns (``moments``), go by magnitude.
 
-    Source: Frantar and Alistarh 2023, "SparseGPT: massive language models can be accurately pruned in one-shot".
+    Source: Meng et al. 2024, "ALPS: improved optimization for highly sparse one-shot pruning for large language
+    models".
 
     Args:
         ratio: share of these entries to zero, in [0, 1).
@@ -232,11 +233,9 @@ class SemiStructured(Zeroing):
     equals the lower index is kept. Layers whose number of input channels per group is not a multiple of ``m``, and
     transposed convolutions, are left alone; the plan names them with the reason.
 
-    By loss on calibration data, the layers are swept block by block as in :class:`Magnitude`, one kernel position after
-    the other.
+    By loss on calibration data, entries and weights are chosen as by :class:`Magnitude`.
 
-    Source: Mishra et al. 2021, "Accelerating sparse deep neural networks" (2:4); Frantar and Alistarh 2023,
-    "SparseGPT", for the loss.
+    Source: Mishra et al. 2021, "Accelerating sparse deep neural networks" (2:4).
 
     Args:
         n: how many entries of a block are kept.

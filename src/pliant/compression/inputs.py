@@ -78,8 +78,8 @@ class Reading:
 
     def update(self, weight: Tensor) -> None:
         """Make (groups, m, n) the layer's weight, in place."""
+        self.correct_bias(weight)  # first: in float64 the matrices share the memory of the weight
         self.found.weight.copy_(from_matrices(self.found, weight))
-        self.correct_bias(weight)
 
     def correct_bias(self, weight: Tensor) -> None:
         """Make the bias up for the change of the mean with another weight (groups, m, n), b ← b + (W − W') E[x]."""
