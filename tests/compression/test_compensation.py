@@ -306,7 +306,7 @@ def test_dead_and_constant_inputs() -> None:
         model[0].bias[:6] = -100  # dead neurons
         model[0].weight[6] = 0
         model[0].bias[6] = 1  # a constant one
-    x = correlated((64, 16))
+    x = correlated((512, 16))
     x[:, 3] = 0
     x[:, 4] = 2
     for compressor in (Magnitude(0.5, "uniform"), SemiStructured(), Int8()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,6 +23,7 @@ AT_LEAST = 0.05
 KEPT = "is kept by name"
 """The reason in plans for a layer that ``keep`` names."""
 
+_RATIOS = "ratios (--layer_ratios)"  # in the shell, ratios are those of a sweep
 _SHOWN = 5  # names of layers in a message
 _ROUNDING = 1e-9  # 0.1 of 30 is 3, although 0.1 · 30 > 3 in floating point
 
@@ -71,9 +72,11 @@ class Controlled(Compressor[A]):
 
     def plan_options(self) -> dict[str, Any]:
         """Return the options by name as plain data, without the controls that have their defaults."""
-        plain = {**super().plan_options(), "keep": list(self.keep), "ratios": dict(self.ratios)}
+        options = super().plan_options()
+        controls = {name: options.pop(name) for name in _DEFAULTS}
+        controls |= {"keep": list(self.keep), "ratios": dict(self.ratios)}
         # 1 == 1.0, but they are one and all.
-        return {name: value for name, value in plain.items() if repr(value) != _DEFAULTS.get(name)}
+        return options | {name: value for name, value in controls.items() if repr(value) != _DEFAULTS[name]}
 
     def options_key(self) -> str:
         """Return a text that tells apart all options but the ratio, to find what was computed for them before."""
@@ -99,7 +102,7 @@ class Controlled(Compressor[A]):
         left = {name for pattern in self.keep for name in _matching("keep", pattern, layers)}
         own: dict[str, float] = {}
         for pattern, ratio in dict(self.ratios).items():
-            for name in _matching("ratios", pattern, layers):
+            for name in _matching(_RATIOS, pattern, layers):
                 own.setdefault(name, ratio)
         return left, own
 
@@ -111,7 +114,7 @@ _DEFAULTS = {
     "at_most": "1.0",
     "ratios": "{}",
 }
-CONTROLS = tuple(field.name for field in fields(Controlled))
+CONTROLS = tuple(_DEFAULTS)
 """The names of the controls."""
 
 
@@ -167,8 +170,11 @@ def _pairs(ratios: Any) -> tuple[tuple[str, float], ...]:
     for name, share in pairs:
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not isinstance(name, str) or not number or not 0 <= share < 1:
-            raise BadInput(f"ratios: {shown(name)} has the share {shown(share)} to remove: expected 0 <= share < 1")
-    return tuple((name, float(share)) for name, share in pairs)
+            raise BadInput(f"{_RATIOS}: {shown(name)} has the share {shown(share)} to remove: expected 0 <= share < 1")
+    first: dict[str, float] = {}
+    for name, share in pairs:
+        first.setdefault(name, float(share))
+    return tuple(first.items())
 
 
 def _check_patterns(keep: Any) -> None:

@@ -113,9 +113,10 @@ def input_moments(model: nn.Module, names: Iterable[str], calibration: Calibrati
     def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
         weight = maps[name].weight
         if by_channel(layer, weight):
-            most = rows_per_piece(value.shape[-1 - len(layer.kernel_size)], calibration.pieces)
+            assert isinstance(layer, _ConvNd)
+            most = rows_per_piece(layer.in_channels // layer.groups, calibration.pieces)
             x = channel_rows(layer, value, most, name, piece)
-            x = x.unflatten(2, (layer.groups, -1)).squeeze(0).transpose(0, 1)  # type: ignore[arg-type]
+            x = x.unflatten(2, (layer.groups, -1)).squeeze(0).transpose(0, 1)
         else:
             grid = grid_of(layer, output)
             rows = chosen_rows(grid, rows_per_piece(weight[0].numel(), calibration.pieces), name, piece)

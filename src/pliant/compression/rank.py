@@ -167,7 +167,7 @@ class LowRank(Controlled[Spectra]):
         cost: the cost that the ratio counts and the allocation economises: the "params" of the weights or their "macs"
             (multiply-accumulates).
         multiple_of, keep, at_least, at_most, ratios: what every layer keeps of its rank, see
-            :class:`~pliant.compression.controls.Controlled`. Every layer keeps 5 % of its full rank by default. A
+            :class:`~pliant.compression.Controlled`. Every layer keeps 5 % of its full rank by default. A
             layer whose smallest allowed rank would save nothing stays dense.
 
     Raises:
