@@ -26,13 +26,14 @@ from pliant.compression import (
 from pliant.compression import inputs as layer_inputs
 from pliant.compression.calibration import Calibration
 from pliant.compression.compensation import (
+    GONE,
     energy,
     inverse_factor,
     largest,
+    loss_curve,
     prune,
     prune_blocks,
     round_to_grid,
-    single_losses,
 )
 from pliant.compression.inputs import from_matrices, matrices
 from pliant.compression.observing import linear_map
@@ -81,19 +82,6 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     assert torch.equal(u, u.triu())
 
 
-def test_single_losses_are_those_of_the_surgeon() -> None:
-    w, h = problem()
-    losses = single_losses(w, h)
-    for g, i, j in [(0, 0, 0), (1, 3, 7), (0, 4, 11)]:
-        others = torch.tensor([k for k in range(12) if k != j])
-        change = torch.zeros(12, dtype=torch.float64)
-        change[j] = -w[g, i, j]
-        new = refitted(w[g, i], h[g], change, others)
-        new[j] = 0
-        d = new - w[g, i]
-        torch.testing.assert_close(losses[g, i, j], d @ h[g] @ d)
-
-
 def solved(w: Tensor, h: Tensor, stays: Tensor) -> Tensor:
     """Return the best weights (groups, m, n) with entries only where ``stays``, row by row."""
     new = torch.zeros_like(w)
@@ -129,10 +117,10 @@ def test_what_stays_is_the_least_squares_and_counts_are_exact(kept: int) -> None
 def test_one_entry_that_goes_is_made_up_for_as_by_the_surgeon() -> None:
     w, h = problem(1, 6, 1)
     new = prune(w, h, 5)
-    losses, inverse = single_losses(w, h)[0, 0], torch.linalg.inv(h[0])
+    inverse = torch.linalg.inv(h[0])
     j = int((new == 0).flatten().nonzero())
     torch.testing.assert_close(new[0, 0], w[0, 0] - w[0, 0, j] / inverse[j, j] * inverse[j], atol=1e-8, rtol=1e-8)
-    torch.testing.assert_close(errors(w, new, h)[0, 0], losses[j])
+    torch.testing.assert_close(errors(w, new, h)[0, 0], w[0, 0, j] ** 2 / inverse[j, j])
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 6), (1, 2)])
@@ -187,6 +175,18 @@ def test_rounding_is_the_least_squares_of_the_columns_to_the_right(monkeypatch: 
             torch.testing.assert_close(whole[0, i] * s, expected)
         else:
             torch.testing.assert_close(whole[0, i] * s, nearest[0, i])
+
+
+def test_curves_are_those_of_the_layer() -> None:
+    w, h = problem(24, 40)
+    curve = loss_curve(w, h)
+    assert curve[0] == 0
+    assert curve[-1] == 1
+    assert (curve.diff() >= 0).all()
+    for gone, loss in zip(GONE[1:-1], curve[1:-1].tolist(), strict=True):
+        exact = float(energy(w - prune(w, h, round((1 - gone) * w.numel())), h) / energy(w, h))
+        assert 0.9 * exact < loss < 1.4 * exact
+    assert not loss_curve(torch.zeros_like(w), h).any()
 
 
 def test_zeros_stay_zeros() -> None:

@@ -20,9 +20,8 @@ from pliant import measuring
 from pliant.calling import Example, as_inputs, count_calls
 from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.calibration import calibration_of
-from pliant.compression.compensation import energy, largest, prune, prune_blocks, single_losses
-from pliant.compression.inputs import LayerInputs, Reading, matrices
-from pliant.compression.observing import linear_map
+from pliant.compression.compensation import GONE, largest, loss_curve, prune, prune_blocks
+from pliant.compression.inputs import LayerInputs, Reading
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compressor_names import ALLOCATIONS
 from pliant.errors import BadInput, check_choice
@@ -48,20 +47,15 @@ class Weights(Analysis):
 
     layers: tuple[str, ...]
     inputs: LayerInputs | None = None
-    _worths: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _curves: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def worths(self, model: nn.Module) -> Mapping[str, Tensor]:
-        """Return what the columns of each layer with known inputs are worth, float64 (groups, 1, n).
-
-        The loss by an entry w is w² times this, relative to the energy of the layer's outputs. It is worked out once.
-        """
-        if self.inputs is not None and not self._worths:
+    def curves(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Return the ``loss_curve`` of each layer with known inputs; they are worked out once, for all ratios."""
+        if self.inputs is not None and not self._curves:
             for name, moment in self.inputs.moments():
                 reading = Reading.of(model, name, moment)
-                single = single_losses(torch.ones_like(reading.moment[:, :1]), reading.moment)
-                outputs = energy(reading.weight, reading.moment)
-                self._worths[name] = single / outputs.clamp(min=torch.finfo(outputs.dtype).tiny)
-        return self._worths
+                self._curves[name] = loss_curve(reading.weight, reading.moment)
+        return self._curves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +154,10 @@ class Magnitude(Zeroing):
     Exactly round(ratio·n) of n entries become zero; among equals those of lower index stay. By magnitude, biases and
     normalisation layers do not change.
 
-    By loss on calibration data, the plan says how many entries each layer keeps, from what each entry loses if it goes
-    alone. Which ones go is decided when it is carried out, together with the weights of those that stay, such that the
-    outputs of the layer change least; the bias makes up for the mean of what has gone. Layers that are not applied on
-    the data, or have too many columns (``moments``), go by magnitude.
+    By loss on calibration data, the plan says how many entries each layer keeps, from an estimate of what its outputs
+    lose with each share of zeros. Which ones go is decided when it is carried out, together with the weights of those
+    that stay, such that the outputs of the layer change least; the bias makes up for the mean of what has gone. Layers
+    that are not applied on the data, or have too many columns (``moments``), go by magnitude.
 
     Source: Meng et al. 2024, "ALPS: improved optimization for highly sparse one-shot pruning for large language
     models".
@@ -172,8 +166,8 @@ class Magnitude(Zeroing):
         ratio: share of these entries to zero, in [0, 1).
         allocation: "uniform" zeroes the same share in every layer, "global" compares the magnitudes of all layers,
             "energy" zeroes in every layer the smallest entries that together hold the same share of its Σw². By loss,
-            "global" compares the losses w²/(H⁻¹)_jj, relative to the energy of their layer's outputs, with the second
-            moment H of the layer's inputs, and "energy" takes the same share of every layer's sum of these.
+            "global" takes the least loss per entry, relative to the energy of the layer's outputs, and "energy" the
+            same relative loss in every layer.
         importance: the measure of an entry: "loss", "magnitude", or "auto": "loss" if there is calibration data, else
             "magnitude".
 
@@ -198,13 +192,11 @@ class Magnitude(Zeroing):
             kept = [size - round(self.ratio * size) for size in sizes]
         else:
             if measure == "loss":
-                scores = _losses(model, analysis)
+                scores = _losses(model, analysis, marginal=self.allocation == "global")
             elif self.allocation == "global":
                 scores = [w.abs().flatten() for w in weights]
             else:
-                scores = [w.double().square().flatten() for w in weights]
-            if self.allocation == "energy":
-                scores = [_lost_share(squares) for squares in scores]
+                scores = [_lost_share(w) for w in weights]
             everything = torch.cat(scores)
             stays = largest(everything, len(everything) - round(self.ratio * len(everything)))
             kept = [int(part.sum()) for part in stays.split(sizes)]
@@ -280,26 +272,48 @@ class SemiStructured(Zeroing):
         return model
 
 
-def _losses(model: nn.Module, analysis: Weights) -> list[Tensor]:
-    """Return what the outputs of each layer lose with each entry alone, relative to their energy; float64 (entries,).
+def _losses(model: nn.Module, analysis: Weights, *, marginal: bool) -> list[Tensor]:
+    """Return the losses of each layer as its entries go, float64 (entries,), ascending, in units of its output energy.
 
     A layer whose inputs are not known counts as if its inputs were all independent and alike.
+
+    Args:
+        model: the model.
+        analysis: its analysis.
+        marginal: whether to return what each entry adds, rather than what is lost with it and all before it.
     """
-    worths = analysis.worths(model)
+    curves = analysis.curves(model)
     losses = []
     for name in analysis.layers:
-        found = linear_map(model, name)
-        assert found is not None  # layers have weights
-        squares = matrices(found, found.weight).square()
-        total = squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
-        losses.append((squares * worths[name] if name in worths else squares / total).flatten())
+        weight = _weight(model, name)
+        if name in curves:
+            each = _steps(curves[name], weight.numel()).to(weight.device)
+        else:
+            each = weight.double().square().flatten().sort().values
+            each /= each.sum().clamp(min=torch.finfo(each.dtype).tiny)
+        losses.append(each if marginal else each.cumsum(0))
     return losses
 
 
-def _lost_share(squares: Tensor) -> Tensor:
-    """Return, for each square, the share of their sum that is lost with it and all smaller ones; float64 (entries,)."""
-    ascending, order = squares.sort()
-    lost = ascending.cumsum(0)
+def _steps(curve: Tensor, entries: int) -> Tensor:
+    """Return what each entry adds to the loss as they go, float64 (entries,), by the convex hull of the curve."""
+    segments: list[tuple[float, float]] = []  # width and height, steeper from one to the next
+    for width, height in zip(torch.tensor(GONE).double().diff().tolist(), curve.diff().tolist(), strict=True):
+        segments.append((width, height))
+        while len(segments) > 1 and segments[-2][1] * segments[-1][0] >= segments[-1][1] * segments[-2][0]:
+            (w, h), (v, g) = segments.pop(), segments.pop()
+            segments.append((v + w, g + h))
+    widths, heights = torch.tensor(segments, dtype=torch.float64).T
+    places = (torch.arange(entries, dtype=torch.float64) + 0.5) / entries
+    segment = torch.searchsorted(widths.cumsum(0), places).clamp(max=len(widths) - 1)
+    steps: Tensor = (heights / widths / entries)[segment]
+    return steps
+
+
+def _lost_share(weight: Tensor) -> Tensor:
+    """Return, for each entry, the share of Σw² that is lost with it and all smaller entries; float64 (entries,)."""
+    squares, order = weight.double().square().flatten().sort()
+    lost = squares.cumsum(0)
     tiny = torch.finfo(lost.dtype).tiny  # a weight of zeros loses nothing
     return torch.empty_like(lost).scatter_(0, order, lost / lost[-1].clamp(min=tiny))
 
