@@ -188,7 +188,7 @@ class Magnitude(Zeroing):
         weights = [_weight(model, name) for name in analysis.layers]
         sizes = [w.numel() for w in weights]
         measure = self.measure(analysis)
-        if self.allocation == "uniform" or not weights:
+        if self.allocation == "uniform" or not weights or not self.ratio:
             kept = [size - round(self.ratio * size) for size in sizes]
         else:
             if measure == "loss":
