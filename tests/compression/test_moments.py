@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pliant.compression import moments
 from pliant.compression.calibration import Calibration
 from pliant.compression.choosing import loss_curves
-from pliant.compression.moments import Moment, gram, input_moments, rows_per_piece
+from pliant.compression.moments import LEAST_ROWS, ROWS_PER_COLUMN, Moment, gram, input_moments, rows_per_piece
 from pliant.errors import BadInput
 from pliant.structure import coupled_channels
 from tests.compression.test_rows import CASES, columns
@@ -296,7 +296,7 @@ def test_few_samples_warn_once_and_say_how_many_would_do() -> None:
 
 def test_rows_of_all_pieces_together_are_enough() -> None:
     for columns_, pieces in ((9, 8), (576, 8), (2304, 100), (4096, 3)):
-        enough = max(4096, 16 * columns_)
+        enough = max(LEAST_ROWS, ROWS_PER_COLUMN * columns_)
         assert enough <= rows_per_piece(columns_, pieces) * pieces < enough + pieces
 
 

@@ -124,14 +124,14 @@ def compress_to(
     data = None if calibration is None else calibration_of(calibration, model, example_inputs)
     refitter = Refitter(model, example_inputs, data) if data is not None and refit else None
 
-    def settled(network: nn.Module, plan: Plan) -> nn.Module:
+    def made(plan: Plan) -> nn.Module:
         if refitter is not None:
-            return refitter.refit(network, plan)[0]
-        return network if data is None else reestimate_batchnorm(network, data)
+            return refitter.apply(compressor, plan, analysis)[0]
+        small = compressor.apply(model, plan, analysis=analysis)
+        return small if data is None else reestimate_batchnorm(small, data)
 
     analysis = compressor.analyse(model, example_inputs, data)
-    plan = fit(model, compressor, example_inputs, budget, analysis, accuracy, settled)
-    return settled(compressor.apply(model, plan, analysis=analysis), plan)
+    return made(fit(model, compressor, example_inputs, budget, analysis, accuracy, made))
 
 
 def fit(
@@ -141,7 +141,7 @@ def fit(
     budget: Budget,
     analysis: Analysis,
     accuracy: Callable[[nn.Module], float] | None = None,
-    settle: Callable[[nn.Module, Plan], nn.Module] | None = None,
+    make: Callable[[Plan], nn.Module] | None = None,
 ) -> Plan:
     """Return the plan that meets a budget.
 
@@ -149,7 +149,7 @@ def fit(
         model, compressor, example_inputs, accuracy: as in :func:`compress_to`.
         budget: the limit.
         analysis: the compressor's analysis of this model.
-        settle: maps a network that was cut, and its plan, to the network whose accuracy counts; None: the same.
+        make: maps a plan to the network whose accuracy counts; None: the network that the compressor makes.
 
     Raises:
         Refused: the budget is out of reach.
@@ -158,7 +158,7 @@ def fit(
     if not compressor.has_ratio:
         raise BadInput(f"{type(compressor).__name__} has no ratio that could be fitted to {budget}")
     family = compressor.counting(_COST[budget.kind]) if budget.kind in _COST else compressor
-    value = _meter(model, family, example_inputs, budget, analysis, accuracy, settle)
+    value = _meter(model, family, example_inputs, budget, analysis, accuracy, make)
 
     def plan_at(ratio: float) -> Plan:
         return family.at(ratio).plan(model, example_inputs, analysis=analysis)
@@ -203,7 +203,7 @@ def _meter(
     budget: Budget,
     analysis: Analysis,
     accuracy: Callable[[nn.Module], float] | None,
-    settle: Callable[[nn.Module, Plan], nn.Module] | None,
+    make: Callable[[Plan], nn.Module] | None,
 ) -> Callable[[Plan], float]:
     """Return a function from a plan to the cost of its network, in the unit of the budget."""
     if budget.kind == "keep_params":
@@ -216,8 +216,7 @@ def _meter(
         dense = accuracy(model)
 
         def lost(plan: Plan) -> float:
-            small = compressor.apply(model, plan, analysis=analysis)
-            return dense - accuracy(small if settle is None else settle(small, plan))
+            return dense - accuracy(compressor.apply(model, plan, analysis=analysis) if make is None else make(plan))
 
         return lost
     if budget.kind == "max_latency_ms":

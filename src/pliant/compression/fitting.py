@@ -174,11 +174,18 @@ def _solve(second: Tensor, cross: Tensor, cut: Tensor, damping: Tensor, fixed: T
         system.diagonal(dim1=1, dim2=2).add_(columns.double())
         right = right.masked_fill(columns.unsqueeze(2) | rows.unsqueeze(1), 0.0)
         return torch.cholesky_solve(right, torch.linalg.cholesky(system)).mT
-    return _masked_solve(system, right.mT, cut, ~fixed)
+    return masked_solve(system, right.mT, cut, ~fixed)
 
 
-def _masked_solve(system: Tensor, right: Tensor, start: Tensor, mask: Tensor) -> Tensor:
-    """Solve W A = B on the entries of each row where ``mask`` is True, by conjugate gradients on all rows at once."""
+def masked_solve(system: Tensor, right: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+    """Solve W A = B on the entries of each row where ``mask`` is True, by conjugate gradients on all rows at once.
+
+    Args:
+        system: A, positive definite, float64 (groups, n, n).
+        right: B, (groups, m, n).
+        start: where to start, zero outside of the mask, (groups, m, n).
+        mask: bool (groups, m, n).
+    """
     scale = system.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(1)  # Jacobi preconditioner
     scaled = scale.mT * system * scale
     w = start / scale

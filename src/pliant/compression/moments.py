@@ -26,7 +26,7 @@ from pliant.compression.rows import channel_rows, chosen_rows, grid_of, input_ro
 from pliant.errors import BadInput, PliantError, first_line
 
 MAX_COLUMNS = {"convolution": 2304, "linear": 4096}
-ROWS_PER_COLUMN = 16  # more rows hardly improve a moment; fewer give a noisy one
+ROWS_PER_COLUMN = 8  # more rows hardly improve a moment; fewer give a noisy one
 LEAST_ROWS = 4096
 RIDGE = 1e-3  # share of the mean diagonal that is always added: directions that the data hardly excites count as noise
 

@@ -69,7 +69,8 @@ class RefitRecord:
 
     Args:
         result: "cut", "reestimated" (new BatchNorm statistics only) or "refitted".
-        errors: for each of these, the error of the network's outputs, relative to the energy of the dense ones.
+        errors: for each of these, the error of the network's outputs, relative to the energy of the dense ones; and for
+            "rounded", the result in eight bits, if the plan ends with them.
         samples: number of calibration samples.
         layers: the fits of all layers.
         unfitted: (layer, reason) for every layer that stayed as cut.

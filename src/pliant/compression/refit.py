@@ -5,6 +5,9 @@ least squares (``fitting``), on inputs as they come in the small network. All la
 over the calibration data, BatchNorm statistics are estimated again, and this is repeated: a few such sweeps do as well
 as fitting one layer after the other, at a cost that does not grow with the depth.
 
+Eight-bit weights cannot be fitted. A chain that ends with them is refitted before they are rounded, and the rounding,
+which makes up for its own errors, looks at the refitted network.
+
 A part of the data is held out. On it every layer chooses its damping, or to stay as it is, and at last the outputs of
 the whole network are compared with those of the dense one: the result is the cut network as it is, the one with new
 BatchNorm statistics, or the refitted one, whichever is nearest. The plan records all of this.
@@ -18,19 +21,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from pliant.calling import Example, eval_mode
+from pliant.compression.base import Compressor
 from pliant.compression.batchnorm import estimating, normalises, reestimate_batchnorm
 from pliant.compression.calibration import Calibration
+from pliant.compression.chain import Chain
 from pliant.compression.factored import FactoredConvolution, FactoredLinear
 from pliant.compression.fitting import Sums, fit
 from pliant.compression.moments import MAX_COLUMNS, call_on, rows_per_piece
 from pliant.compression.observing import LinearMap, linear_map, map_names, observing, unfused
 from pliant.compression.plan import LayerFit, Plan, RefitRecord
+from pliant.compression.quantised import Int8
 from pliant.compression.rows import chosen_rows, grid_of, input_rows, output_rows
 from pliant.errors import BadInput
 from pliant.structure import obstacle, tied_parameters
@@ -100,6 +107,27 @@ class Refitter:
                 "compare fits, so give at least two batches, or refit=False"
             )
         self.model, self.example_inputs, self.calibration = model, example_inputs, calibration
+
+    def apply(self, compressor: Compressor[Any], plan: Plan, analysis: Any) -> tuple[nn.Module, Plan]:
+        """Return the network that a plan makes of the dense one, refitted, and the plan with the record of the refit.
+
+        Args:
+            compressor, plan, analysis: as in ``compressor.apply(model, plan, analysis=analysis)``.
+
+        Raises:
+            BadInput: as there, or a network cannot be called on a batch of the data.
+        """
+        last = compressor.links[-1] if isinstance(compressor, Chain) else None
+        if not isinstance(compressor, Chain) or not isinstance(last, Int8) or len(compressor.links) == 1:
+            return self.refit(compressor.apply(self.model, plan, analysis=analysis), plan)
+        before = replace(plan, links=plan.links[:-1])
+        network = Chain(*compressor.links[:-1]).apply(self.model, before, analysis=analysis)
+        network, refitted = self.refit(network, before)
+        seen = last.analyse(network, self.example_inputs, self.calibration)
+        small = last.apply(network, plan.links[-1], analysis=seen)
+        assert refitted.refit is not None
+        record = replace(refitted.refit, errors={**refitted.refit.errors, "rounded": self._error(small)})
+        return small, replace(plan, refit=record)
 
     def refit(self, small: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
         """Return the refitted network, and the plan with the record of the refit.
