@@ -90,6 +90,28 @@ def test_unknown_fields_are_kept_and_written_back() -> None:
     assert record.to_dict()["energy_joule"] == 3.5
 
 
+def test_a_record_holds_the_accuracies_before_a_refit_and_its_decision() -> None:
+    decision = {
+        "result": "refitted",
+        "errors": {"cut": 0.3, "refitted": 0.1},
+        "samples": 64,
+        "seconds": {"choosing": 1.0},
+    }
+    record = make(top1_reestimated=0.7, val_top1_reestimated=0.6, refit=decision)
+    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert record.to_dict()["refit"] == decision
+    # Records without a refit are those of earlier versions.
+    assert not {"top1_reestimated", "val_top1_reestimated", "refit"} & make().to_dict().keys()
+    for wrong in (
+        {"top1_reestimated": 1.5},
+        {"val_top1_reestimated": "0.5"},
+        {"refit": [1]},
+        {"refit": {"a": math.nan}},
+    ):
+        with pytest.raises(BadInput, match=next(iter(wrong))):
+            make(**wrong)
+
+
 @pytest.mark.parametrize("name", sorted(REQUIRED))
 def test_a_missing_required_field_is_named(name: str) -> None:
     with pytest.raises(BadInput, match=rf"needs the field {name}$"):

@@ -37,6 +37,7 @@ class CompressorRow:
         takes: the option that sets how much to remove, "ratio" or "pattern"; empty for a compressor with a single size,
             which is used in chains only.
         in_chains: where it may stand in a chain, "anywhere" or "last"; empty for nowhere.
+        norm: the importance by which it chooses without looking at data; empty if it has no such option.
     """
 
     name: str
@@ -46,6 +47,7 @@ class CompressorRow:
     zeroed: str = ""
     takes: str = "ratio"
     in_chains: str = "anywhere"
+    norm: str = ""
 
     @property
     def class_name(self) -> str:
@@ -54,8 +56,10 @@ class CompressorRow:
 
 
 _ROWS = (
-    CompressorRow("filters", "pliant.compression:FilterPruning", "channels", "Filters removed", "Filters zeroed"),
-    CompressorRow("heads", "pliant.compression:HeadPruning", "heads", "Heads removed", "Heads zeroed"),
+    CompressorRow(
+        "filters", "pliant.compression:FilterPruning", "channels", "Filters removed", "Filters zeroed", norm="l2"
+    ),
+    CompressorRow("heads", "pliant.compression:HeadPruning", "heads", "Heads removed", "Heads zeroed", norm="l2"),
     CompressorRow("rank", "pliant.compression:LowRank", "rank", "Layers factorised to low rank"),
     CompressorRow("weights", "pliant.compression:Magnitude", "weights", zeroed="Single weights zeroed"),
     CompressorRow(
@@ -140,8 +144,25 @@ def control_flags(controls: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
+LOSS, WHITENED, REFIT = "loss", "whitened", "refit"
+"""Words in the names of records, for what looks at the calibration images: the choice, the directions, the refit."""
+_CHOICES = {"l1": "chosen by l1 norms", "bn": "chosen by norms and BatchNorm scales"}
+_WORDS = {
+    LOSS: "chosen by calibration images",
+    **_CHOICES,
+    WHITENED: "whitened",
+    REFIT: "refitted",
+}
+
+
 def record_name(
-    compressor: str, whiten: bool, scheme: str | None = None, controls: Mapping[str, Any] | None = None
+    compressor: str,
+    whiten: bool,
+    scheme: str | None = None,
+    controls: Mapping[str, Any] | None = None,
+    *,
+    choice: str = "",
+    refit: bool = False,
 ) -> str:
     """Return the name of a compressor in records, with its variant.
 
@@ -150,13 +171,50 @@ def record_name(
         whiten: whether rank looks at data.
         scheme: how rank factorises convolutions; None for the default.
         controls: the controls that differ from their defaults, as plain data.
+        choice: by what its links choose: :data:`LOSS`, or another importance; empty for their norms, as in records that
+            are older than the choice.
+        refit: whether the weights that are left are refitted.
     """
     scheme = resolve_scheme(compressor, scheme)
     words = [compressor]
+    if choice:
+        words.append(choice.replace("-", "_"))
     if whiten and factorises(compressor):
-        words.append("whitened")
+        words.append(WHITENED)
     if scheme is not None and scheme != "channel":  # records without a scheme are from when "channel" was the only one
         words.append(scheme)
     # Dashes stand between the words; "=" tells controls from other words.
     words += [f"{flag}={text.replace('-', '_')}" for flag, text in control_flags(controls or {}).items()]
+    if refit:
+        words.append(REFIT)
     return "-".join(words)
+
+
+def variant_in_words(name: str) -> list[str]:
+    """Return the words of a record's compressor after its family, as titles show them."""
+    _, *words = name.split("-")
+    return [_WORDS.get(word, word) for word in words if word]
+
+
+def shell_flags(name: str) -> list[str] | None:
+    """Return the flags with which the shell makes the variant that a record names; None if it cannot.
+
+    The controls are left out: names hold them without dashes.
+    """
+    compressor, *words = name.split("-")
+    rank, links = factorises(compressor), compressor.split("+")
+    norm = next((COMPRESSORS[link].norm for link in links if link in COMPRESSORS and COMPRESSORS[link].norm), "")
+    choices = [word for word in words if norm and word in (LOSS, *_CHOICES)]
+    others = [word for word in words if word not in (*choices, WHITENED, REFIT) and "=" not in word]
+    if len(others) > rank or len(choices) > 1 or not set(others) <= {*SCHEMES, "best"}:
+        return None
+    flags = []
+    if norm and choices != [LOSS]:
+        flags += ["--importance", *(choices or [norm])]
+    if rank and WHITENED not in words:
+        flags += ["--whiten", "false"]
+    if rank:
+        flags += ["--scheme", *(others or ["channel"])]
+    if REFIT not in words:
+        flags += ["--refit", "false"]
+    return flags

@@ -57,9 +57,10 @@ class Cost(TypedDict):
 class Record:
     """One measurement of one compressed network; construction checks types and ranges.
 
-    Accuracies and ratios are fractions in [0, 1]. Accuracies come in two kinds, before ("raw") and after the
-    BatchNorm statistics were re-estimated; both are equal in a network without BatchNorm. Names that end in
-    ``_dense`` belong to the trained network before compression.
+    Accuracies and ratios are fractions in [0, 1]. Accuracies come in three kinds: of the network as it was cut ("raw"),
+    after the BatchNorm statistics were re-estimated, which changes nothing in a network without BatchNorm, and the
+    final one, after the refit if there is one. Names that end in ``_dense`` belong to the trained network before
+    compression.
 
     Raises:
         BadInput: a value has the wrong type, is not finite or lies out of range; the message names the field.
@@ -77,17 +78,18 @@ class Record:
     """Seed of the training run."""
     compressor: str
     """Family of the compressor (``filters``, ``heads``, ``rank``, ``weights``, ``nm``, or a chain of them such as
-    ``filters+rank``), then any variant after a dash: ``rank-whitened``."""
+    ``filters+rank``), then any variant after dashes: ``filters-loss-refit``, see
+    :func:`~pliant.compressor_names.record_name`."""
     ratio: float
     """Requested share of the compressible parameters to remove; 0 is the dense network."""
     top1: float
-    """Test accuracy after re-estimating the BatchNorm statistics."""
+    """Test accuracy of the network as it is delivered: refitted, or with re-estimated BatchNorm statistics only."""
     top1_raw: float
     """Test accuracy as compressed."""
     top1_dense: float
     """Test accuracy of the dense network, statistics untouched."""
     val_top1: float
-    """Validation accuracy after re-estimating the BatchNorm statistics."""
+    """Validation accuracy of the same network."""
     params: int
     """Parameters that the compressed network stores, zeros included."""
     params_dense: int
@@ -113,6 +115,15 @@ class Record:
     """Share of the compressible parameters that was actually removed; None if it was not recorded."""
     val_top1_raw: float | None = None
     """Validation accuracy as compressed; None if it was not recorded."""
+    top1_reestimated: float | None = None
+    """Test accuracy after re-estimating the BatchNorm statistics, before the refit; None in records without it, where
+    ``top1`` is that accuracy."""
+    val_top1_reestimated: float | None = None
+    """Validation accuracy of the same network."""
+    refit: dict[str, Any] | None = None
+    """What the refit decided on calibration images that were held out: its ``result`` ("refitted", "reestimated" or
+    "cut"), the ``errors`` of the outputs for each of these, the number of ``samples``, and the ``seconds`` of choosing
+    what goes, once for all sizes, and of refitting; None without a refit."""
     nonzero_dense: int | None = None
     """None if it was not recorded."""
     latency_batch: int = 1
@@ -140,7 +151,7 @@ class Record:
             _check_text(name, getattr(self, name), may_be_empty=True)
         for name in ("ratio", "top1", "top1_raw", "top1_dense", "val_top1"):
             self._set(name, _fraction(name, getattr(self, name)))
-        for name in ("ratio_removed", "val_top1_raw", "chance"):
+        for name in ("ratio_removed", "val_top1_raw", "top1_reestimated", "val_top1_reestimated", "chance"):
             if getattr(self, name) is not None:
                 self._set(name, _fraction(name, getattr(self, name)))
         for name in ("seed", "params", "nonzero", "macs", "bytes"):
@@ -157,6 +168,8 @@ class Record:
         if self.cost is not None:
             self._set("cost", _plain("cost", self.cost, dict))
             _check_cost(self.cost)
+        if self.refit is not None:
+            self._set("refit", _plain("refit", self.refit, dict))
         for name in ("versions", "config", "extra"):
             self._set(name, _plain(name, getattr(self, name), dict))
         for name in ("layers", "refused"):
@@ -189,9 +202,14 @@ class Record:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain data for JSON, with the ``extra`` fields among the others."""
-        names = (item.name for item in dataclasses.fields(self) if item.name != "extra")
-        return {name: getattr(self, name) for name in names} | self.extra
+        """Return the record as plain data for JSON, with the ``extra`` fields among the others.
+
+        What only a refit gives is left out where it is None, as in records of earlier versions.
+        """
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "extra"}
+        return {
+            name: value for name, value in values.items() if name not in _OF_REFIT or value is not None
+        } | self.extra
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
@@ -220,6 +238,7 @@ def record_key(
 
 
 _FIELDS = frozenset(item.name for item in dataclasses.fields(Record) if item.name != "extra")
+_OF_REFIT = ("top1_reestimated", "val_top1_reestimated", "refit")
 _REQUIRED = tuple(
     item.name
     for item in dataclasses.fields(Record)

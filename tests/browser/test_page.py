@@ -202,22 +202,28 @@ def test_the_command_names_the_run_that_validation_prefers_and_pliant_understand
     assert (settings.keep_params, settings.calibration, settings.out) == (0.42, 64, "small-sgd-1-rank-42")
 
 
+NORMS, CUT = ("--importance", "l2"), ("--refit", "false")  # as in records of before there was a choice
 # What a choice is called, and the end of its command but for --out.
 COMMANDS = {
-    "rank-whitened": ["--compressor", "rank", "--scheme", "channel", "--keep_params", "0.5"],
-    "rank-whitened-spatial": ["--compressor", "rank", "--scheme", "spatial", "--keep_params", "0.5"],
+    "rank-whitened": ["--compressor", "rank", "--scheme", "channel", *CUT, "--keep_params", "0.5"],
+    "rank-whitened-spatial": ["--compressor", "rank", "--scheme", "spatial", *CUT, "--keep_params", "0.5"],
+    "rank-whitened-spatial-refit": ["--compressor", "rank", "--scheme", "spatial", "--keep_params", "0.5"],
     "filters+rank-best": [
-        *("--compressor", "filters+rank", "--whiten", "false"),
-        *("--scheme", "best", "--keep_params", "0.5"),
+        *("--compressor", "filters+rank", *NORMS, "--whiten", "false"),
+        *("--scheme", "best", *CUT, "--keep_params", "0.5"),
     ],
-    "filters+rank-whitened": ["--compressor", "filters+rank", "--scheme", "channel", "--keep_params", "0.5"],
+    "filters+rank-whitened": [
+        *("--compressor", "filters+rank", *NORMS, "--scheme", "channel", *CUT),
+        *("--keep_params", "0.5"),
+    ],
     "filters+rank": [
-        *("--compressor", "filters+rank", "--whiten", "false"),
-        *("--scheme", "channel", "--keep_params", "0.5"),
+        *("--compressor", "filters+rank", *NORMS, "--whiten", "false"),
+        *("--scheme", "channel", *CUT, "--keep_params", "0.5"),
     ],
-    "heads": ["--compressor", "heads", "--keep_params", "0.5"],
-    "weights (zeros)": ["--compressor", "weights", "--ratio", "0.5"],
-    "nm (zeros)": ["--compressor", "nm", "--pattern", "2:4"],
+    "filters-loss-refit": ["--compressor", "filters", "--keep_params", "0.5"],
+    "heads": ["--compressor", "heads", *NORMS, *CUT, "--keep_params", "0.5"],
+    "weights (zeros)": ["--compressor", "weights", *CUT, "--ratio", "0.5"],
+    "nm (zeros)": ["--compressor", "nm", *CUT, "--pattern", "2:4"],
 }
 
 

@@ -54,10 +54,10 @@ def test_the_demo_reports_all_networks_at_all_ratios(
     records = read_records("demo/records.jsonl")
     points = {(r.method, r.compressor) for r in records}
     assert points == {
-        ("sgd", "filters"),
-        ("sgd", "rank-whitened-spatial"),
-        ("sfw-filters", "filters"),
-        ("sfw-rank", "rank-whitened-spatial"),
+        ("sgd", "filters-loss-refit"),
+        ("sgd", "rank-whitened-spatial-refit"),
+        ("sfw-filters", "filters-loss-refit"),
+        ("sfw-rank", "rank-whitened-spatial-refit"),
     }
     assert len(records) == 24
     assert "</html>" in Path("demo/report.html").read_text(encoding="utf-8")

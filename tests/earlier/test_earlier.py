@@ -20,6 +20,7 @@ from pliant.cli import main
 DATA = Path(__file__).parent / "data"
 OUTPUTS = json.loads((DATA / "outputs.json").read_text(encoding="utf-8"))
 FOLDERS = sorted(name for name in OUTPUTS if "/" in name)
+AS_THEN, NORMS = ["--refit", "false"], ["--importance", "l2"]  # how all networks were cut
 IMAGES = torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8)
 
 
@@ -81,8 +82,8 @@ def test_a_sweep_finds_its_records(data: Path) -> None:
     before = (data / "records.jsonl").read_bytes()
     for compressor in ("filters", "rank", "filters+rank+int8"):
         options = ["--compressor", compressor, "--ratios", "0,0.5,0.9", "--out", data / "records.jsonl"]
-        run("sweep", data / "runs" / "filters", *options)
-    run("sweep", data / "runs" / "filters", "--compressor", "nm", "--out", data / "records.jsonl")
+        run("sweep", data / "runs" / "filters", *options, *AS_THEN, *(NORMS if "filters" in compressor else []))
+    run("sweep", data / "runs" / "filters", "--compressor", "nm", "--out", data / "records.jsonl", *AS_THEN)
     assert (data / "records.jsonl").read_bytes() == before
 
 
@@ -92,9 +93,20 @@ def test_the_report_says_the_same(tmp_path: Path) -> None:
     assert tables.read_text(encoding="utf-8") == (DATA / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_comparison_that_would_cut_otherwise_now_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(data / "suite.yaml"), "--out", str(data / "comparison")]) == 2
+    assert "with compressor 'filters', the first measure of family filters has 'filters-loss-refit' now" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_comparison_is_complete(data: Path) -> None:
     folder = data / "comparison"
     before = {name: (folder / name).read_bytes() for name in ("records.jsonl", "trials.jsonl", "report.md")}
+    suite = (data / "suite.yaml").read_text(encoding="utf-8")
+    suite = suite.replace("compressor: rank,", "compressor: rank, refit: false,")
+    suite = suite.replace("compressor: filters,", "compressor: filters, importance: l2, refit: false,")
+    (data / "suite.yaml").write_text(suite, encoding="utf-8")
     run("compare", data / "suite.yaml", "--out", folder)
     assert {name: (folder / name).read_bytes() for name in before} == before
 
@@ -107,7 +119,8 @@ def test_plans_are_read_and_written_back_unchanged(path: Path) -> None:
 
 def test_a_network_is_cut_as_it_was_then(data: Path) -> None:
     out = data / "again"
-    run("compress", data / "runs" / "filters", "--compressor", "filters", "--ratio", "0.5", "--out", out)
+    options = ["--compressor", "filters", "--ratio", "0.5", "--out", out, *AS_THEN, *NORMS]
+    run("compress", data / "runs" / "filters", *options)
     plans = [json.loads((folder / "plan.json").read_text(encoding="utf-8")) for folder in (out, DATA / "small/filters")]
     assert plans[0] == plans[1]
 

@@ -31,7 +31,7 @@ CONTENT: dict[str, Any] = {
         "filters": [{"compressor": "filters", "ratios": [0, 0.5]}],
         "rank": [
             {"compressor": "rank", "ratios": [0, 0.5]},
-            {"compressor": "rank", "whiten": False, "ratios": [0, 0.5]},
+            {"compressor": "rank", "whiten": False, "refit": False, "ratios": [0, 0.5]},
         ],
     },
     "methods": {
@@ -42,8 +42,8 @@ CONTENT: dict[str, Any] = {
     "calibration": 64,
 }
 
-RANK = ("rank-whitened-spatial", "rank-spatial")
-SEARCHED = [{"compressor": "rank", "ratios": [0, 0.7]}, {"compressor": "rank", "whiten": False, "ratios": [0, 0.5]}]
+FILTERS, RANK = "filters-loss-refit", ("rank-whitened-spatial-refit", "rank-spatial")
+SEARCHED = [{**CONTENT["families"]["rank"][0], "ratios": [0, 0.7]}, CONTENT["families"]["rank"][1]]
 UNIFORM = [{"compressor": "filters", "allocation": "uniform", "ratios": [0, 0.5]}]
 
 
@@ -99,7 +99,7 @@ def test_every_seed_and_size_is_measured_once(finished: Path):
     points = [(r.method, r.seed, r.compressor, r.ratio) for r in plain]
     assert sorted(points) == sorted(
         (method, seed, compressor, ratio)
-        for method, compressors in (("sgd", ("filters", *RANK)), ("ours", RANK))
+        for method, compressors in (("sgd", (FILTERS, *RANK)), ("ours", RANK))
         for seed in (0, 1)
         for compressor in compressors
         for ratio in (0.0, 0.5)
@@ -121,7 +121,7 @@ def test_the_reference_with_retraining_is_marked(finished: Path):
     assert {r.run.endswith("+LLR") for r in again} == {True}
     assert {(r.method, r.config["retraining"], r.config["retraining_epochs"]) for r in again} == {("sgd", "LLR", 1)}
     assert {(r.compressor, r.ratio, r.seed) for r in again} == {
-        (compressor, ratio, seed) for compressor in ("filters", RANK[0]) for ratio in (0.0, 0.5) for seed in (0, 1)
+        (compressor, ratio, seed) for compressor in (FILTERS, RANK[0]) for ratio in (0.0, 0.5) for seed in (0, 1)
     }
 
 
@@ -180,7 +180,7 @@ def test_results_of_other_settings_are_refused(finished: Path, tmp_path: Path):
 def test_a_search_by_another_measure_is_refused(finished: Path, tmp_path: Path):
     rank = [{"compressor": "rank", "scheme": "channel", "ratios": [0, 0.5]}]
     other = changed(finished, tmp_path, families={**CONTENT["families"], "rank": rank})
-    with pytest.raises(BadInput, match=r"compressor 'rank-whitened-spatial', .* has 'rank-whitened' now"):
+    with pytest.raises(BadInput, match=r"compressor 'rank-whitened-spatial-refit', .* has 'rank-whitened-refit' now"):
         compare(other, out=str(finished))
 
 
@@ -287,9 +287,7 @@ def test_trials_from_before_the_measure_was_kept_were_chosen_by_channel(finished
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("runs"))
     lines = [{**outcome.to_dict(), "compressor": "", "measure": {}} for outcome in outcomes(finished)]
     (out / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    with pytest.raises(
-        BadInput, match=r"has chosen ours with compressor 'rank-whitened', .* has 'rank-whitened-spatial' now"
-    ):
+    with pytest.raises(BadInput, match=r"has chosen sgd with compressor 'filters', .* has 'filters-loss-refit' now"):
         compare(str(finished.parent / "small.yaml"), out=str(out))
 
 

@@ -25,7 +25,7 @@ def test_a_run_and_a_compressed_folder_are_exported(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = tmp_path / "small"
-    compress_run(run, "filters", ratio=0.5, calibration=64, out=str(small))
+    compress_run(run, "filters", ratio=0.5, calibration=512, out=str(small))
     capsys.readouterr()
     for source, formats in ((run, "pt2,safetensors"), (small, "safetensors, onnx")):
         out = tmp_path / f"{source.name}-out"

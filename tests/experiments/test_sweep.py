@@ -2,19 +2,23 @@
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pliant
 from pliant import measuring
-from pliant.compression import masked_twin
+from pliant.compression import FilterPruning, masked_twin
 from pliant.compressor_names import ALONE
 from pliant.errors import BadInput, DamagedFile, Refused
 from pliant.experiments.compress import compress_run
+from pliant.experiments.export import export_run
 from pliant.experiments.run_folder import Run
 from pliant.experiments.sweep import parse_ratios, sweep
 from pliant.experiments.train import train
@@ -37,7 +41,8 @@ def test_sweep_writes_true_records(compressor: str, run: Path, tmp_path: Path) -
     sweep(str(run), compressor, ratios=ratios, calibration=256, out=str(out))
     dense, half = read_records(out)
     assert (dense.run, dense.method, dense.model, dense.data, dense.seed) == ("lenet", "sgd", "lenet5", "digits", 0)
-    variant = "-whitened-spatial" if "rank" in compressor else ""
+    variant = "-loss" if "filters" in compressor else ""
+    variant += "-whitened-spatial-refit" if "rank" in compressor else "-refit"
     assert dense.compressor == half.compressor == compressor + variant
     assert dense.ratio == dense.ratio_removed == 0
     assert dense.params == dense.params_dense == measuring.parameters(pliant.load(run))
@@ -55,6 +60,13 @@ def test_sweep_writes_true_records(compressor: str, run: Path, tmp_path: Path) -
         assert (half.params, half.macs) == (half.params_dense, half.macs_dense)
     assert half.pattern == ("2:4" if compressor == "nm" else "")
     assert half.allocation == ("" if compressor == "nm" else "global")
+    assert half.refit is not None
+    assert (half.refit["samples"], half.refit["result"]) in [(256, result) for result in half.refit["errors"]]
+    assert min(half.refit["errors"].values()) == half.refit["errors"][half.refit["result"]]
+    assert half.refit["seconds"]["refitting"] > 0
+    final = {"cut": "top1_raw", "reestimated": "top1_reestimated"}.get(half.refit["result"], "top1")
+    assert half.top1 == getattr(half, final)
+    assert half.val_top1_reestimated is not None
     assert half.config["epochs"] == 20
     assert {"pliant", "torch", "python"} <= set(half.versions)
     assert half.layers
@@ -88,7 +100,8 @@ def test_other_settings_are_another_measurement(run: Path, tmp_path: Path, capsy
             sweep([run], "rank", ratios=[0.5], out=str(out), **options)
     records = read_records(out)
     assert len(records) == len(settings) == capsys.readouterr().err.count("1 records exist already")
-    assert [r.compressor for r in records] == ["rank-whitened-spatial"] * 3 + ["rank-spatial", "rank-whitened-spatial"]
+    names = ["rank-whitened-spatial-refit"] * 3 + ["rank-spatial-refit", "rank-whitened-spatial-refit"]
+    assert [r.compressor for r in records] == names
     assert [r.config["calibration"] for r in records] == [64, 32, 64, 64, 64]
     assert records[2].config["evaluation_precision"] == "bf16"
     for whiten in (True, False):
@@ -99,13 +112,109 @@ def test_other_settings_are_another_measurement(run: Path, tmp_path: Path, capsy
 def test_a_scheme_is_another_measurement_with_a_name_of_its_own(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
     for scheme, whiten in (("channel", False), ("spatial", False), ("best", False), ("spatial", True)):
-        sweep([run], "rank", ratios=[0.5], calibration=64, whiten=whiten, scheme=scheme, out=str(out))
+        sweep([run], "rank", ratios=[0.5], calibration=64, whiten=whiten, scheme=scheme, refit=False, out=str(out))
     records = read_records(out)
     assert [r.compressor for r in records] == ["rank", "rank-spatial", "rank-best", "rank-whitened-spatial"]
     assert len({r.key() for r in records}) == 4
     layers = [{layer["name"]: (layer["kept"], layer["total"]) for layer in r.layers} for r in records]
     assert layers[0] != layers[1]  # the ranks that fit differ with the shapes of the factors
-    assert Workbench(Run.open(run), "filters+rank", whiten=False, scheme="spatial").name == "filters+rank-spatial"
+    options: dict[str, Any] = {"importance": "l2", "refit": False}
+    bench = Workbench(Run.open(run), "filters+rank", whiten=False, scheme="spatial", **options)
+    assert bench.name == "filters+rank-spatial"
+
+
+def test_a_choice_and_a_refit_are_other_measurements_with_names_of_their_own(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    every: list[dict[str, Any]] = [
+        {},
+        {"refit": False},
+        {"importance": "l2"},
+        {"importance": "l1", "refit": False},
+        {"importance": "l2", "refit": False},
+    ]
+    for options in every:
+        sweep([run], "filters", ratios=[0.7], calibration=256, out=str(out), **options)
+    sweep([run], "filters", ratios=[0.7], calibration=256, importance="loss", out=str(out))  # is what auto means here
+    records = {record.compressor: record for record in read_records(out)}
+    assert list(records) == ["filters-loss-refit", "filters-loss", "filters-refit", "filters-l1", "filters"]
+    assert len(read_records(out)) == len(records) == len({record.key() for record in records.values()})
+    assert records["filters-loss"].refit is None
+    assert records["filters-loss"].top1 == records["filters-loss"].top1_reestimated
+    kept = {name: [layer["kept"] for layer in record.layers] for name, record in records.items()}
+    assert kept["filters-refit"] == kept["filters"] != kept["filters-loss"]
+    assert records["filters"].top1_raw == records["filters-refit"].top1_raw
+    # What it is for, on a network that has no filters to spare.
+    assert records["filters-loss-refit"].val_top1 > records["filters"].val_top1
+
+
+def test_the_dense_network_is_run_once_for_all_sizes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Workbench(Run.open(run), "filters", calibration=256)
+    looked: list[int] = []
+    original = FilterPruning.analyse
+
+    def counted(self: FilterPruning, *rest: Any) -> Any:
+        looked.append(1)
+        return original(self, *rest)
+
+    monkeypatch.setattr(FilterPruning, "analyse", counted)
+    first = bench.measure(0.3)[1]
+    reference = bench._refitter._reference
+    assert bench.measure(0.6)[1].refit is not None is not first.refit
+    assert bench._refitter._reference is reference
+    assert len(looked) == 1
+
+
+def test_validation_and_measurement_are_of_the_same_network(run: Path) -> None:
+    bench = Workbench(Run.open(run), "filters", calibration=256)
+    small, _, record = bench.measure(0.6)
+    share, accuracy = bench.validate(0.6)
+    assert accuracy == record.val_top1
+    assert 1 - share == pytest.approx(measuring.parameters(small) / record.params_dense)
+
+
+def test_a_network_that_is_trained_again_is_not_refitted(run: Path) -> None:
+    bench = Workbench(Run.open(run), "filters", calibration=256)
+    _, plan, record = bench.measure(0.6, refine=lambda network, _: network)
+    assert plan.refit is record.refit is None
+    assert record.top1 == record.top1_reestimated == bench.measure(0.6)[2].top1_reestimated
+
+
+def test_statistics_that_lag_behind_are_not_brought_back(run: Path, tmp_path: Path) -> None:
+    """A faithful refit to a network with such statistics would give its accuracy, that of guessing."""
+    stale = tmp_path / "stale"
+    shutil.copytree(run, stale)
+    state = load_file(stale / "model.safetensors")
+    norms = [name for name in state if name.endswith("running_mean")]
+    save_file({name: x + 5 if name in norms else x for name, x in state.items()}, stale / "model.safetensors")
+    _, _, record = Workbench(Run.open(stale), "filters", calibration=256).measure(0.5)
+    assert norms
+    assert record.top1_dense < 0.5 < 0.85 < record.top1
+
+
+def test_a_line_says_what_the_refit_gave(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "records.jsonl")
+    sweep([run], "filters", ratios=[0.5], calibration=256, out=out)
+    assert re.search(
+        r"filters-loss-refit ratio 0.5  top1 .* \(re-estimated .*%, raw .*%, dense", capsys.readouterr().err
+    )
+    sweep([run], "filters", ratios=[0.5], calibration=256, refit=False, out=out)
+    assert "re-estimated" not in capsys.readouterr().err
+
+
+def test_the_artefact_of_a_refit_needs_no_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = compress_run(run, "filters+rank", ratio=0.5, calibration=256, out=str(tmp_path / "small"))
+    assert "refit on 256 samples" in capsys.readouterr().out
+    plan = pliant.Plan.from_dict(json.loads((out / "plan.json").read_text()))
+    assert plan.refit is not None
+    x = torch.randn(4, 1, 8, 8)
+    expected = pliant.load(out)(x)
+    dense = Run.open(run).load()
+    torch.testing.assert_close(pliant.rebuild(dense, out).eval()(x), expected)
+    exported = export_run(str(out), formats="safetensors", out=str(tmp_path / "exported"))
+    torch.testing.assert_close(pliant.rebuild(dense, exported).eval()(x), expected)
+    if plan.refit.result != "cut":
+        with pytest.raises(BadInput, match="refitted on calibration data"):
+            pliant.replay(dense, plan)
 
 
 def test_spatial_factors_are_written_and_read_again(run: Path, tmp_path: Path) -> None:
@@ -114,7 +223,7 @@ def test_spatial_factors_are_written_and_read_again(run: Path, tmp_path: Path) -
     kernels = {m.kernel_size for m in small.modules() if isinstance(m, nn.Conv2d)}
     assert {(5, 1), (1, 5)} <= kernels
     record = json.loads((tmp_path / "small" / "record.json").read_text())
-    assert (record["compressor"], record["params"]) == ("rank-whitened-spatial", measuring.parameters(small))
+    assert (record["compressor"], record["params"]) == ("rank-whitened-spatial-refit", measuring.parameters(small))
 
 
 @pytest.mark.parametrize(
@@ -162,8 +271,15 @@ def test_default_folder_tells_apart_all_options_that_make_another_network(run: P
         ({"calibration": 64, "scheme": "spatial"}, "lenet-rank-calibration64-0.25"),
         ({"allocation": "uniform"}, "lenet-rank-uniform-0.25"),
         ({"calibration": 128}, "lenet-rank-calibration128-0.25"),
+        ({"refit": False}, "lenet-rank-cut-0.25"),
     ):
         assert compress_run(run, "rank", 0.25, **options) == run.resolve().with_name(name)
+    for options, name in (
+        ({}, "lenet-filters-0.25"),
+        ({"importance": "l2"}, "lenet-filters-l2-0.25"),
+        ({"importance": "l1", "refit": False}, "lenet-filters-l1-cut-0.25"),
+    ):
+        assert compress_run(run, "filters", 0.25, **options) == run.resolve().with_name(name)
     out = compress_run(run, max_drop=0.5, precision="fp32")
     assert out == run.resolve().with_name("lenet-filters-fp32-max_drop0.5")
     with pytest.raises(BadInput, match=r"lenet-rank-plain-0\.25 exists"):
@@ -218,7 +334,7 @@ def test_compressed_folder_is_loaded_again(compressor: str, run: Path, tmp_path:
 
 
 def test_removed_filters_equal_their_masked_twin(run: Path, tmp_path: Path) -> None:
-    out = compress_run(run, "filters", ratio=0.6, calibration=2, out=str(tmp_path / "small"))
+    out = compress_run(run, "filters", ratio=0.6, calibration=256, refit=False, out=str(tmp_path / "small"))
     dense = Run.open(run).load()
     plan = pliant.Plan.from_dict(json.loads((out / "plan.json").read_text()))
     small, twin = pliant.replay(dense, plan).eval(), masked_twin(dense, plan).eval()
@@ -288,6 +404,8 @@ def test_a_run_with_other_weights_is_another_run(run: Path, tmp_path: Path) -> N
         ({"compressor": "rank", "scheme": "spatially", "whiten": False}, "scheme 'spatially': did you mean 'spatial'"),
         ({"compressor": "filters", "scheme": "best"}, "--scheme best is for the compressor rank; filters has"),
         ({"compressor": "nm", "scheme": "channel"}, "--scheme channel is for the compressor rank; nm has"),
+        ({"importance": "l3"}, "--importance 'l3': filters does not take it"),
+        ({"compressor": "rank", "importance": "l2"}, "--importance 'l2': rank has no importance to choose"),
     ],
 )
 def test_bad_sweeps(options: dict[str, Any], message: str, run: Path, tmp_path: Path) -> None:
@@ -328,7 +446,7 @@ def test_the_users_own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.chdir(tmp_path)
     own = train(model="their_nets:tiny", method="sfw-filters", epochs=1)
-    out = sweep([own], "filters", ratios="0.5", calibration=64)
+    out = sweep([own], "filters", ratios="0.5", calibration=512)
     (record,) = read_records(out)
     assert own == Path("runs/digits-their_nets-tiny-sfw-filters-seed0")
     assert record.params < record.params_dense

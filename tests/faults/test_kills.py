@@ -101,7 +101,7 @@ def test_a_folder_that_was_being_replaced_comes_back(
 
 TRAIN = "train --model mlp --width 0.1 --method sfw-filters --epochs 3 --batch_size 256 --checkpoint_steps 2 --out run"
 SWEEP = "sweep base --compressor weights --ratios 0,0.5,0.9 --calibration 64 --out records.jsonl"
-COMPRESS = "compress base --compressor filters --ratio 0.5 --calibration 64 --out small"
+COMPRESS = "compress base --compressor filters --ratio 0.5 --calibration 512 --out small"
 COMPARE = "compare small.yaml --out compared"
 SUITE = """
 settings: {model: mlp, width: 0.1, epochs: 2, batch_size: 512}

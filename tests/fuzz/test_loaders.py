@@ -75,7 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(run: Path) -> Path:
-    return compress_run(run, "filters+rank", ratio=0.5, calibration=16, out=str(run.with_name("small")))
+    return compress_run(run, "filters+rank", ratio=0.5, calibration=512, out=str(run.with_name("small")))
 
 
 @pytest.fixture(scope="module", autouse=True)

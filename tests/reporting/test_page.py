@@ -245,6 +245,12 @@ def test_sizes_are_ordered_by_ratio_and_shares_are_of_the_dense_network() -> Non
             "Layers factorised to low rank, whitened, spatial",
             ["parameters left (%)", "MACs left (%)"],
         ),
+        (
+            "filters-loss-refit",
+            0.5,
+            "Filters removed, chosen by calibration images, refitted",
+            ["parameters left (%)", "MACs left (%)"],
+        ),
         ("weights", 0.5, "Single weights zeroed", ["non-zero parameters left (%)"]),
         ("weights", 0.0, "Single weights zeroed", ["non-zero parameters left (%)"]),
         ("nm", 0.5, "N:M patterns", ["non-zero parameters left (%)"]),
@@ -255,6 +261,62 @@ def test_a_family_is_shown_against_what_it_reduces(compressor: str, ratio: float
     page = Page(render([sample("sgd", compressor, ratio)]))
     assert page.data["sections"][0]["panels"][0]["axes"] == axes
     assert title in page.text
+
+
+REFITTED = {"refit": {"result": "refitted"}, "top1": 0.8, "top1_reestimated": 0.7, "top1_raw": 0.6}
+
+
+def test_refitted_networks_have_three_accuracies() -> None:
+    records = [sample("sgd", "filters-loss-refit", ratio, **REFITTED) for ratio in (0.0, 0.5)]
+    old = sample("sgd", "filters", 0.5, model="lenet")
+    page = Page(render([*records, old]))
+    switch = [tag["value"] for name, tag in page.tags if name == "input" and tag.get("name") == "accuracy"]
+    assert switch == ["top1", "top1_reestimated", "top1_raw"]
+    sections = page.data["sections"]
+    for section in sections:  # every section answers the switch
+        (panel,) = section["panels"]
+        assert set(panel["views"]["epochs"]["standings"]) == set(switch)
+    by_title = {section["panels"][0]["compressor"]: section["panels"][0]["views"]["epochs"] for section in sections}
+    size = by_title["filters-loss-refit"]["curves"][0]["sizes"][1]
+    assert [size[kind]["mean"] for kind in switch] == [0.8, 0.7, 0.6]
+    assert "re-estimated 70.0 % · raw 60.0 %" in size["tip"]
+    point = by_title["filters"]["curves"][0]["networks"][0]["points"][0]
+    assert point["top1_reestimated"] == point["top1"] == old.top1
+    areas = [by_title["filters-loss-refit"]["standings"][kind][0]["areas"][0]["mean"] for kind in switch]
+    assert areas == sorted(areas, reverse=True)
+    numbers = re.search(r"80\.0.*?70\.0.*?60\.0", page.text, re.DOTALL)  # beside each other in the table
+    assert numbers is not None
+    assert "Re-estimated" in page.text
+    assert "Refitted: the weights that are left" in " ".join(page.text.split())
+    assert "Refitted: the weights that are left" in comparison_markdown(records)
+    assert "Refitted, where the name says so" in str(summary_table(records).caption)
+
+
+def test_without_a_refit_pages_and_tables_say_what_they_did() -> None:
+    records = [sample("sgd", "filters", 0.5)]
+    page = Page(render(records))
+    assert [tag["value"] for _, tag in page.tags if tag.get("name") == "accuracy"] == ["top1", "top1_raw"]
+    assert "Refitted" not in page.text + comparison_markdown(records)
+    assert summary_table(records).caption == "BatchNorm re-estimated; mean over the runs."
+
+
+@pytest.mark.parametrize(
+    ("compressor", "flags"),
+    [
+        ("filters", ["--importance", "l2", "--refit", "false"]),
+        ("filters-loss-refit", []),
+        ("filters-loss", ["--refit", "false"]),
+        ("filters-bn-refit", ["--importance", "bn"]),
+        ("rank-whitened-spatial-refit", ["--scheme", "spatial"]),
+        ("filters+rank-loss-whitened-spatial-refit", ["--scheme", "spatial"]),
+        ("weights", ["--refit", "false"]),
+        ("filters-mask", None),
+    ],
+)
+def test_the_command_makes_the_same_variant(compressor: str, flags: list[str] | None) -> None:
+    (curve,) = curves([sample("sgd", compressor, 0.5)])
+    command = curve["networks"][0]["command"]
+    assert (command and command[5:]) == flags
 
 
 def test_zeroed_filters_are_not_mixed_with_removed_ones() -> None:

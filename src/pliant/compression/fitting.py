@@ -134,7 +134,9 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
     silent = None if bias is None else fixed.all(2) & (bias == 0)  # filters that a mask has removed
     candidates: list[tuple[float | None, Tensor]] = [(None, now)]
     for damping in DAMPINGS:
-        candidates.append((damping, _solve(second, cross, cut, damping * level, fixed)))
+        solution = _solve(second, cross, cut, damping * level, fixed)
+        if solution is not None:
+            candidates.append((damping, solution))
 
     def error(weight: Tensor, offset: Tensor | None) -> float:
         return _error(held, weight, offset, centred=centred and bias is None)
@@ -162,8 +164,11 @@ def _error(held: Sums, weight: Tensor, bias: Tensor | None, *, centred: bool) ->
     return float(missed / energy.clamp(min=torch.finfo(energy.dtype).tiny))
 
 
-def _solve(second: Tensor, cross: Tensor, cut: Tensor, damping: Tensor, fixed: Tensor) -> Tensor:
-    """Return argmin_W tr(W A Wᵀ) − 2 tr(W B) + λ‖W − W_cut‖², with zeros where ``fixed``, (groups, m, n)."""
+def _solve(second: Tensor, cross: Tensor, cut: Tensor, damping: Tensor, fixed: Tensor) -> Tensor | None:
+    """Return argmin_W tr(W A Wᵀ) − 2 tr(W B) + λ‖W − W_cut‖², with zeros where ``fixed``, (groups, m, n).
+
+    None if the damping is too small for the rounding errors of A: covariances of few rows far from zero lose digits.
+    """
     rows, columns = fixed.all(2), fixed.all(1)  # whole filters and columns that are zero are left out
     scattered = bool((fixed & ~rows.unsqueeze(2) & ~columns.unsqueeze(1)).any())
     system = second.clone()
@@ -173,7 +178,8 @@ def _solve(second: Tensor, cross: Tensor, cut: Tensor, damping: Tensor, fixed: T
         system = system.masked_fill(columns.unsqueeze(1) | columns.unsqueeze(2), 0.0)
         system.diagonal(dim1=1, dim2=2).add_(columns.double())
         right = right.masked_fill(columns.unsqueeze(2) | rows.unsqueeze(1), 0.0)
-        return torch.cholesky_solve(right, torch.linalg.cholesky(system)).mT
+        factor, failed = torch.linalg.cholesky_ex(system)
+        return None if bool(failed.any()) else torch.cholesky_solve(right, factor).mT
     return masked_solve(system, right.mT, cut, ~fixed)
 
 

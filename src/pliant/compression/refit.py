@@ -108,18 +108,23 @@ class Refitter:
             )
         self.model, self.example_inputs, self.calibration = model, example_inputs, calibration
 
-    def apply(self, compressor: Compressor[Any], plan: Plan, analysis: Any) -> tuple[nn.Module, Plan]:
+    def apply(
+        self, compressor: Compressor[Any], plan: Plan, analysis: Any, small: nn.Module | None = None
+    ) -> tuple[nn.Module, Plan]:
         """Return the network that a plan makes of the dense one, refitted, and the plan with the record of the refit.
 
         Args:
             compressor, plan, analysis: as in ``compressor.apply(model, plan, analysis=analysis)``.
+            small: the network that this returns, if it is known.
 
         Raises:
             BadInput: as there, or a network cannot be called on a batch of the data.
         """
         last = compressor.links[-1] if isinstance(compressor, Chain) else None
         if not isinstance(compressor, Chain) or not isinstance(last, Int8) or len(compressor.links) == 1:
-            return self.refit(compressor.apply(self.model, plan, analysis=analysis), plan)
+            if small is None:
+                small = compressor.apply(self.model, plan, analysis=analysis)
+            return self.refit(small, plan)
         before = replace(plan, links=plan.links[:-1])
         network = Chain(*compressor.links[:-1]).apply(self.model, before, analysis=analysis)
         network, refitted = self.refit(network, before)

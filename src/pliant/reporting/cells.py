@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pliant.records import Record
 from pliant.reporting.curves import nonzero_share
 from pliant.reporting.formats import human, percent
-from pliant.reporting.grouping import size_of
+from pliant.reporting.grouping import accuracy_of, size_of
 
 
 class Cell(NamedTuple):
@@ -26,7 +26,7 @@ class Cell(NamedTuple):
 
 
 def _accuracy(name: str) -> Callable[[Record], Cell]:
-    return lambda record: Cell(percent(getattr(record, name)), "", getattr(record, name))
+    return lambda record: Cell(percent(accuracy_of(record, name)), "", accuracy_of(record, name))
 
 
 def _size(name: str, unit: str = "") -> Callable[[Record], Cell]:
@@ -57,6 +57,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], Cell]], ...] = (
     ("Compressor", lambda r: Cell(r.compressor, r.allocation, f"{r.compressor} {r.allocation}")),
     ("Removed", _removed),
     ("Accuracy", _accuracy("top1")),
+    ("Re-estimated", _accuracy("top1_reestimated")),
     ("Raw", _accuracy("top1_raw")),
     ("Dense", _accuracy("top1_dense")),
     ("Validation", _accuracy("val_top1")),

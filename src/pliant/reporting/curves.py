@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
-from pliant.compressor_names import COMPRESSORS, TITLE
+from pliant.compressor_names import COMPRESSORS, TITLE, variant_in_words
 from pliant.records import Record
-from pliant.reporting.grouping import flat, grouped, run_of
+from pliant.reporting.grouping import accuracy_of, flat, grouped, run_of
 
 VIEWS = {"epochs": "same number of epochs", "time": "same training time"}
 """The title of each view, which names the resource that its trainings have equally much of (``equal`` of a cost)."""
@@ -110,6 +110,11 @@ class Section:
     def curves(self) -> list[Curve]:
         """The curves of all views."""
         return [curve for curves in self.views.values() for curve in curves]
+
+    @property
+    def refitted(self) -> bool:
+        """Whether the weights of any network were refitted after the cut."""
+        return any(record.refit is not None for record in self.records)
 
     @property
     def chance(self) -> float | None:
@@ -277,11 +282,11 @@ class Panel(NamedTuple):
     @property
     def title(self) -> str:
         """What the compressor does, in words."""
-        family, _, variant = self.compressor.partition("-")
+        family = self.compressor.partition("-")[0]
         row = COMPRESSORS.get(family)
         title = self._recorded_title if row is None else row.removed if self.removes else row.zeroed
         title = title or (family if self.removes else f"{family}, zeroed")
-        return ", ".join([title, *filter(None, variant.split("-"))])
+        return ", ".join([title, *variant_in_words(self.compressor)])
 
     @property
     def _recorded_title(self) -> str:
@@ -343,7 +348,7 @@ def points_of(records: Iterable[Record], axis: Axis, accuracy: str) -> list[tupl
     Args:
         records: the records of one run.
         axis: the quantity that shares refer to.
-        accuracy: ``"top1"`` or ``"top1_raw"``.
+        accuracy: ``"top1"``, ``"top1_reestimated"`` or ``"top1_raw"``.
     """
-    points = [(max(0.0, 1 - axis.share(record)), getattr(record, accuracy)) for record in records]
+    points = [(max(0.0, 1 - axis.share(record)), accuracy_of(record, accuracy)) for record in records]
     return points if any(share == 0 for share, _ in points) else [(0.0, next(iter(records)).top1_dense), *points]

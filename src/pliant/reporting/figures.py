@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from pliant.compressor_names import control_flags
-from pliant.records import CALIBRATION, LayerCount, Record, factorises
+from pliant.compressor_names import control_flags, shell_flags
+from pliant.records import CALIBRATION, LayerCount, Record
 from pliant.reporting.curves import Axis, Curve, Panel, Section, panels_of
 from pliant.reporting.formats import human, percent
-from pliant.reporting.grouping import size_of, sizes_of
+from pliant.reporting.grouping import accuracy_of, size_of, sizes_of
 from pliant.reporting.intervals import Estimate
-from pliant.reporting.ranking import ACCURACIES, Standing, standings
+from pliant.reporting.ranking import ACCURACIES, REESTIMATED, Standing, standings
 
 
-def section_data(section: Section, runs: str) -> dict[str, Any]:
-    """Return the data that the page draws in a section."""
+def section_data(section: Section, runs: str, refitted: bool = False) -> dict[str, Any]:
+    """Return the data that the page draws in a section.
+
+    Args:
+        section: the section.
+        runs: folder of the run folders.
+        refitted: whether the page offers the accuracies before a refit, too.
+    """
+    accuracies = (*ACCURACIES, REESTIMATED) if refitted else ACCURACIES
     best = max(max(record.top1, record.top1_raw, record.top1_dense) for record in section.records)
     return {
         # All figures of a section share the accuracy axis, which ends at the next 10 % above the best accuracy.
@@ -34,7 +42,7 @@ def section_data(section: Section, runs: str) -> dict[str, Any]:
                 "axes": [axis.title for axis in panel.axes],
                 "variants": panel.variants,
                 "sizes": list(sizes_of(record for curve in panel.curves for record in curve.records)),
-                "views": {name: _view_data(panel, name, section.chance, runs) for name in panel.views},
+                "views": {name: _view_data(panel, name, section.chance, runs, accuracies) for name in panel.views},
             }
             for panel in panels_of(section)
         ],
@@ -43,7 +51,7 @@ def section_data(section: Section, runs: str) -> dict[str, Any]:
     }
 
 
-def _view_data(panel: Panel, view: str, chance: float | None, runs: str) -> dict[str, Any]:
+def _view_data(panel: Panel, view: str, chance: float | None, runs: str, accuracies: Sequence[str]) -> dict[str, Any]:
     curves = panel.views[view]
     return {
         "curves": [_curve_data(curve, panel, runs) for curve in curves],
@@ -52,7 +60,7 @@ def _view_data(panel: Panel, view: str, chance: float | None, runs: str) -> dict
                 _standing_data(standing, curves.index(standing.curve))
                 for standing in standings(panel, view, chance, accuracy)
             ]
-            for accuracy in ACCURACIES
+            for accuracy in accuracies
         },
     }
 
@@ -87,6 +95,7 @@ def _curve_data(curve: Curve, panel: Panel, runs: str) -> dict[str, Any]:
                 "shares": [fmean(map(axis.share, records)) for axis in panel.axes],
                 "top1": _spread([record.top1 for record in records]),
                 "top1_raw": _spread([record.top1_raw for record in records]),
+                REESTIMATED: _spread([accuracy_of(record, REESTIMATED) for record in records]),
                 "tip": _tip(curve, size, records),
             }
             for size, records in sizes_of(curve.records).items()
@@ -113,6 +122,7 @@ def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
             "removed": max(0.0, 1 - axis.share(record)),
             "top1": record.top1,
             "top1_raw": record.top1_raw,
+            REESTIMATED: accuracy_of(record, REESTIMATED),
             "val": record.val_top1,
             "ratio": record.ratio,
             "pattern": record.pattern,
@@ -121,21 +131,18 @@ def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
     ]
     if not any(point["removed"] == 0 for point in points):
         dense = records[0].top1_dense
-        points.append({"removed": 0.0, "top1": dense, "top1_raw": dense, "val": None, "ratio": 0.0, "pattern": ""})
+        accuracies = dict.fromkeys((*ACCURACIES, REESTIMATED), dense)
+        points.append({"removed": 0.0, **accuracies, "val": None, "ratio": 0.0, "pattern": ""})
     return points
 
 
 def _command(record: Record, runs: str) -> list[str] | None:
     """Return the command that compresses a run like a record, in words, without the size; None if there is none."""
-    compressor, *variants = record.compressor.split("-")
-    schemes = [variant for variant in variants if variant != "whitened" and "=" not in variant]
-    if "retraining" in record.config or len(schemes) > factorises(compressor):  # only rank has a scheme, and only one
+    variant = shell_flags(record.compressor)
+    if "retraining" in record.config or variant is None:
         return None
-    words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
-    if factorises(compressor) and "whitened" not in variants:
-        words += ["--whiten", "false"]
-    if factorises(compressor):
-        words += ["--scheme", *(schemes or ["channel"])]
+    compressor = record.compressor.partition("-")[0]
+    words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor, *variant]
     if record.allocation not in ("", "global"):
         words += ["--allocation", record.allocation]
     if (calibration := record.config.get("calibration", CALIBRATION)) != CALIBRATION:
@@ -157,11 +164,13 @@ def _tip(curve: Curve, size: str, records: list[Record]) -> str:
     def amount(name: str, unit: str = "") -> str:
         return f"{human(round(mean(name)), unit)} ({percent(mean(name) / mean(f'{name}_dense'))} %)"
 
+    reestimated = fmean(accuracy_of(record, REESTIMATED) for record in records)
+    settled = f"re-estimated {percent(reestimated)} % · " if any(record.refit for record in records) else ""
     lines = [
         f"<b>{html.escape(curve.training)}</b>{'' if several else f' · {html.escape(records[0].run)}'}",
         f"{html.escape(curve.variant)} · {html.escape(size)}",
         f"accuracy {percent(mean('top1'))} %{spread}",
-        f"raw {percent(mean('top1_raw'))} % · dense {percent(mean('top1_dense'))} %",
+        f"{settled}raw {percent(mean('top1_raw'))} % · dense {percent(mean('top1_dense'))} %",
         f"parameters {amount('params')}, non-zero {human(round(mean('nonzero')))}",
         f"MACs {amount('macs')} · file {amount('bytes', 'B')}",
         f"latency {1e3 * mean('latency_s'):.2f} ms, batch {records[0].latency_batch}"

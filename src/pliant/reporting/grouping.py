@@ -31,6 +31,12 @@ def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return entries
 
 
+def accuracy_of(record: Record, kind: str) -> float:
+    """Return an accuracy of a record by its field; older records, and those without a refit, have ``top1`` for more."""
+    value: float | None = getattr(record, kind)
+    return record.top1 if value is None else value
+
+
 def run_of(record: Record) -> tuple[str, str]:
     """Return the name and the weights of a record's run, which identify it."""
     return record.run, record.weights

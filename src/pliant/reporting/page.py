@@ -111,11 +111,13 @@ def render(records: Sequence[Record], runs: str = "runs", remarks: Sequence[str]
     )
     sections = sections_of(records)
     trainings = {curve.training: curve for section in sections for curve in section.curves}
+    refitted = any(section.refitted for section in sections)
     versions = Counter(tuple(sorted(record.versions.items())) for record in records)
     return environment.get_template("report.html.j2").render(
         remarks=remarks,
         runs=len(grouped(records, run_of)),
         trainings=trainings,
+        refitted=refitted,
         retrained=any(curve.retrained for curve in trainings.values()),
         views={name: title for name, title in VIEWS.items() if any(name in section.views for section in sections)},
         level=LEVEL,
@@ -148,7 +150,8 @@ def render(records: Sequence[Record], runs: str = "runs", remarks: Sequence[str]
             ],
             "slack": SLACK,
             "kept": KEPT,
-            "sections": [section_data(section, runs) for section in sections],
+            "refitted": refitted,
+            "sections": [section_data(section, runs, refitted) for section in sections],
         },
         plotlyjs=get_plotlyjs(),
     )

@@ -2,7 +2,7 @@
 
 A standing has the area under the curve (``area``) with its confidence interval over the seeds, the difference from the
 best *baseline* (a method that is neither ours nor retrained), and context for the area: the dense accuracy, the
-accuracy at four sizes, the area with the other BatchNorm statistics and the cost of the training. Networks with
+accuracy at four sizes, the area by another accuracy and the cost of the training. Networks with
 retraining come last and are never the best.
 """
 
@@ -16,13 +16,15 @@ from typing import NamedTuple
 from pliant.records import Record
 from pliant.reporting.area import accuracy_at, area, is_reached
 from pliant.reporting.curves import Axis, Curve, Panel, points_of
-from pliant.reporting.grouping import grouped, sizes_of
+from pliant.reporting.grouping import accuracy_of, grouped, sizes_of
 from pliant.reporting.intervals import Estimate, difference, estimate
 
 KEPT = (0.5, 0.3, 0.2, 0.1)
 """The shares of the parameters at which accuracies are shown."""
-ACCURACIES = {"top1": "re-estimated", "top1_raw": "raw"}
-"""The two accuracies of a record, by the BatchNorm statistics."""
+ACCURACIES = ("top1", "top1_raw")
+"""The accuracies of a record: of the network as it is delivered, and as it was cut."""
+REESTIMATED = "top1_reestimated"
+"""Another one, where networks were refitted: with re-estimated BatchNorm statistics only."""
 
 
 class MeanCost(NamedTuple):
@@ -44,7 +46,7 @@ class Standing:
     areas: tuple[Estimate, ...]
     """Areas along each axis of the panel; the first decides. For patterns, mean accuracy over the common patterns."""
     other: Estimate
-    """The first of the areas, with the other BatchNorm statistics."""
+    """The first of the areas, by the raw accuracy; if the areas themselves are by another than ``top1``, by that."""
     versus: Estimate | None
     """The first area minus that of the best baseline, by pairs of equal seeds; None if there is no baseline."""
     is_baseline: bool
@@ -63,11 +65,12 @@ def standings(panel: Panel, view: str, chance: float | None, accuracy: str = "to
         panel: the panel that holds the curves.
         view: one of its views.
         chance: accuracy of guessing, which counts at sizes that a curve does not reach; None counts as 0.
-        accuracy: one of :data:`ACCURACIES`.
+        accuracy: one of :data:`ACCURACIES`, or :data:`REESTIMATED`.
     """
     curves = panel.views[view]
     other = next(kind for kind in ACCURACIES if kind != accuracy)
-    scores = {kind: [_scores(panel, curves, curve, chance or 0.0, kind) for curve in curves] for kind in ACCURACIES}
+    kinds = (accuracy, other)
+    scores = {kind: [_scores(panel, curves, curve, chance or 0.0, kind) for curve in curves] for kind in kinds}
     first = [axes[0] for axes in scores[accuracy]]
     means = [fmean(values.values()) for values in first]
     order = sorted(range(len(curves)), key=lambda index: (curves[index].retrained, -means[index]))
@@ -118,7 +121,7 @@ def _whole_runs(curve: Curve) -> list[list[Record]]:
 def _mean(run: list[Record], patterns: set[str], accuracy: str) -> float:
     """Return the mean accuracy of a run over these patterns; if it has none of them, over all its records."""
     counted = [record for record in run if record.pattern in patterns] or run
-    return fmean(getattr(record, accuracy) for record in counted)
+    return fmean(accuracy_of(record, accuracy) for record in counted)
 
 
 def _at(panel: Panel, curve: Curve, kept: float, accuracy: str) -> float | None:

@@ -35,16 +35,26 @@ TIME_NOTE = (
     "trained for fewer epochs; the others are the same as with the same number of epochs."
 )
 
+REFIT_NOTE = (
+    "Refitted: the weights that are left make up for what has gone, by least squares on calibration images without "
+    "labels, where that brings the outputs nearer to those of the dense network on images that were held out. Raw: the "
+    "network as it was cut."
+)
+
 
 def summary_table(records: Iterable[Record]) -> Table:
-    """Return the test accuracy of every curve at every ratio: in %, BatchNorm re-estimated, mean over the runs.
+    """Return the test accuracy of every curve at every ratio: in %, of what is delivered, mean over the runs.
 
     Rows are grouped by model and data set, then by compressor and allocation. The columns are the number of runs,
     the dense accuracy, then one per removed share or N:M pattern. Ten of these fit into 100 characters.
     """
     sections = sections_of(records)
     sizes = sizes_of(record for section in sections for record in section.records if record.ratio > 0)
-    table = _table("Test accuracy (%) by removed share", "BatchNorm re-estimated; mean over the runs.")
+    refits = any(section.refitted for section in sections)
+    caption = (
+        "Refitted, where the name says so, else BatchNorm re-estimated; " if refits else "BatchNorm re-estimated; "
+    )
+    table = _table("Test accuracy (%) by removed share", f"{caption}mean over the runs.")
     table.add_column("training", overflow="fold")
     for header in ("runs", "dense", *sizes):
         table.add_column(header, justify="right", no_wrap=True)
@@ -95,7 +105,10 @@ def comparison_markdown(records: Sequence[Record], remarks: Sequence[str] = ()) 
 
 
 def _notes(records: Sequence[Record]) -> list[str]:
-    return [NOTE] + [TIME_NOTE] * any(len(section.views) > 1 for section in sections_of(records))
+    sections = sections_of(records)
+    notes = [NOTE]
+    notes += [REFIT_NOTE] * any(section.refitted for section in sections)
+    return notes + [TIME_NOTE] * any(len(section.views) > 1 for section in sections)
 
 
 class _Row(NamedTuple):

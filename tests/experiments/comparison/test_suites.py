@@ -7,8 +7,11 @@ import pytest
 import yaml
 
 from pliant.errors import BadInput, DamagedFile
+from pliant.experiments.comparison.comparison import Comparison
 from pliant.experiments.comparison.suite import SHIPPED, Suite
+from pliant.experiments.comparison.workers import here
 from pliant.experiments.methods import find_method
+from pliant.reporting.tables import comparison_markdown
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -101,6 +104,12 @@ RANK = content()["families"]["rank"]
         ({"families": {"rank": [{"compressor": "rank", "ratios": [0], "keep": 3}]}}, "families.rank: keep"),
         ({"families": {"rank": [{"compressor": "rank", "ratios": [0], "layer_ratios": {"fc": 2}}]}}, "share < 1"),
         ({"families": {"rank": [{"compressor": "weights", "ratios": [0], "at_least": 1}]}}, "for filters, heads and"),
+        ({"families": {"rank": [{"compressor": "rank", "ratios": [0], "refit": "no"}]}}, "refit is true or false"),
+        (
+            {"families": {"rank": [{"compressor": "rank", "ratios": [0], "importance": "l2"}]}},
+            "families.rank: --importance 'l2': rank has no importance",
+        ),
+        ({"families": {"rank": [{"compressor": "rank", "ratios": [0], "importance": 2}]}}, "importance is text"),
         ({"equal": ["time"]}, "starts with epochs"),
         ({"equal": ["epochs", "money"]}, "'money'"),
         ({"calibration": 1}, "at least 2 images"),
@@ -128,6 +137,14 @@ def test_controls_make_a_measure_of_their_own():
     assert kept.controls == {"keep": ["fc", "a.*"]}
     assert plain.name == "filters"
     assert len({measure.key(0.5, "") for measure in (plain, controlled, kept)}) == 3
+
+
+def test_a_choice_and_a_refit_make_measures_of_their_own():
+    entry = {"compressor": "filters", "ratios": [0, 0.5]}
+    every = [entry, {**entry, "importance": "l2"}, {**entry, "importance": "l2", "refit": False}]
+    suite = read(families={"rank": every})
+    names = ["filters-loss-refit", "filters-refit", "filters"]
+    assert [measure.name for measure in suite.families["rank"]] == names
 
 
 @pytest.mark.parametrize("value", [None, 3, [], "text", {1: 2}])
@@ -162,6 +179,22 @@ def test_methods_are_measured_in_the_families_that_they_are_made_for(name):
     for entrant in Suite.open(name).methods:
         cut_by = find_method(entrant.method).cut_by
         assert not cut_by or set(entrant.families) <= set(cut_by), entrant.label
+
+
+RECORDED = Path(__file__).parents[3] / "comparisons"
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in RECORDED.glob("*/suite.yaml")))
+def test_recorded_comparisons_are_what_their_suites_ask_for(name):
+    folder = RECORDED / name
+    suite = Suite.open(folder / "suite.yaml")
+    measures = {measure.name for family in suite.families.values() for measure in family}
+    comparison = Comparison(suite, folder, here)
+    records = comparison.current()
+    assert len(records) == len(comparison.records)
+    assert {record.compressor for record in records} == measures
+    report = comparison_markdown(records, comparison.diverged())
+    assert report == (folder / "report.md").read_text(encoding="utf-8")
 
 
 def test_five_suites_are_shipped():

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pliant.compressor_names import record_name
 from pliant.errors import BadInput, shown
 from pliant.experiments.comparison.job import Job, Line, Outcome
 from pliant.experiments.comparison.joining import SUITE
@@ -179,8 +180,9 @@ class Comparison:
     def _check_measure(self, outcome: Outcome, job: Job) -> None:
         """Raise BadInput if the search used another measure than the one that is now the first of the family."""
         first = job.families[outcome.family][0]
-        # Files without the name are from before there was another scheme.
-        compressor = outcome.compressor or dataclasses.replace(first, scheme=first.scheme and "channel").name
+        # Files without the name are from before there was another scheme, a choice by data or a refit.
+        oldest = record_name(first.compressor, first.whiten, first.scheme and "channel", first.controls)
+        compressor = outcome.compressor or oldest
         measure = {"compressor": compressor, **outcome.measure}
         for name, now in {"compressor": first.name, **job.chosen_by(outcome.family)}.items():
             before = measure.get(name, now)  # files of earlier versions do not have everything

@@ -33,7 +33,7 @@ class Job:
         trial: the settings that tell the method's trials apart.
         settings: all settings of the training.
         families: what to measure, by family.
-        calibration: images for whitening and the BatchNorm re-estimation.
+        calibration: images for choosing what goes, whitening, the refit and the BatchNorm re-estimation.
         search: whether the first measure of each family is taken on the validation images, nothing else.
         equal: "epochs" or "time": the training has as much of it as SGD.
         retraining: schedule under which each compressed network is trained again; empty if it is not.

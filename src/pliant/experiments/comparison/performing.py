@@ -92,7 +92,7 @@ def _measure(job: Job, run: Run) -> Iterator[Record]:
 
 
 def _workbench(run: Run, job: Job, measure: Measure) -> Workbench:
-    names = ("allocation", "whiten", "scheme", "controls")
+    names = ("allocation", "whiten", "scheme", "controls", "refit", "importance")
     options: dict[str, Any] = {name: getattr(measure, name) for name in names}
     return Workbench(run, measure.compressor, calibration=job.calibration, **options)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ def rehearse(suite: Suite) -> None:
     are trained. Raises the errors that the comparison itself would raise.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-    with tempfile.TemporaryDirectory(prefix="pliant-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pliant-") as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "few calibration samples")
         for task in suite.tasks:
             settings = suite.task_settings(task)
             data = noise(settings.data, settings.image_size)

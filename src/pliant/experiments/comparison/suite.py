@@ -10,7 +10,7 @@ takes part in and its *trials*: the settings to choose from on the validation im
     families:
       rank:
         - {compressor: rank, ratios: [0, 0.5, 0.9]}               # the first one is used in the search
-        - {compressor: rank, whiten: false, ratios: [0, 0.5, 0.9]}
+        - {compressor: rank, whiten: false, refit: false, ratios: [0, 0.5, 0.9]}
     methods:
       sgd: {families: [rank], trials: [{lr: 0.1}, {lr: 0.05}]}
       ours: {method: sfw-rank, families: [rank], trials: {k: [0.1, 0.2]}}   # a mapping of lists is a grid
@@ -33,7 +33,7 @@ from pliant.compression.by_name import allocation_of, check_names
 from pliant.compressor_names import CALIBRATION, record_name, resolve_scheme, takes_pattern
 from pliant.errors import BadInput, DamagedFile, check_choice, shown, unknown
 from pliant.experiments.baselines.retraining import SCHEDULES
-from pliant.experiments.controls import controls_of
+from pliant.experiments.controls import AUTO, choice_of, controls_of
 from pliant.experiments.methods import METHODS, Method, find_method, resolved, settings_from
 from pliant.experiments.sweep import parse_ratios
 from pliant.experiments.training.settings import SETTINGS, Settings
@@ -56,6 +56,7 @@ class Measure:
         points: pairs (ratio, pattern); the dense network is (0, "").
         allocation, whiten, scheme: options of the compressor.
         controls: what every layer keeps, as :func:`~pliant.experiments.controls.controls_of` returns it.
+        refit, importance: whether the weights that are left are refitted, and how the compressor chooses what goes.
     """
 
     compressor: str
@@ -64,11 +65,14 @@ class Measure:
     whiten: bool = True
     scheme: str | None = None
     controls: Mapping[str, Any] = field(default_factory=dict)
+    refit: bool = True
+    importance: str = AUTO
 
     @property
     def name(self) -> str:
         """The compressor with its variant, as records name it."""
-        return record_name(self.compressor, self.whiten, self.scheme, self.controls)
+        choice = choice_of(self.compressor, self.importance)
+        return record_name(self.compressor, self.whiten, self.scheme, self.controls, choice=choice, refit=self.refit)
 
     def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
         """Return the key that identifies the record of a point among the records of a run."""
@@ -102,7 +106,8 @@ class Retraining:
     """The references that may train again: networks of one method, compressed, then retrained.
 
     Compression and training take one round; if weights become zeros also several, those of ``rounds``: iterative
-    magnitude pruning.
+    magnitude pruning. The training takes the place of the refit; the records are named after the family's first measure
+    all the same, beside which they are shown.
     """
 
     method: str
@@ -276,7 +281,7 @@ def _method(where: str, name: str) -> Method:
 
 
 def _measure(where: str, entry: object) -> Measure:
-    optional = ("ratios", "patterns", "allocation", "whiten", "scheme", *_CONTROLS)
+    optional = ("ratios", "patterns", "allocation", "whiten", "scheme", "refit", "importance", *_CONTROLS)
     fields = _mapping(where, entry, {"compressor": True, **dict.fromkeys(optional, False)})
     compressor = fields["compressor"]
     if not isinstance(compressor, str):
@@ -284,10 +289,15 @@ def _measure(where: str, entry: object) -> Measure:
     allocation = fields.get("allocation", "global")
     check_names(compressor, allocation)
     scheme = resolve_scheme(compressor, fields.get("scheme"))
-    whiten = fields.get("whiten", True)
-    if not isinstance(whiten, bool):
-        raise BadInput(f"{where}.whiten is true or false, got {shown(whiten)}")
+    switches = {name: fields.get(name, True) for name in ("whiten", "refit")}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise BadInput(f"{where}.{name} is true or false, got {shown(value)}")
+    importance = fields.get("importance", AUTO)
+    if not isinstance(importance, str):
+        raise BadInput(f"{where}.importance is text, got {shown(importance)}")
     try:
+        choice_of(compressor, importance)
         controls = controls_of(compressor, **{name: fields[name] for name in _CONTROLS if name in fields})
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
@@ -303,7 +313,15 @@ def _measure(where: str, entry: object) -> Measure:
         points = [(ratio, "") for ratio in parse_ratios(_list(f"{where}.ratios", fields["ratios"]))]
         if points[0][0] != 0:
             raise BadInput(f"{where}.ratios starts with 0, the dense network")
-    return Measure(compressor, tuple(points), allocation, whiten, scheme, controls)
+    return Measure(
+        compressor,
+        tuple(points),
+        allocation,
+        scheme=scheme,
+        controls=controls,
+        importance=importance,
+        **switches,
+    )
 
 
 def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | None:

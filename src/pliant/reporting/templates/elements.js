@@ -1,10 +1,11 @@
 // Draws the page from `data`:
-//   {trainings: [{name, ours, retrained}], slack, kept: [share], sections: [{top, panels: [panel], layers: [layers]}]}
+//   {trainings: [{name, ours, retrained}], slack, kept: [share], refitted, sections: [{top, panels: [panel], layers: [layers]}]}
 //   panel:    {compressor, title, removes, patterned, axes: [title], variants: [name], sizes: [label],
-//              views: {epochs or time: {curves: [curve], standings: {top1: [standing], top1_raw: [standing]}}}}
+//              views: {epochs or time: {curves: [curve], standings: {accuracy: [standing]}}}}
+//   accuracy: top1, top1_raw or top1_reestimated; standings by the last one if anything was refitted
 //   curve:    {training, variant, runs, dense, networks: [{run, command: [word] or null, points: [point]}],
-//              sizes: [{label, pattern, shares: [per axis], top1: {mean, low, high}, top1_raw: {...}, tip}]}
-//   point:    {removed, top1, top1_raw, val, ratio, pattern}, val null if it is not known
+//              sizes: [{label, pattern, shares: [per axis], accuracy: {mean, low, high}, ..., tip}]}
+//   point:    {removed, accuracy, ..., val, ratio, pattern}, val null if it is not known
 //   standing: {curve: index, areas: [estimate per axis], other: estimate, versus: estimate or null, is_baseline,
 //              is_best, kept: [accuracy or null], cost: {step, memory, seconds} or null}; estimate: {mean, half, n}
 //   layers:   {title, sizes: [label], layers: [{name, kind, cells: [[kept, total, params, params_dense] or null]}]}

@@ -14,14 +14,14 @@ function drawStandings(table, panel) {
   const several = panel.variants.length > 1;
   const hasCost = rows.some((row) => row.cost);
   const hasBaseline = rows.some((row) => row.versus) && rows.length > 1;
-  const other = shown.accuracy === "top1" ? "raw" : "re-est.";
+  const other = shown.accuracy === "top1" ? "raw" : data.refitted ? "refitted" : "re-est.";
   const name = panel.patterned ? "Mean" : "Area";
   const head = element("tr", {},
     heading("Training", ""),
     ...(several ? [heading("Compressor", "")] : []),
     heading(name), ...(hasBaseline ? [heading("Vs best baseline")] : []), heading("Dense"),
     ...(panel.patterned ? [] : data.kept.map((share) => heading(`${Math.round(100 * share)} %`, "number", "kept"))),
-    heading(`${name}, ${other}`, "number", "with the other BatchNorm statistics"),
+    heading(`${name}, ${other}`, "number", data.refitted ? "by another accuracy" : "with the other BatchNorm statistics"),
     ...(panel.axes.length > 1 ? [heading("By MACs", "number", "the area against the multiply-accumulates removed")] : []),
     ...(hasCost ? [heading("Step", "number", "time of a training step, times SGD's"), heading("Memory", "number", "times SGD's"),
       heading("Trained", "number", "seconds")] : []),
