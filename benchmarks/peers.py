@@ -120,7 +120,7 @@ class Workshop:
                 num_heads=heads,
                 prune_num_heads=peer.whole_heads,
                 head_pruning_ratio=ratio if peer.whole_heads else 0.0,
-                unwrapped_parameters={parameters[name]: dim for name, dim in subject.loose.items()},
+                unwrapped_parameters=[(parameters[name], dim) for name, dim in subject.loose.items()],
                 in_channel_groups={},  # the defaults are shared by all pruners, and grow
                 out_channel_groups={},
             )
