@@ -1,5 +1,6 @@
 """The command line as a person meets it."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pliant.cli import VERBS, main
+from pliant.cli import VERBS, main, make_parser
 from pliant.experiments.methods import METHODS
 from pliant.experiments.training.checkpoint import CHECKPOINT
 from pliant.experiments.training.session import Session
@@ -56,6 +57,46 @@ def test_an_integer_k_is_a_count_and_a_float_a_share(tmp_path: Path, monkeypatch
         assert main(["train", *QUICK, "--method", "sfw-filters", "--k", text, "--out", text]) == 0
         saved = yaml.safe_load(Path(text, "config.yaml").read_text())["k"]
         assert (saved, type(saved)) == (value, type(value))
+
+
+def test_controls_of_a_compressor_are_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK, "--out", "run"]) == 0
+    for text, value in (("1", 1), ("0.5", 0.5), ("1.0", 1.0)):
+        flags = ["--ratio", "0.9", "--calibration", "16", "--at_least", text]
+        assert main(["compress", "run", *flags, "--out", text]) == 0
+        saved = json.loads(Path(text, "plan.json").read_text())["options"]["at_least"]
+        assert (saved, type(saved)) == (value, type(value))
+    flags = ["--multiple_of", "8", "--at_most", "0.5", "--keep", "fc3", "--layer_ratios", "fc1=0.75"]
+    assert main(["compress", "run", *flags, "--calibration", "16"]) == 0
+    name = "run-filters-calibration16-multiple_of=8-keep=fc3-at_most=0.5-layer_ratios=fc1=0.75-0.5"
+    options = json.loads(Path(name, "plan.json").read_text())["options"]
+    assert {key: options[key] for key in ("multiple_of", "keep", "at_most", "ratios")} == {
+        "multiple_of": 8,
+        "keep": ["fc3"],
+        "at_most": 0.5,
+        "ratios": {"fc1": 0.75},
+    }
+    assert json.loads(Path(name, "record.json").read_text())["config"]["controls"]["multiple_of"] == 8
+    Path("c.yaml").write_text("keep: [fc3, fc3*]\nlayer_ratios: {fc1: 0.25}\ncalibration: 16\n")
+    for out in ("by-file", "again"):
+        assert main(["sweep", "run", "--config", "c.yaml", "--ratios", "0.5", "--out", f"{out}.jsonl"]) == 0
+    (record,) = read_records("by-file.jsonl")
+    assert record.compressor == "filters-keep=fc3,fc3*-layer_ratios=fc1=0.25"
+    assert record.config["controls"] == {"keep": ["fc3", "fc3*"], "ratios": {"fc1": 0.25}}
+    assert main(["sweep", "run", "--config", "c.yaml", "--ratios", "0.5", "--out", "again.jsonl"]) == 0
+    assert "1 records exist already" in capsys.readouterr().err
+    assert main(["sweep", "run", "--ratios", "0.5", "--calibration", "16", "--out", "again.jsonl"]) == 0
+    assert len(read_records("again.jsonl")) == 2
+    assert main(["report", "again.jsonl", "--out", "r.html"]) == 0
+    assert "--layer_ratios" in Path("r.html").read_text()
+
+
+def test_a_layer_may_be_called_by_a_number() -> None:
+    flags = make_parser("sweep").parse_args(["run", "--keep", "0", "--layer_ratios", "2=0.5"])
+    assert (flags.keep, flags.layer_ratios) == ("0", "2=0.5")
 
 
 def test_a_runs_config_is_a_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

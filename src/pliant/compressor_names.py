@@ -7,7 +7,7 @@ including those of other packages. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -129,12 +129,34 @@ def resolve_scheme(compressor: str, scheme: str | None) -> str | None:
     return scheme
 
 
-def record_name(compressor: str, whiten: bool, scheme: str | None = None) -> str:
-    """Return the name of a compressor in records, with its variant; ``scheme`` None is the default scheme."""
+def control_flags(controls: Mapping[str, Any]) -> dict[str, str]:
+    """Return flag → text, as the shell takes them, for controls as records hold them: option → plain data."""
+    texts = {}
+    for name, value in controls.items():
+        if isinstance(value, Mapping):
+            value = [f"{pattern}={share}" for pattern, share in value.items()]
+        flag = "layer_ratios" if name == "ratios" else name  # a sweep has ratios of its own
+        texts[flag] = ",".join(value) if isinstance(value, list) else str(value)
+    return texts
+
+
+def record_name(
+    compressor: str, whiten: bool, scheme: str | None = None, controls: Mapping[str, Any] | None = None
+) -> str:
+    """Return the name of a compressor in records, with its variant.
+
+    Args:
+        compressor: its name in the shell.
+        whiten: whether rank looks at data.
+        scheme: how rank factorises convolutions; None for the default.
+        controls: the controls that differ from their defaults, as plain data.
+    """
     scheme = resolve_scheme(compressor, scheme)
     words = [compressor]
     if whiten and factorises(compressor):
         words.append("whitened")
     if scheme is not None and scheme != "channel":  # records without a scheme are from when "channel" was the only one
         words.append(scheme)
+    # Dashes stand between the words; "=" tells controls from other words.
+    words += [f"{flag}={text.replace('-', '_')}" for flag, text in control_flags(controls or {}).items()]
     return "-".join(words)

@@ -215,7 +215,7 @@ def record_key(
     """Return the :meth:`Record.key` of a record with these fields."""
     # Rounded, so that 0.1 + 0.2 and 0.3 are the same ratio.
     size = pattern or round(ratio, 6)
-    measured = tuple(json.dumps(config.get(name)) for name in ("calibration", "evaluation_precision"))
+    measured = tuple(json.dumps(config.get(name)) for name in ("calibration", "evaluation_precision", "controls"))
     return run, weights, compressor, allocation, size, *measured
 
 

@@ -107,7 +107,7 @@ def test_concatenated_columns_count_only_where_a_group_owns_them() -> None:
 def test_at_least_one_channel_stays_in_every_group_and_zero_removes_nothing() -> None:
     model, x = shipped("resnet8")
     for allocation in ("uniform", "global"):
-        small = compress(model, FilterPruning(0.999, allocation), x)
+        small = compress(model, FilterPruning(0.999, allocation, at_least=1), x)
         assert all(m.out_channels == 1 for m in small.modules() if isinstance(m, nn.Conv2d))
         assert output(small, x).shape == (2, 5)
     same = compress(model, FilterPruning(0.0), x)

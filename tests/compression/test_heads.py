@@ -361,7 +361,7 @@ def test_masked_heads_compute_the_same_as_removed_ones() -> None:
 
 
 def test_one_head_of_every_attention_stays() -> None:
-    small = compress(nn.Sequential(Block(Torch())), HeadPruning(0.99), X)
+    small = compress(nn.Sequential(Block(Torch())), HeadPruning(0.99, at_least=1), X)
     assert small[0].attn.core.num_heads == 1
 
 

@@ -8,8 +8,16 @@ base          the compressor: analyse once, plan for any ratio, apply to a copy
 plan          the plan, as plain data
 applying      ``compress``, and the same from a stored plan
 by_name       compressors by their names in the shell and in plans, including those of other packages
+controls      what users ask of filters, heads and rank: multiples, floors, ceilings, layers to keep, ratios of layers
 allocation    how a ratio is shared out among the layers
+calibration   batches of data, checked and split
+rows          inputs and outputs of a layer at some of its positions
+observing     the linear maps of a network, and their inputs and outputs while it runs
+moments       second moments of the inputs
+choosing      loss curves of groups of channels
+ranking       what channels are worth by their weights
 elimination   which channels the others can make up for
+removals      in which order channels leave
 filters       removes coupled channels
 heads         removes attention heads
 rank          factorises layers
@@ -22,6 +30,8 @@ whitening     second moments of the layers' outputs on data
 factored      two thin layers that replace one
 rewiring      replacing modules of a model by others
 batchnorm     re-estimation of BatchNorm statistics
+fitting       least squares for one layer
+refit         the weights that are left make up for what has gone
 """
 
 from pliant.compression.applying import compress as compress

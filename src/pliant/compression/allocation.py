@@ -1,15 +1,15 @@
 """How much to remove from each layer.
 
 A layer offers *options*: costs (parameters or multiply-accumulates) that it can be cut down to, in falling order, the
-first one dense, and the loss of energy of each. An allocation puts the reductions of single layers, from one option to
-a later one, in an order; the target determines how many of them are carried out::
+first one dense unless it has to be cut, and the loss of energy of each. An allocation puts the reductions of single
+layers, from one option to a later one, in an order; the target determines how many of them are carried out::
 
     uniform_order(options)    every layer gives the same share of its cost
     greedy_order(options)     the least energy per cost goes first, over all layers
     energy_order(options)     every layer keeps the same share of its energy
     allocate(options, reductions, target) -> the chosen option of each layer
 
-Filter pruning removes channels in an order of its own; :func:`nearest` returns how many.
+Filter pruning removes channels in an order of its own (``removals``); :func:`nearest` returns how many.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ class Options:
     """The sizes that one layer can be cut down to.
 
     Args:
-        costs: the cost of each option, strictly falling; the first is dense.
-        losses: the loss of energy of each option, starting at 0 and never falling.
+        costs: the cost of each option, strictly falling; the first is dense, unless the layer has to be cut.
+        losses: the loss of energy of each option, never falling; that of the dense layer is 0.
+        dense: the cost of the dense layer if that is not an option; None if it is the first one.
     """
 
     costs: tuple[int, ...]
     losses: tuple[float, ...]
+    dense: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def uniform_order(options: Sequence[Options]) -> list[Reduction]:
     """Order the reductions so that every layer removes the same share of its cost, each to its nearest option."""
     events = []
     for layer, offer in enumerate(options):
+        dense = offer.costs[0] if offer.dense is None else offer.dense
         for option in range(1, len(offer.costs)):
-            halfway = (offer.costs[option - 1] + offer.costs[option]) / (2 * offer.costs[0])
+            halfway = (offer.costs[option - 1] + offer.costs[option]) / (2 * dense)
             events.append((1 - halfway, layer, option))
     return [Reduction(layer, option) for _, layer, option in sorted(events)]
 

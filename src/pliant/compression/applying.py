@@ -11,7 +11,10 @@ from torch import nn
 from pliant.calling import Example
 from pliant.compression.base import Compressor
 from pliant.compression.by_name import compressor_of
+from pliant.compression.calibration import calibration_of
 from pliant.compression.plan import Plan
+from pliant.compression.refit import Refitter
+from pliant.errors import BadInput
 
 
 def compress(
@@ -19,23 +22,37 @@ def compress(
     compressor: Compressor[Any],
     example_inputs: Example,
     calibration: Iterable[Any] | None = None,
+    *,
+    refit: bool = True,
 ) -> nn.Module:
     """Return a compressed copy of ``model``.
+
+    With calibration data, what can go is chosen by what the rest cannot make up for, and the weights that are left are
+    refitted to make up for it; see :mod:`pliant.compression.elimination` and :mod:`pliant.compression.refit`. Nothing
+    is trained, and no labels are used.
 
     Args:
         model: any module; not changed.
         compressor: how to compress it.
         example_inputs: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes; a batch of two
             is enough.
-        calibration: batches of training data, (images, labels) or images alone, for compressors that look at data.
+        calibration: batches of data like that of training, without augmentation, that can be iterated over several
+            times: inputs alone, (inputs, labels), ((a, b), labels), a dict or (dict, labels). A thousand images are
+            plenty for convolutions; linear layers profit from more.
+        refit: whether the weights are refitted; False leaves them as they are cut. Without calibration data they are
+            never refitted.
 
     Raises:
         Refused: nothing can be removed.
         BadInput: the example or the data does not fit.
     """
-    analysis = compressor.analyse(model, example_inputs, calibration)
+    data = None if calibration is None else calibration_of(calibration, model, example_inputs)
+    analysis = compressor.analyse(model, example_inputs, data)
     plan = compressor.plan(model, example_inputs, analysis=analysis)
-    return compressor.apply(model, plan, analysis=analysis)
+    small = compressor.apply(model, plan, analysis=analysis)
+    if data is None or not refit:
+        return small
+    return Refitter(model, example_inputs, data).refit(small, plan)[0]
 
 
 def replay(model: nn.Module, plan: Plan) -> nn.Module:
@@ -46,9 +63,14 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
         plan: what to do.
 
     Raises:
-        BadInput: the plan's compressor is unknown, the model is another one, or the plan's factors depend on
-            calibration data.
+        BadInput: the plan's compressor is unknown, the model is another one, or the plan's factors or weights
+            depend on calibration data.
     """
+    if plan.refit is not None and plan.refit.result != "cut":
+        raise BadInput(
+            "the plan's network was refitted on calibration data, which a plan does not hold: pliant.rebuild(model, "
+            "folder) reads it with its weights"
+        )
     if plan.links:
         return reduce(replay, plan.links, model)
     return compressor_of(plan).apply(model, plan)

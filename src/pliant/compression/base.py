@@ -181,6 +181,10 @@ class Compressor(abc.ABC, Generic[A]):
         known = "cost" in option_names(type(self))
         return dataclasses.replace(self, cost=cost) if known else self  # type: ignore[call-arg]
 
+    def plan_options(self) -> dict[str, Any]:
+        """Return the options by name, as plans hold them: plain data."""
+        return {name: getattr(self, name) for name in option_names(type(self))}
+
     def checked(self, model: nn.Module, plan: Plan) -> Self:
         """Return the compressor with the plan's options.
 
@@ -207,6 +211,7 @@ class Compressor(abc.ABC, Generic[A]):
         compressible: Mapping[str, int],
         layers: Iterable[LayerPlan],
         params_after: int,
+        floored: Iterable[str] = (),
     ) -> Plan:
         """Return the plan of this compressor.
 
@@ -219,6 +224,7 @@ class Compressor(abc.ABC, Generic[A]):
             compressible: parameter name → the amount of that cost that could be removed there.
             layers: the plans of single layers.
             params_after: number of parameters of the compressed model.
+            floored: names of the layers that keep as little as the options allow.
 
         Raises:
             Refused: the ratio is not 0, and nothing at all can be removed.
@@ -230,7 +236,7 @@ class Compressor(abc.ABC, Generic[A]):
             raise Refused(f"{type(self).__name__} finds nothing to remove: {reasons or 'no layers'}{more}")
         return Plan(
             compressor=plan_names(type(self))[0],
-            options={name: getattr(self, name) for name in option_names(type(self))},
+            options=self.plan_options(),
             ratio=ratio,
             ratio_removed=removed / total if total else 0.0,
             params_before=measuring.parameters(model),
@@ -238,6 +244,7 @@ class Compressor(abc.ABC, Generic[A]):
             compressible=tuple(compressible),
             layers=tuple(layers),
             refused=analysis.refused,
+            floored=tuple(floored),
         )
 
 

@@ -3,62 +3,58 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.optim.swa_utils import update_bn
 
+from pliant.calling import as_inputs, inputs_of, map_tensors, run
 from pliant.errors import BadInput, first_line
 
 
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
     """Return a copy of ``model`` whose BatchNorm running statistics are those of the batches of ``loader``.
 
-    Everything else stays: weights, training flags, momenta and the random number generators.
+    Only the normalisations run in training mode. Everything else stays: weights, modes, momenta and the random number
+    generators.
 
     Args:
         model: any module; without BatchNorm the loader is not read.
-        loader: a finite iterable of (images, labels), or images alone, of the shape that the model takes. They are
-            moved to the model's device, and every batch has the same weight.
+        loader: a finite iterable of batches: (images, labels) or images alone, or, for a model of several inputs,
+            ((a, b), labels) or a dict of arguments. They are moved to the model's device, and every batch has the same
+            weight.
 
     Raises:
         BadInput: the loader is empty, or the model cannot be run on a batch in training mode (a BatchNorm over vectors
             needs at least two samples per batch).
     """
     new = copy.deepcopy(model)
-    if not any(isinstance(module, _BatchNorm) and module.track_running_stats for module in new.modules()):
+    norms = [module for module in new.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
         return new
-    training = [(module, module.training) for module in new.modules()]
     device = next((p.device for p in new.parameters()), torch.device("cpu"))
+    modes = [(module, module.training) for module in new.modules()]
+    momenta = [module.momentum for module in norms]
+    new.eval()  # the network will be used without dropout, so its statistics are measured without it
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the mean over all batches
     batches = 0
-
-    def counted() -> Iterator[Any]:
-        nonlocal batches
-        for batch in loader:
-            batches += 1
-            yield batch
-
-    devices = [device.index or 0] if device.type == "cuda" else []
-    # The network will be used without dropout, so its statistics are measured without it; other noise is seeded.
-    dropouts = [(module, module.p) for module in new.modules() if isinstance(module, _DropoutNd)]
-    for dropout, _ in dropouts:
-        dropout.p = 0.0
     try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            update_bn(counted(), new, device)
+        for batch in loader:
+            run(new, map_tensors(lambda x: x.to(device), as_inputs(inputs_of(batch))))
+            batches += 1
     except BadInput:  # of the calibration data
         raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise BadInput(f"batch {batches} cannot be run in training mode: {first_line(error)}") from error
     if not batches:
         raise BadInput("the loader for the BatchNorm statistics is empty")
-    for dropout, share in dropouts:
-        dropout.p = share
-    for module, flag in training:
-        module.training = flag  # update_bn sets one flag for all; a frozen part keeps its own
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, mode in modes:
+        module.training = mode
     return new

@@ -20,8 +20,11 @@ from pliant import measuring
 from pliant.calling import Example
 from pliant.compression.base import Analysis, Compressor
 from pliant.compression.batchnorm import reestimate_batchnorm
+from pliant.compression.calibration import calibration_of
 from pliant.compression.chain import Chain
+from pliant.compression.controls import AT_LEAST
 from pliant.compression.plan import Plan
+from pliant.compression.refit import Refitter
 from pliant.errors import BadInput, Refused
 
 SMALLEST = 1 - 2**-30  # gives the smallest network; a ratio of 1 would leave nothing, and is refused
@@ -85,6 +88,7 @@ def compress_to(
     max_drop: float | None = None,
     calibration: Iterable[Any] | None = None,
     accuracy: Callable[[nn.Module], float] | None = None,
+    refit: bool = True,
 ) -> nn.Module:
     """Return ``model`` compressed as little as one budget allows; for ``max_drop``, as much.
 
@@ -100,9 +104,11 @@ def compress_to(
             multiply-accumulates.
         max_drop: how much ``accuracy`` may fall below that of ``model``, a fraction in [0, 1).
         calibration: batches of training data without augmentation, (images, labels) or images alone, that can be
-            iterated over several times. With it, compressors look at data and BatchNorm statistics are re-estimated.
+            iterated over several times. With it, compressors look at data, and the weights that are left are refitted
+            as in :func:`~pliant.compress`.
         accuracy: a function that returns the accuracy of a network on validation data, a fraction; needed for
             ``max_drop``.
+        refit: False only estimates BatchNorm statistics again instead of refitting weights.
 
     Raises:
         Refused: the budget is out of reach; the message names the reachable minimum and what is left alone.
@@ -115,19 +121,17 @@ def compress_to(
         max_latency_ms=max_latency_ms,
         max_drop=max_drop,
     )
-    if calibration is not None and iter(calibration) is calibration:
-        raise BadInput("the calibration data is read more than once: give a list or a loader, not an iterator")
+    data = None if calibration is None else calibration_of(calibration, model, example_inputs)
+    refitter = Refitter(model, example_inputs, data) if data is not None and refit else None
 
-    def settled(network: nn.Module) -> nn.Module:
-        return network if calibration is None else reestimate_batchnorm(network, calibration)
+    def settled(network: nn.Module, plan: Plan) -> nn.Module:
+        if refitter is not None:
+            return refitter.refit(network, plan)[0]
+        return network if data is None else reestimate_batchnorm(network, data)
 
-    def settled_accuracy(network: nn.Module) -> float:
-        assert accuracy is not None
-        return accuracy(network if network is model else settled(network))
-
-    analysis = compressor.analyse(model, example_inputs, calibration)
-    plan = fit(model, compressor, example_inputs, budget, analysis, settled_accuracy if accuracy else None)
-    return settled(compressor.apply(model, plan, analysis=analysis))
+    analysis = compressor.analyse(model, example_inputs, data)
+    plan = fit(model, compressor, example_inputs, budget, analysis, accuracy, settled)
+    return settled(compressor.apply(model, plan, analysis=analysis), plan)
 
 
 def fit(
@@ -137,6 +141,7 @@ def fit(
     budget: Budget,
     analysis: Analysis,
     accuracy: Callable[[nn.Module], float] | None = None,
+    settle: Callable[[nn.Module, Plan], nn.Module] | None = None,
 ) -> Plan:
     """Return the plan that meets a budget.
 
@@ -144,6 +149,7 @@ def fit(
         model, compressor, example_inputs, accuracy: as in :func:`compress_to`.
         budget: the limit.
         analysis: the compressor's analysis of this model.
+        settle: maps a network that was cut, and its plan, to the network whose accuracy counts; None: the same.
 
     Raises:
         Refused: the budget is out of reach.
@@ -152,7 +158,7 @@ def fit(
     if not compressor.has_ratio:
         raise BadInput(f"{type(compressor).__name__} has no ratio that could be fitted to {budget}")
     family = compressor.counting(_COST[budget.kind]) if budget.kind in _COST else compressor
-    value = _meter(model, family, example_inputs, budget, analysis, accuracy)
+    value = _meter(model, family, example_inputs, budget, analysis, accuracy, settle)
 
     def plan_at(ratio: float) -> Plan:
         return family.at(ratio).plan(model, example_inputs, analysis=analysis)
@@ -165,7 +171,7 @@ def fit(
         return largest
     if not is_cost and first > budget.limit:
         raise Refused(
-            f"{budget} is out of reach: with new BatchNorm statistics alone the accuracy falls by {first:.4f}"
+            f"{budget} is out of reach: with nothing removed, after the calibration, the accuracy falls by {first:.4f}"
         )
     try:
         smallest = plan_at(SMALLEST)
@@ -195,6 +201,7 @@ def _meter(
     budget: Budget,
     analysis: Analysis,
     accuracy: Callable[[nn.Module], float] | None,
+    settle: Callable[[nn.Module, Plan], nn.Module] | None,
 ) -> Callable[[Plan], float]:
     """Return a function from a plan to the cost of its network, in the unit of the budget."""
     if budget.kind == "keep_params":
@@ -205,7 +212,12 @@ def _meter(
         if accuracy is None:
             raise BadInput("max_drop needs accuracy: a function from a network to its accuracy on validation data")
         dense = accuracy(model)
-        return lambda plan: dense - accuracy(compressor.apply(model, plan, analysis=analysis))
+
+        def lost(plan: Plan) -> float:
+            small = compressor.apply(model, plan, analysis=analysis)
+            return dense - accuracy(small if settle is None else settle(small, plan))
+
+        return lost
     if budget.kind == "max_latency_ms":
         return lambda plan: 1e3 * measuring.latencies([compressor.skeleton(model, plan)], example_inputs)[0]
     whole = measuring.macs(model, example_inputs)
@@ -218,4 +230,16 @@ def _reachable(compressor: Compressor[Any], budget: Budget, least: float, smalle
     reasons = [f"{name} {reason}" for name, reason in smallest.refused[:5]]
     more = "; ..." if len(smallest.refused) > 5 else ""
     left = f"; left alone: {'; '.join(reasons)}{more}" if reasons else ""
-    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{left}"
+    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{_floors(smallest)}{left}"
+
+
+def _floors(smallest: Plan) -> str:
+    """Return, in words, the layers of the smallest network that ``at_least`` keeps from getting smaller."""
+    names = [
+        layer.name
+        for plan in smallest.links or (smallest,)
+        for layer in plan.layers
+        if layer.name in plan.floored and layer.kept > 1 and plan.options.get("at_least", AT_LEAST) != 1
+    ]
+    more = ", ..." if len(names) > 5 else ""
+    return f"; at their floor: {', '.join(names[:5])}{more}: at_least=1 goes lower" if names else ""

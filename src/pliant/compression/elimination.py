@@ -127,11 +127,14 @@ class _State:
         size = self.channels * self.width
         blocks = self.inverse[:size, :size].unflatten(1, (-1, self.width)).unflatten(0, (-1, self.width))
         blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (channels, width, width)
-        columns = self.weight[:, :size].T.unflatten(0, (-1, self.width))  # (channels, width, filters)
+        columns: Tensor = self.weight[:, :size].T.unflatten(0, (-1, self.width))  # (channels, width, filters)
         if self.width == 1:
-            return columns.square().sum((1, 2)) / blocks.flatten() / self.unit
-        halves = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), columns, upper=False)
-        return halves.square().sum((1, 2)) / self.unit
+            losses = columns.square().sum((1, 2)) / blocks.flatten()
+        else:
+            halves = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), columns, upper=False)
+            losses = halves.square().sum((1, 2))
+        relative: Tensor = losses / self.unit
+        return relative
 
     def eliminate(self, channels: Tensor) -> None:
         """Remove channels, by index, and make up for them."""

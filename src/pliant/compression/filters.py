@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from pliant import measuring
 from pliant.calling import Example, as_inputs
-from pliant.compression.allocation import nearest
-from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.base import COSTS, Analysis, check_ratio, parameter_shapes
+from pliant.compression.calibration import calibration_of
+from pliant.compression.choosing import loss_curves
+from pliant.compression.controls import KEPT, Controlled, layer_names, with_reasons
 from pliant.compression.costs import applications
+from pliant.compression.elimination import Curve
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
+from pliant.compression.ranking import energies, importances, weakest_first
+from pliant.compression.removals import (
+    Removals,
+    Size,
+    Stops,
+    curve_steps,
+    greedy_steps,
+    share_steps,
+    uniform_steps,
+)
 from pliant.compressor_names import ALLOCATIONS
 from pliant.errors import BadInput, check_choice
 from pliant.structure import (
@@ -35,7 +46,7 @@ from pliant.structure import (
     zero_channels,
 )
 
-IMPORTANCES = ("l2", "l1", "bn")
+IMPORTANCES = ("auto", "loss", "l2", "l1", "bn")
 MODES = ("remove", "mask")
 AXES: tuple[AxisName, ...] = ("outputs", "inputs")
 
@@ -47,19 +58,29 @@ class Channels(Analysis):
     Args:
         groups: the verified groups of coupled channels of the model.
         applied: weight name → how often it is applied in one forward pass of the example.
+        curves: for each group, in which order its channels leave and what that loses on data; None to go by weights.
     """
 
     groups: tuple[ChannelGroup, ...]
     applied: Mapping[str, int]
+    curves: tuple[Curve, ...] | None = None
+    _removals: dict[Any, Removals] = field(default_factory=dict, init=False, repr=False)
+
+    def removals(self, key: Any, make: Callable[[], Removals]) -> Removals:
+        """Return the removals that are known under a key, or those that ``make`` returns, for all ratios."""
+        if key not in self._removals:
+            self._removals[key] = make()
+        return self._removals[key]
 
 
 @dataclass(frozen=True)
-class FilterPruning(Compressor[Channels]):
+class FilterPruning(Controlled[Channels]):
     """Remove the least important channels of convolution and linear layers, coupled channels together.
 
     A parameter entry is compressible if removing some channel of a verified group would delete it: filters and their
     biases, scales and shifts of their normalisation, and the columns that read them; a classifier's weight, but not its
-    bias. At least one channel of every group stays; a ratio beyond that gives the smallest possible network.
+    bias. At least 5 % of the channels of every group stay, and at least one, unless ``at_least`` says otherwise; a
+    ratio beyond that gives the smallest possible network.
 
     ``"uniform"`` allocation removes the same share of channels from every group (to within one channel): those whose
     filters in all producers together have the smallest norm. ``"global"`` ranks the channels of all groups by their
@@ -68,17 +89,25 @@ class FilterPruning(Compressor[Channels]):
     would count as one, and be cut to a single channel.) Among equals the channel of lower index stays. ``"energy"``
     removes from every group the weakest channels that together hold the same share of the energy.
 
+    If the analysis has curves, of what the channels of each group lose on data, channels leave in their order, "global"
+    takes the least loss per cost that is freed at the moment, and "energy" the same share of every group's loss.
+
     Source of the l1 and l2 criteria: Li et al. 2017, "Pruning filters for efficient ConvNets".
 
     Args:
         ratio: share of the compressible parameters to remove, in [0, 1).
         allocation: "uniform", "global" or "energy".
-        importance: the measure of a filter: its "l2" norm, its "l1" norm, or "bn", the l2 norm after scaling by
-            abs(γ)/√(σ² + ε) of the BatchNorm if it alone reads the filter.
+        importance: the measure of a channel: "loss" is what the layers that read it lose on calibration data once all
+            their other inputs make up for it (``elimination``); "l2" and "l1" are norms of its filters, and "bn" the
+            l2 norm after scaling by abs(γ)/√(σ² + ε) of the BatchNorm if it alone reads the filter. "auto" is "loss"
+            if there is calibration data, else "l2".
         mode: "remove" returns the small network; "mask" keeps the shapes and zeroes the channels instead of removing
             them, which gives a network that computes the same function.
         cost: the cost that the ratio counts and the allocation economises: "params", or "macs", the
             multiply-accumulates in which the compressible entries take part.
+        multiple_of, keep, at_least, at_most, ratios: what every layer keeps, see
+            :class:`~pliant.compression.controls.Controlled`; they hold for each group of coupled channels, and ``keep``
+            and ``ratios`` for the groups in which a layer is named.
 
     Raises:
         BadInput: the ratio is out of range, or an option is unknown.
@@ -86,7 +115,7 @@ class FilterPruning(Compressor[Channels]):
 
     ratio: float = 0.5
     allocation: str = "global"
-    importance: str = "l2"
+    importance: str = "auto"
     mode: str = "remove"
     cost: str = "params"
 
@@ -96,9 +125,16 @@ class FilterPruning(Compressor[Channels]):
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("mode", self.mode, MODES)
         check_choice("cost", self.cost, COSTS)
+        self.check_controls()
 
     def analyse(self, model: nn.Module, example_inputs: Example, calibration: Iterable[Any] | None = None) -> Channels:
-        """Find and verify the coupled channels, whatever the weights are."""
+        """Find and verify the coupled channels, whatever the weights are; measure their losses if there is data.
+
+        Raises:
+            BadInput: the example or the data does not fit, or importance is "loss" and there is no data.
+        """
+        if self.importance == "loss" and calibration is None:
+            raise BadInput('importance="loss" needs calibration data: give batches of images, or use "auto"')
         structure = coupled_channels(model, example_inputs)
         groups, refused = self.choose(model, structure)
         probe = copy.deepcopy(model).eval()
@@ -108,7 +144,10 @@ class FilterPruning(Compressor[Channels]):
             attention = isinstance(layers[name], nn.MultiheadAttention)  # reads the weight of its own output layer
             for tensor in ("in_proj_weight", "out_proj.weight") if attention else ("weight",):
                 weights.setdefault(f"{name}.{tensor}" if name else tensor, times.whole)
-        return Channels(parameter_shapes(model), refused, groups, weights)
+        curves = None
+        if calibration is not None and self.importance in ("auto", "loss"):
+            curves = loss_curves(model, groups, calibration_of(calibration, model, example_inputs))
+        return Channels(parameter_shapes(model), refused, groups, weights, curves)
 
     def choose(
         self, model: nn.Module, structure: Structure
@@ -119,36 +158,103 @@ class FilterPruning(Compressor[Channels]):
         return groups, refusals(structure, groups, layers, "makes attention heads, which HeadPruning removes")
 
     def plan_with(self, model: nn.Module, analysis: Channels) -> Plan:
-        """Rank the removals of single channels, and return the plan with the number of them nearest to the ratio."""
-        groups = analysis.groups
-        size = _Size(model, groups)
-        costs = size if self.cost == "params" else _Size(model, groups, analysis.applied)
-        score = _importance if self.allocation == "uniform" else _energy
-        scores = [score(model, group, self.importance) for group in groups]
-        orders = [_weakest_first(s) for s in scores]
-        if self.allocation == "uniform":
-            removals = _uniform(groups)
-        else:
-            removals = _global(costs, scores, orders) if self.allocation == "global" else _by_energy(scores, orders)
-
-        def kept(n: int) -> int:
-            return costs.after(Counter(removals[:n]))
-
-        dense = costs.after({})
-        compressible = sum(costs.compressible.values())
-        n = nearest(kept, len(removals), dense - self.ratio * compressible)
-        counts = Counter(removals[:n])
-        gone = positions(groups, [order[: counts[g]] for g, order in enumerate(orders)])
-        fewer = size.after({}) - size.after(counts)
-        return self.assemble(
+        """Put the removals of channels in order, and return the plan with the number of them nearest to the ratio."""
+        if self.importance == "loss" and analysis.curves is None:
+            raise BadInput('importance="loss" needs an analysis with calibration data')
+        names = layer_names(model, (slot.module for group in analysis.groups for slot in group.slots))
+        left, own = self.named(names)
+        removals, reasons = self._removals(model, analysis, left, own)
+        groups, costs = removals.groups, removals.costs
+        dense, compressible = costs.after({}), sum(costs.compressible.values())
+        counts = removals.counts(dense - self.ratio * compressible) if self.ratio else [0] * len(groups)
+        gone = positions(groups, [order[:count] for order, count in zip(removals.orders, counts, strict=True)])
+        removed = dict(enumerate(counts))
+        size = costs if self.cost == "params" else Size(model, groups)
+        fewer = size.after({}) - size.after(removed)
+        measure = self.importance
+        if measure == "auto":
+            measure = "l2" if analysis.curves is None else "loss"
+        return replace(self, importance=measure).assemble(
             model,
-            analysis,
+            replace(analysis, refused=with_reasons(analysis.refused, reasons)),
             ratio=self.ratio,
-            removed=dense - kept(n),
+            removed=dense - costs.after(removed),
             compressible=costs.compressible,
             layers=_layers(model, groups, gone, real=self.mode == "remove"),
             params_after=measuring.parameters(model) - (fewer if self.mode == "remove" else 0),
+            floored=self._floored(model, groups, counts),
         )
+
+    def _removals(
+        self, model: nn.Module, analysis: Channels, left: Collection[str], own: Mapping[str, float]
+    ) -> tuple[Removals, dict[str, str]]:
+        """Return the removals of the groups that no layer to keep is in; and layer → reason for the other groups."""
+        chosen = [g for g, group in enumerate(analysis.groups) if not any(slot.module in left for slot in group.slots)]
+        groups = tuple(analysis.groups[g] for g in chosen)
+        known = analysis.curves if self.importance in ("auto", "loss") else None
+        curves = None if known is None else [known[g] for g in chosen]
+        stops = [self._stops(group, own) for group in groups]
+        applied = None if self.cost == "params" else analysis.applied
+        if curves is None:
+            score = importances if self.allocation == "uniform" else energies
+            scores = [score(model, group, self.importance) for group in groups]
+            key = (self.options_key(), *(tuple(values.tolist()) for values in scores))  # the weights may have changed
+            removals = analysis.removals(
+                key, lambda: self._by_weights(Size(model, groups, applied), groups, scores, stops)
+            )
+        else:
+            removals = analysis.removals(
+                self.options_key(), lambda: self._by_curves(Size(model, groups, applied), groups, curves, stops)
+            )
+        return removals, _reasons(model, analysis, groups, left)
+
+    def _stops(self, group: ChannelGroup, own: Mapping[str, float]) -> list[int]:
+        """Return how many channels a group may lose, ascending."""
+        allowed = self.allowed(group.channels)
+        producers = {slot.module for slot in group.producers}
+        ratio = next((share for name, share in own.items() if name in producers), None)
+        if ratio is not None:
+            asked = (1 - ratio) * group.channels
+            allowed = (min(allowed, key=lambda kept: abs(kept - asked)),)  # the larger number of two that are as near
+        return [group.channels - kept for kept in allowed]
+
+    def _by_weights(
+        self, costs: Size, groups: tuple[ChannelGroup, ...], scores: Sequence[Tensor], stops: Stops
+    ) -> Removals:
+        """Return the removals by importances for uniform allocation, else by energies."""
+        orders = [weakest_first(values) for values in scores]
+        ordered = [values[order] for values, order in zip(scores, orders, strict=True)]
+        if self.allocation == "uniform":
+            steps = uniform_steps([group.channels for group in groups], stops)
+        elif self.allocation == "global":
+            steps = greedy_steps(costs, [values.tolist() for values in ordered], stops)
+        else:
+            losses = [[0.0, *values[:-1].cumsum(0).tolist(), float(values.sum())] for values in ordered]
+            steps = share_steps(losses, stops)
+        return Removals.of(groups, costs, orders, stops, steps)
+
+    def _by_curves(
+        self, costs: Size, groups: tuple[ChannelGroup, ...], curves: Sequence[Curve], stops: Stops
+    ) -> Removals:
+        """Return the removals by the losses on data."""
+        losses = [curve.losses.tolist() for curve in curves]
+        if self.allocation == "uniform":
+            steps = uniform_steps([group.channels for group in groups], stops)
+        else:
+            steps = curve_steps(costs, losses, stops) if self.allocation == "global" else share_steps(losses, stops)
+        return Removals.of(groups, costs, [curve.order.cpu() for curve in curves], stops, steps)
+
+    def _floored(self, model: nn.Module, groups: Sequence[ChannelGroup], counts: Sequence[int]) -> list[str]:
+        """Return the layers whose channels are as few as the controls allow."""
+        if not self.ratio:
+            return []
+        low = {
+            slot.module
+            for group, count in zip(groups, counts, strict=True)
+            if group.channels - count == self.allowed(group.channels)[-1] and group.channels > 1
+            for slot in group.producers
+        }
+        return [name for name, _ in weighted_layers(model) if name in low]
 
     def carry_out(self, model: nn.Module, plan: Plan, analysis: Channels | None) -> nn.Module:
         """Cut the channels out of the layers that hold them, or zero them, in place."""
@@ -176,6 +282,30 @@ def refusals(
     return tuple((name, reasons.get(name, otherwise)) for name in layers if name not in removable)
 
 
+def _reasons(
+    model: nn.Module, analysis: Channels, groups: Sequence[ChannelGroup], left: Collection[str]
+) -> dict[str, str]:
+    """Return layer → reason for the layers to keep, and for those that cannot change because of them.
+
+    Args:
+        model: the model.
+        analysis: its analysis.
+        groups: the groups that channels are removed from.
+        left: the layers to keep.
+    """
+    known = {slot.module for group in analysis.groups for slot in group.slots} | {name for name, _ in analysis.refused}
+    reasons = {name: KEPT for name in layer_names(model, known) if name in left and name in known}
+    free = {slot.module for group in groups for slot in group.producers}
+    weighted = [name for name, _ in weighted_layers(model)]
+    for group in analysis.groups:
+        cause = next((slot.module for slot in group.slots if slot.module in left), None)
+        producers = {slot.module for slot in group.producers} - free if cause is not None else set()
+        for name in weighted:
+            if name in producers:
+                reasons.setdefault(name, f"is coupled with {cause}, which {KEPT}")
+    return reasons
+
+
 def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` with its dense shapes that computes the same function as the plan's small network.
 
@@ -188,116 +318,6 @@ def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
         if axis == "inputs":
             zero_channels(module, axis, complement(module, axis, keep))
     return twin
-
-
-# --- ranking ----------------------------------------------------------------------------------------------------------
-
-
-def _importance(model: nn.Module, group: ChannelGroup, importance: str) -> Tensor:
-    """Return the norm of each channel over the filters of all producers, float64 of shape (channels,)."""
-    norms = torch.stack(_norms(model, group, importance))
-    return norms.sum(0) if importance == "l1" else norms.square().sum(0).sqrt()
-
-
-def _energy(model: nn.Module, group: ChannelGroup, importance: str) -> Tensor:
-    """Return each channel's share of its layer's squared norms, summed over the producers, shape (channels,)."""
-    squares = torch.stack(_norms(model, group, importance)).square()
-    tiny = torch.finfo(squares.dtype).tiny  # a layer of zeros gives shares of 0
-    return (squares / squares.sum(1, keepdim=True).clamp(min=tiny)).sum(0)
-
-
-def _norms(model: nn.Module, group: ChannelGroup, importance: str) -> list[Tensor]:
-    """Return the norms of the filters of each producer, float64 of shape (channels,)."""
-    norms = []
-    for slot in group.producers:
-        module = model.get_submodule(slot.module)
-        if not slot.tensors or isinstance(module, (_NormBase, nn.PReLU)):
-            continue
-        weight, dim = axes(module)["outputs"].tensors[0]
-        filters = getattr(module, weight).detach().movedim(dim, 0).flatten(1).double().cpu()  # (filters, entries)
-        if importance == "bn" and slot.norm is not None:
-            filters = filters * _scale(model.get_submodule(slot.norm)).unsqueeze(1)
-        rows = filters[slot.indices].flatten(1)  # (channels, width · entries)
-        norms.append(rows.abs().sum(1) if importance == "l1" else rows.square().sum(1).sqrt())
-    return norms
-
-
-def _scale(norm: nn.Module) -> Tensor:
-    """Return |γ|/√(σ² + ε) of a BatchNorm, float64 of shape (channels,); a missing γ or σ counts as 1."""
-    assert isinstance(norm, _NormBase)  # coupled_channels names no other modules
-    scale = torch.ones(norm.num_features, dtype=torch.float64)
-    if norm.weight is not None:
-        scale *= norm.weight.detach().double().cpu().abs()
-    if norm.running_var is not None:
-        scale /= (norm.running_var.double().cpu() + norm.eps).sqrt()
-    return scale
-
-
-def _weakest_first(scores: Tensor) -> Tensor:
-    """Return the channels in the order of removal: ascending score, the higher index first among equals."""
-    return len(scores) - 1 - scores.flip(0).argsort(stable=True)
-
-
-def _uniform(groups: Sequence[ChannelGroup]) -> list[int]:
-    """Order the removals, each named by its group, so that every prefix takes about the same share of each group."""
-    events = [
-        ((2 * taken - 1) / (2 * group.channels), g)
-        for g, group in enumerate(groups)
-        for taken in range(1, group.channels)
-    ]
-    return [g for _, g in sorted(events)]
-
-
-def _global(size: _Size, scores: Sequence[Tensor], orders: Sequence[Tensor]) -> list[int]:
-    """Order the removals, each named by its group, by relative energy per cost freed."""
-    events = []
-    dense = size.after({})
-    for g, (energies, order) in enumerate(zip(scores, orders, strict=True)):
-        freed = max(1, dense - size.after({g: 1}))  # the difference is 0 if the cost of no layer is known
-        events += [(energy / freed, g) for energy in energies[order[:-1]].tolist()]
-    return [g for _, g in sorted(events)]
-
-
-def _by_energy(scores: Sequence[Tensor], orders: Sequence[Tensor]) -> list[int]:
-    """Order the removals, each named by its group, by the share of the group's energy that is lost after them."""
-    events = []
-    for g, (energies, order) in enumerate(zip(scores, orders, strict=True)):
-        total = energies.sum().clamp(min=torch.finfo(energies.dtype).tiny)  # a group of zeros loses nothing
-        events += [(lost, g) for lost in (energies[order[:-1]].cumsum(0) / total).tolist()]
-    return [g for _, g in sorted(events)]
-
-
-class _Size:
-    """The number of parameters in all tensors that the groups touch, for any number of removed channels.
-
-    With ``applied``, how often each weight is applied, it is the number of multiply-accumulates instead.
-    """
-
-    def __init__(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], applied: Mapping[str, int] | None = None
-    ) -> None:
-        self.applied = applied
-        parameters = dict(model.named_parameters())
-        # tensor → dim → position of the group → positions per channel
-        self.touched: dict[str, dict[int, dict[int, int]]] = {}
-        for g, group in enumerate(groups):
-            for slot in group.slots:
-                for name, dim in slot.tensors:
-                    if name in parameters and (applied is None or applied.get(name)):
-                        self.touched.setdefault(name, {}).setdefault(dim, {})[g] = slot.indices.shape[1]
-        self.shapes = {name: tuple(parameters[name].shape) for name in self.touched}
-        everything = {g: group.channels for g, group in enumerate(groups)}
-        self.compressible = {name: self._entries(name, {}) - self._entries(name, everything) for name in self.touched}
-
-    def after(self, removed: Mapping[int, int]) -> int:
-        """Return the remaining number when the group at index g has lost ``removed[g]`` channels."""
-        return sum(self._entries(name, removed) for name in self.touched)
-
-    def _entries(self, name: str, removed: Mapping[int, int]) -> int:
-        shape = list(self.shapes[name])
-        for dim, widths in self.touched[name].items():
-            shape[dim] -= sum(removed.get(g, 0) * width for g, width in widths.items())
-        return prod(shape) * (1 if self.applied is None else self.applied[name])
 
 
 # --- between channels and layers --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pliant.compression.filters import FilterPruning, refusals
 from pliant.errors import check_choice
 from pliant.structure import ChannelGroup, Structure, projection_layers
 
-IMPORTANCES = ("l2", "l1")
+IMPORTANCES = ("auto", "loss", "l2", "l1")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class HeadPruning(FilterPruning):
 
     A head consists of the rows of the query, key and value projections that produce it, and the columns of the output
     projection that read it. In grouped-query attention a head of keys and values is removed together with all the
-    heads of queries that read it. At least one head of every attention module stays.
+    heads of queries that read it. At least one head of every attention module stays; the controls count heads.
 
     Two kinds of modules are recognised: ``nn.MultiheadAttention``, which becomes a ``pliant.structure.ThinAttention``,
     and every module with linear projections for queries, keys and values, packed or separate, under their usual names;
@@ -29,7 +29,8 @@ class HeadPruning(FilterPruning):
     Source: Michel et al. 2019, "Are sixteen heads really better than one?".
 
     Args:
-        importance: the measure of a head: the "l2" or "l1" norm of its rows.
+        importance: the measure of a head: "loss", "l2", "l1" or "auto" as in :class:`FilterPruning`, with the norms of
+            its rows.
 
     Raises:
         BadInput: the ratio is out of range, or an option is unknown.

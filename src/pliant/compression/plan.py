@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -46,6 +47,51 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class LayerFit:
+    """How one layer was refitted.
+
+    Args:
+        name: name of the layer in the small network.
+        damping: the damping that its least squares chose; None if its weights did not change in the last sweep.
+        error, error_before: share of the energy of its outputs that it missed on held-out data after the last sweep
+            and before it.
+    """
+
+    name: str
+    damping: float | None
+    error: float
+    error_before: float
+
+
+@dataclass(frozen=True)
+class RefitRecord:
+    """How a network was refitted, and what was decided on held-out data.
+
+    Args:
+        result: "cut", "reestimated" (new BatchNorm statistics only) or "refitted".
+        errors: for each of these, the error of the network's outputs, relative to the energy of the dense ones.
+        samples: number of calibration samples.
+        layers: the fits of all layers.
+        unfitted: (layer, reason) for every layer that stayed as cut.
+    """
+
+    result: str
+    errors: Mapping[str, float]
+    samples: int
+    layers: tuple[LayerFit, ...] = ()
+    unfitted: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{name} {error:.2%}" for name, error in self.errors.items())
+        changed = sum(layer.damping is not None for layer in self.layers)
+        lines = [
+            f"refit on {self.samples:,} samples: {self.result} (error of the outputs on held-out data: {errors}); "
+            f"{changed} of {len(self.layers)} layers changed"
+        ]
+        return "\n".join([*lines, *(f"not refitted: {name}: {reason}" for name, reason in self.unfitted)])
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a compressor does to one architecture. ``str(plan)`` is a table.
 
@@ -61,6 +107,8 @@ class Plan:
         layers: the plan for each layer that the compressor acts on.
         refused: (layer, reason) for every layer that is left alone.
         links: the plans of a chain, in order; a chain has no layers of its own.
+        refit: how the weights were refitted to calibration data; None if they were not.
+        floored: names of the layers that keep as little as the compressor's options allow, such as ``at_least``.
     """
 
     compressor: str
@@ -73,11 +121,16 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     refused: tuple[tuple[str, str], ...] = ()
     links: tuple[Plan, ...] = ()
+    refit: RefitRecord | None = None
+    floored: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
-        own = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return own | {"links": [link.to_dict() for link in self.links]}
+        own = {"format": FORMAT, "version": VERSION, **asdict(self), "links": [link.to_dict() for link in self.links]}
+        for name in ("refit", "floored"):
+            if not own[name]:  # as in plans of earlier versions, which can read this one then
+                del own[name]
+        return own
 
     @classmethod
     def from_dict(cls, data: object) -> Plan:
@@ -102,6 +155,8 @@ class Plan:
             layers=tuple(_layer(x, i) for i, x in enumerate(fields.items("layers"))),
             refused=tuple(_pair(x) for x in fields.items("refused")),
             links=tuple(cls.from_dict(x) for x in fields.items("links", default=())),
+            refit=_refit(fields.data.pop("refit", None)),
+            floored=tuple(_text(x, "plan.floored") for x in fields.items("floored", default=())),
         )
         fields.end()
         return plan
@@ -125,6 +180,8 @@ class Plan:
             )
 
     def __str__(self) -> str:
+        if self.refit is not None:
+            return f"{replace(self, refit=None)}\n{self.refit}"
         if self.links:
             parts = [f"step {i} of {len(self.links)}: {link}" for i, link in enumerate(self.links, 1)]
             return "\n".join([f"{self.compressor}: {self.params_before:,} → {self.params_after:,} parameters", *parts])
@@ -146,7 +203,8 @@ class Plan:
         what = "multiply-accumulates" if self.options.get("cost") == "macs" else "parameters"
         asked = f"{verb} {self.ratio_removed:.2%} of the compressible {what} ({self.ratio:.2%} asked)"
         left = [f"left alone: {name}: {reason}" for name, reason in self.refused]
-        return "\n".join([head, asked, *(x.rstrip() for x in lines), *left])
+        floors = [f"at the floor: {', '.join(self.floored)}"] if self.floored else []
+        return "\n".join([head, asked, *(x.rstrip() for x in lines), *floors, *left])
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
@@ -176,6 +234,42 @@ def _layer(data: object, i: int) -> LayerPlan:
     if layer.kept > layer.total:
         raise DamagedFile(f"{where} keeps {layer.kept} of {layer.total}")
     return layer
+
+
+def _refit(data: object) -> RefitRecord | None:
+    if data is None:
+        return None
+    if not isinstance(data, Mapping):
+        raise DamagedFile(f"plan.refit should be a mapping, not {type(data).__name__}")
+    fields = _Fields(data, "plan.refit")
+    errors = fields.mapping("errors")
+    record = RefitRecord(
+        result=fields.text("result"),
+        errors={name: _number(value, "plan.refit.errors") for name, value in errors.items()},
+        samples=fields.count("samples"),
+        layers=tuple(_layer_fit(x, i) for i, x in enumerate(fields.items("layers"))),
+        unfitted=tuple(_pair(x) for x in fields.items("unfitted")),
+    )
+    fields.end()
+    if record.result not in record.errors:
+        raise DamagedFile(f"plan.refit.result should be one of {', '.join(record.errors)}, not {shown(record.result)}")
+    return record
+
+
+def _layer_fit(data: object, i: int) -> LayerFit:
+    where = f"plan.refit.layers[{i}]"
+    if not isinstance(data, Mapping):
+        raise DamagedFile(f"{where} should be a mapping, not {type(data).__name__}")
+    fields = _Fields(data, where)
+    damping = fields.take("damping")
+    fit = LayerFit(
+        name=fields.text("name"),
+        damping=None if damping is None else _number(damping, f"{where}.damping"),
+        error=_number(fields.take("error"), f"{where}.error"),
+        error_before=_number(fields.take("error_before"), f"{where}.error_before"),
+    )
+    fields.end()
+    return fit
 
 
 class _Fields:
@@ -247,6 +341,12 @@ def _count(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise DamagedFile(f"{where} should be a count, not {shown(value)}")
     return value
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DamagedFile(f"{where} should be a number, not {shown(value)}")
+    return float(value)
 
 
 def _pair(value: object) -> tuple[str, str]:

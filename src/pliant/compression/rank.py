@@ -13,7 +13,7 @@ subspace minimises the mean error of the outputs, see ``whitening``. Either way 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from pliant import measuring
 from pliant.calling import Example, as_inputs
 from pliant.compression.allocation import ORDERS, Options, Reduction, allocate
-from pliant.compression.base import COSTS, Analysis, Compressor, check_ratio, parameter_shapes
+from pliant.compression.base import COSTS, Analysis, check_ratio, parameter_shapes
+from pliant.compression.controls import KEPT, Controlled, layer_names, with_reasons
 from pliant.compression.costs import ONCE, Applied, applications
 from pliant.compression.factored import Factorable, factored, matrices
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
@@ -41,6 +42,8 @@ _SAME_WEIGHTS = 1e-9
 # Share of W Wᵀ that is added to a whitened moment, to order the directions that the images never excite. It is
 # negligible compared with float32 outputs, whose energies have an error of 1e-14.
 _RIDGE = 1e-12
+
+Allowed = Callable[[int], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,11 @@ class Spectrum:
         return self.groups * rank * (self.columns * reducing + self.rows * self.applied.whole)
 
     @property
+    def full(self) -> int:
+        """The full rank."""
+        return min(self.rows, self.columns)
+
+    @property
     def max_rank(self) -> int:
         """The largest rank that makes the layer smaller in parameters and in multiply-accumulates; may be 0."""
         return min((self.dense(cost) - 1) // self.cost(1, cost) for cost in COSTS)
@@ -98,19 +106,37 @@ class Spectra(Analysis):
     layers: Mapping[str, tuple[Spectrum, ...]]
     scheme: str
     whitened: bool
-    _curves: dict[tuple[str, str], _Curves] = field(default_factory=dict, init=False, repr=False)
+    _curves: dict[str, _Curves] = field(default_factory=dict, init=False, repr=False)
 
-    def curves_of(self, cost: str, allocation: str) -> _Curves:
-        """Return the options of each layer, which are the same for all ratios and computed once."""
-        if (cost, allocation) not in self._curves:
-            cuts = {name: _cuts(spectra, cost) for name, spectra in self.layers.items()}
-            options = [Options(tuple(c.cost for c in offer), tuple(c.loss for c in offer)) for offer in cuts.values()]
-            self._curves[cost, allocation] = _Curves(cuts, options, ORDERS[allocation](options))
-        return self._curves[cost, allocation]
+    def curves_of(self, low: LowRank, left: Collection[str], own: Mapping[str, float]) -> _Curves:
+        """Return the options of each layer, which are the same for all ratios and computed once.
+
+        Args:
+            low: the compressor, with any ratio.
+            left: names of the layers to keep.
+            own: layer → its own ratio.
+        """
+        key = low.options_key()
+        if key not in self._curves:
+            cuts = {
+                name: _cuts(spectra, low.cost, low.allowed, own.get(name))
+                for name, spectra in self.layers.items()
+                if name not in left
+            }
+            options = [
+                Options(
+                    tuple(cut.cost for cut in offer),
+                    tuple(cut.loss for cut in offer),
+                    offer[0].spectrum.dense(low.cost),
+                )
+                for offer in cuts.values()
+            ]
+            self._curves[key] = _Curves(cuts, options, ORDERS[low.allocation](options))
+        return self._curves[key]
 
 
 @dataclass(frozen=True)
-class LowRank(Compressor[Spectra]):
+class LowRank(Controlled[Spectra]):
     """Factorise linear and convolution layers to low rank.
 
     No layer ever grows: a rank is used only if it saves parameters and multiply-accumulates. The ``Conv1D`` of
@@ -140,6 +166,9 @@ class LowRank(Compressor[Spectra]):
             "best" is, for each layer, the scheme that loses less energy at the same cost.
         cost: the cost that the ratio counts and the allocation economises: the "params" of the weights or their "macs"
             (multiply-accumulates).
+        multiple_of, keep, at_least, at_most, ratios: what every layer keeps of its rank, see
+            :class:`~pliant.compression.controls.Controlled`. Every layer keeps 5 % of its full rank by default. A
+            layer whose smallest allowed rank would save nothing stays dense.
 
     Raises:
         BadInput: the ratio is out of range, or an option is unknown.
@@ -158,6 +187,7 @@ class LowRank(Compressor[Spectra]):
         check_choice("cost", self.cost, COSTS)
         if self.whiten not in (True, False, "auto"):
             raise BadInput(f"whiten must be True, False or 'auto', got {self.whiten!r}")
+        self.check_controls()
 
     def analyse(
         self,
@@ -225,25 +255,27 @@ class LowRank(Compressor[Spectra]):
         modules = {name: _factorable(model, name) for name in analysis.layers}
         for name, spectra in analysis.layers.items():
             _check_weights(name, modules[name], spectra[0])
-        curves = analysis.curves_of(self.cost, self.allocation)
-        compressible = {name: spectra[0].dense(self.cost) for name, spectra in analysis.layers.items()}
+        left, own = self.named(names := layer_names(model))
+        curves = analysis.curves_of(self, left, own)
+        compressible = {name: analysis.layers[name][0].dense(self.cost) for name in curves.cuts}
         target = (1 - self.ratio) * sum(compressible.values())
         chosen = allocate(curves.options, curves.reductions, target)
-        layers = []
+        layers, floored = [], []
         removed = saved = 0
         for (name, offer), option in zip(curves.cuts.items(), chosen, strict=True):
-            cut = offer[option]
+            cut = offer[option] if self.ratio else _dense(analysis.layers[name], self.cost)
             spectrum = cut.spectrum
+            if self.ratio and cut.rank == min(_ranks(spectrum, self.allowed), default=0):
+                floored.append(name)
             module = model.get_submodule(name)
             dense = measuring.parameters(module)
             gone = spectrum.dense("params") - spectrum.cost(cut.rank, "params") if cut.rank else 0
-            full = min(spectrum.rows, spectrum.columns)
             layers.append(
                 LayerPlan(
                     name=name,
                     kind=type(module).__name__,
-                    kept=cut.rank or full,
-                    total=full,
+                    kept=cut.rank or spectrum.full,
+                    total=spectrum.full,
                     params=dense - gone,
                     params_dense=dense,
                     shape=weight_shape(module),
@@ -254,12 +286,13 @@ class LowRank(Compressor[Spectra]):
             saved += gone
         return replace(self, whiten=analysis.whitened).assemble(
             model,
-            analysis,
+            replace(analysis, refused=with_reasons(analysis.refused, {name: KEPT for name in names if name in left})),
             ratio=self.ratio,
             removed=removed,
             compressible={f"{name}.weight" if name else "weight": cost for name, cost in compressible.items()},
             layers=layers,
             params_after=measuring.parameters(model) - saved,
+            floored=floored,
         )
 
     def carry_out(self, model: nn.Module, plan: Plan, analysis: Spectra | None) -> nn.Module:
@@ -316,20 +349,42 @@ class _Curves:
     reductions: Sequence[Reduction]
 
 
-def _cuts(spectra: Sequence[Spectrum], cost: str) -> list[_Cut]:
-    """Return dense, then every rank of every scheme that loses less than all cheaper ones, by falling cost."""
-    dense = _Cut(spectra[0].dense(cost), 0.0, 0, spectra[0])
+def _dense(spectra: Sequence[Spectrum], cost: str) -> _Cut:
+    return _Cut(spectra[0].dense(cost), 0.0, 0, spectra[0])
+
+
+def _any(total: int) -> Sequence[int]:
+    return range(total, 0, -1)
+
+
+def _ranks(spectrum: Spectrum, allowed: Allowed) -> list[int]:
+    """Return the allowed ranks that make a layer smaller, falling."""
+    return [rank for rank in allowed(spectrum.full) if rank <= spectrum.max_rank]
+
+
+def _cuts(spectra: Sequence[Spectrum], cost: str, allowed: Allowed = _any, own: float | None = None) -> list[_Cut]:
+    """Return what is allowed by falling cost: dense, then every rank that loses less than all cheaper ones.
+
+    Args:
+        spectra: the decompositions of the layer.
+        cost: what the options cost.
+        allowed: full rank → the ranks that the layer may keep.
+        own: the ratio of this layer, which leaves only the nearest one; None if it has none.
+    """
+    dense = _dense(spectra, cost)
     ranks = []
     for spectrum in spectra:
         kept = list(accumulate(spectrum.energies.tolist()))
-        for rank in range(1, spectrum.max_rank + 1):
+        for rank in _ranks(spectrum, allowed):
             loss = max(0.0, 1.0 - kept[rank - 1] / kept[-1]) if kept[-1] else 0.0  # a zero weight loses nothing
             ranks.append(_Cut(spectrum.cost(rank, cost), loss, rank, spectrum))
     front: list[_Cut] = []
     for cut in sorted(ranks, key=lambda c: (c.cost, c.loss)):
         if not front or (cut.cost > front[-1].cost and (cut.loss < front[-1].loss or len(spectra) == 1)):
             front.append(cut)
-    return [dense, *reversed(front)]
+    whole = not front or any(spectrum.full in allowed(spectrum.full) for spectrum in spectra)
+    offer = [*([dense] if whole else []), *reversed(front)]
+    return offer if own is None else [min(offer, key=lambda cut: abs(cut.cost - (1 - own) * dense.cost))]
 
 
 def _factorised(model: nn.Module, plan: Plan) -> list[tuple[str, Factorable, int, str]]:

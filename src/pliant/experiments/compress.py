@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,18 @@ from rich.console import Console
 from pliant.compression.base import check_ratio
 from pliant.compression.budgets import Budget, one_budget
 from pliant.compression.by_name import check_names
-from pliant.compressor_names import CALIBRATION, SCHEME, check_pattern, factorises, names_in_help, takes_pattern
+from pliant.compression.controls import AT_LEAST
+from pliant.compressor_names import (
+    CALIBRATION,
+    SCHEME,
+    check_pattern,
+    control_flags,
+    factorises,
+    names_in_help,
+    takes_pattern,
+)
 from pliant.errors import BadInput
+from pliant.experiments.controls import controls_of
 from pliant.experiments.run_folder import CONFIG, RECORD, SHAPE, Run, write_config
 from pliant.experiments.sweep import PATTERN, describe
 from pliant.experiments.workbench import Workbench, pattern_compressor
@@ -37,6 +49,11 @@ def compress_run(
     precision: str = "auto",
     whiten: bool = True,
     scheme: str | None = None,
+    multiple_of: int = 1,
+    keep: str | Sequence[str] | None = None,
+    at_least: int | float = AT_LEAST,
+    at_most: int | float = 1.0,
+    layer_ratios: str | Mapping[str, float] | None = None,
     out: str | None = None,
 ) -> Path:
     """Compress a trained network to one size, without retraining, and write it to a folder.
@@ -63,6 +80,11 @@ def compress_run(
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
             or for each layer the one that loses less energy (best).
+        multiple_of: every layer that is cut keeps a multiple of so many channels, heads or ranks, such as 8.
+        keep: layers that do not change, by names or patterns separated by commas, such as fc,layer1.*.
+        at_least: what every layer keeps at least of its channels, heads or rank: 0.05 is a share, 1 is one.
+        at_most: what every layer keeps at most: 0.5 is a share, 1.0 is all, 1 is one.
+        layer_ratios: shares that single layers remove, such as layer1.*=0.5,fc=0; the others share the rest.
         out: folder to make; by default RUN-COMPRESSOR-RATIO next to the run, with unusual options in between, as in
             RUN-rank-channel-uniform-0.5.
 
@@ -73,6 +95,14 @@ def compress_run(
         Refused: nothing can be removed from this network, or the budget is out of reach.
     """
     check_names(compressor, allocation)
+    controls = controls_of(
+        compressor,
+        multiple_of=multiple_of,
+        keep=keep,
+        at_least=at_least,
+        at_most=at_most,
+        layer_ratios=layer_ratios,
+    )
     patterned = takes_pattern(compressor)
     limits = {
         "keep_params": keep_params,
@@ -93,7 +123,7 @@ def compress_run(
     size: dict[str, Any] = {"ratio": ratio, "pattern": pattern if patterned else ""}
     source = Run.open(run)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    bench = Workbench(source, compressor, whiten=whiten, scheme=scheme, **options)
+    bench = Workbench(source, compressor, whiten=whiten, scheme=scheme, controls=controls, **options)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
     if max_drop is not None and precision != "auto":  # the accuracy is measured in this precision
         label = f"{precision}-{label}"
@@ -139,4 +169,6 @@ def _unusual(bench: Workbench) -> list[str]:
         words.append(bench.allocation)
     if bench.calibration != CALIBRATION:
         words.append(f"calibration{bench.calibration}")
+    # A pattern may hold what no name of a folder can.
+    words += [re.sub(r"[^\w.,=]", "_", f"{flag}={text}") for flag, text in control_flags(bench.controls).items()]
     return words

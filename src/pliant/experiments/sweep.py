@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from rich.console import Console
 
 from pliant.compression.base import check_ratio
 from pliant.compression.by_name import check_names
+from pliant.compression.controls import AT_LEAST
 from pliant.compressor_names import CALIBRATION, check_pattern, names_in_help, takes_pattern
 from pliant.errors import BadInput
+from pliant.experiments.controls import controls_of
 from pliant.experiments.run_folder import Run
 from pliant.experiments.workbench import Workbench, pattern_compressor
 from pliant.files import locked
@@ -32,6 +34,11 @@ def sweep(
     precision: str = "auto",
     whiten: bool = True,
     scheme: str | None = None,
+    multiple_of: int = 1,
+    keep: str | Sequence[str] | None = None,
+    at_least: int | float = AT_LEAST,
+    at_most: int | float = 1.0,
+    layer_ratios: str | Mapping[str, float] | None = None,
     out: str = "records.jsonl",
 ) -> Path:
     """Compress trained networks at many ratios, measure each, and append the records to a file.
@@ -51,6 +58,11 @@ def sweep(
         whiten: for rank, choose the directions by the layers' outputs on the calibration images, not by the weights.
         scheme: for rank, how convolutions are factorised: k×1 then 1×k (spatial, the default), k×k then 1×1 (channel),
             or for each layer the one that loses less energy (best).
+        multiple_of: every layer that is cut keeps a multiple of so many channels, heads or ranks, such as 8.
+        keep: layers that do not change, by names or patterns separated by commas, such as fc,layer1.*.
+        at_least: what every layer keeps at least of its channels, heads or rank: 0.05 is a share, 1 is one.
+        at_most: what every layer keeps at most: 0.5 is a share, 1.0 is all, 1 is one.
+        layer_ratios: shares that single layers remove, such as layer1.*=0.5,fc=0; the others share the rest.
         out: file of records to append to.
 
     Raises:
@@ -59,6 +71,14 @@ def sweep(
         Busy: another process is appending to the file.
     """
     check_names(compressor, allocation)
+    controls = controls_of(
+        compressor,
+        multiple_of=multiple_of,
+        keep=keep,
+        at_least=at_least,
+        at_most=at_most,
+        layer_ratios=layer_ratios,
+    )
     check_pattern(compressor, pattern, ratios=ratios)
     if takes_pattern(compressor):
         points = _patterns(pattern or PATTERN)
@@ -69,7 +89,7 @@ def sweep(
         raise BadInput("expected at least one run folder, got none")
     path = Path(out)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
-    benches = [Workbench(run, compressor, whiten=whiten, scheme=scheme, **options) for run in opened]
+    benches = [Workbench(run, compressor, whiten=whiten, scheme=scheme, controls=controls, **options) for run in opened]
     if path.exists():
         read_records(path)  # for its DamagedFile, before anything is measured
     check_appendable(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ from pliant.compressor_names import (
     takes_pattern,
 )
 from pliant.errors import BadInput
+from pliant.experiments.controls import options_for
 from pliant.experiments.data.loader import Loader
 from pliant.experiments.run_folder import Run
 from pliant.measuring import versions
@@ -54,6 +55,7 @@ class Workbench:
         precision: precision of the forward passes that measure accuracy; "auto" is the precision of the training.
         whiten: whether rank looks at the calibration images.
         scheme: how rank factorises convolutions, see :class:`~pliant.LowRank`.
+        controls: what every layer keeps, as :func:`~pliant.experiments.controls.controls_of` returns it.
 
     Raises:
         BadInput: a name is unknown, a value is out of range, or options exclude each other.
@@ -69,6 +71,7 @@ class Workbench:
         precision: str = "auto",
         whiten: bool = True,
         scheme: str | None = None,
+        controls: Mapping[str, Any] | None = None,
     ) -> None:
         check_names(compressor, allocation)
         self.scheme = resolve_scheme(compressor, scheme)
@@ -79,6 +82,7 @@ class Workbench:
         self.whiten = whiten and factorises(compressor)
         self.allocation = allocation_of(compressor, allocation)
         self.calibration = calibration
+        self.controls = dict(controls or {})
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         precision = run.config.get("precision", "auto") if precision == "auto" else precision
         self.precision = measuring.resolve_precision(precision, self.device)
@@ -87,7 +91,7 @@ class Workbench:
     @property
     def name(self) -> str:
         """The compressor with its variant, as records name it."""
-        return record_name(self.compressor, self.whiten, self.scheme)
+        return record_name(self.compressor, self.whiten, self.scheme, self.controls)
 
     def key(self, ratio: float, pattern: str = "") -> Key:
         """Return the :meth:`Record.key` of the record of this ratio or pattern, without measuring."""
@@ -232,7 +236,8 @@ class Workbench:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"calibration": self.calibration, "evaluation_precision": self.precision}
+        settings = {"calibration": self.calibration, "evaluation_precision": self.precision}
+        return settings | ({"controls": self.controls} if self.controls else {})
 
     @property
     def _title(self) -> dict[str, Any]:
@@ -263,7 +268,7 @@ class Workbench:
             options["allocation"] = self.allocation
         if factorises(name):
             options |= {"whiten": self.whiten, "scheme": self.scheme or SCHEME}
-        return kind(**options)
+        return kind(**options, **options_for(kind, self.controls))
 
     def _accuracy(self, model: nn.Module, split: str) -> float:
         return measuring.evaluate(model, Loader(self.run.data, split, 512), self.device, self.precision)

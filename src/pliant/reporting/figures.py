@@ -10,6 +10,7 @@ import math
 from statistics import fmean
 from typing import Any
 
+from pliant.compressor_names import control_flags
 from pliant.records import CALIBRATION, LayerCount, Record, factorises
 from pliant.reporting.curves import Axis, Curve, Panel, Section, panels_of
 from pliant.reporting.formats import human, percent
@@ -127,7 +128,7 @@ def _points(records: list[Record], axis: Axis) -> list[dict[str, Any]]:
 def _command(record: Record, runs: str) -> list[str] | None:
     """Return the command that compresses a run like a record, in words, without the size; None if there is none."""
     compressor, *variants = record.compressor.split("-")
-    schemes = [variant for variant in variants if variant != "whitened"]
+    schemes = [variant for variant in variants if variant != "whitened" and "=" not in variant]
     if "retraining" in record.config or len(schemes) > factorises(compressor):  # only rank has a scheme, and only one
         return None
     words = ["pliant", "compress", f"{runs}/{record.run}", "--compressor", compressor]
@@ -139,6 +140,8 @@ def _command(record: Record, runs: str) -> list[str] | None:
         words += ["--allocation", record.allocation]
     if (calibration := record.config.get("calibration", CALIBRATION)) != CALIBRATION:
         words += ["--calibration", str(calibration)]
+    for flag, text in control_flags(record.config.get("controls", {})).items():
+        words += [f"--{flag}", text]
     return words
 
 

@@ -32,5 +32,6 @@ from pliant.structure.layers import weighted_layers as weighted_layers
 from pliant.structure.layers import zero_channels as zero_channels
 from pliant.structure.soundness import largest_sound as largest_sound
 from pliant.structure.thin_attention import ThinAttention as ThinAttention
+from pliant.structure.thin_attention import thin as thin
 from pliant.structure.verification import coupled_channels as coupled_channels
 from pliant.structure.verification import positions as positions

@@ -5,6 +5,8 @@ An attention module with layers as projections still works with smaller layers. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,12 @@ class ThinAttention(nn.MultiheadAttention):
     that attention weights are the mean over the remaining heads.
 
     :func:`thin` converts a module to this class; it is never constructed.
+
+    While ``watch`` is not None, it is called with ("", self, input, output) of the packed projection in self-attention,
+    and with ("out_proj", out_proj, input, output).
     """
+
+    watch: Callable[[str, nn.Module, Tensor, Tensor], None] | None = None
 
     def forward(
         self,
@@ -38,6 +45,7 @@ class ThinAttention(nn.MultiheadAttention):
         if query.is_nested:
             return self._nested(query), None
         batched = query.dim() == 3
+        alone = query is key is value
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -61,7 +69,12 @@ class ThinAttention(nn.MultiheadAttention):
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         # As in the dense module, out_proj is not called: nn.TransformerEncoder reads its weight, so that the layer must
         # not be replaced.
-        output = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        heads = heads.transpose(1, 2).flatten(2)
+        output = F.linear(heads, self.out_proj.weight, self.out_proj.bias)
+        if self.watch is not None:
+            self.watch("out_proj", self.out_proj, heads, output)
+            if alone:
+                self.watch("", self, query, F.linear(query, self.in_proj_weight, self.in_proj_bias))
         if not batched:
             return output.squeeze(0), None if shares is None else shares.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), shares

@@ -92,7 +92,8 @@ def _measure(job: Job, run: Run) -> Iterator[Record]:
 
 
 def _workbench(run: Run, job: Job, measure: Measure) -> Workbench:
-    options: dict[str, Any] = {name: getattr(measure, name) for name in ("allocation", "whiten", "scheme")}
+    names = ("allocation", "whiten", "scheme", "controls")
+    options: dict[str, Any] = {name: getattr(measure, name) for name in names}
     return Workbench(run, measure.compressor, calibration=job.calibration, **options)
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pliant.compression.by_name import allocation_of, check_names
 from pliant.compressor_names import CALIBRATION, record_name, resolve_scheme, takes_pattern
 from pliant.errors import BadInput, DamagedFile, check_choice, shown, unknown
 from pliant.experiments.baselines.retraining import SCHEDULES
+from pliant.experiments.controls import controls_of
 from pliant.experiments.methods import METHODS, Method, find_method, resolved, settings_from
 from pliant.experiments.sweep import parse_ratios
 from pliant.experiments.training.settings import SETTINGS, Settings
@@ -43,6 +44,7 @@ SHIPPED = Path(__file__).parent / "suites"
 EQUAL = ("epochs", "time")
 # The comparison decides these, so no setting may.
 _RESERVED = ("seed", "method")
+_CONTROLS = ("multiple_of", "keep", "at_least", "at_most", "layer_ratios")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Measure:
         compressor: its name, as in the shell.
         points: pairs (ratio, pattern); the dense network is (0, "").
         allocation, whiten, scheme: options of the compressor.
+        controls: what every layer keeps, as :func:`~pliant.experiments.controls.controls_of` returns it.
     """
 
     compressor: str
@@ -60,11 +63,12 @@ class Measure:
     allocation: str = "global"
     whiten: bool = True
     scheme: str | None = None
+    controls: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The compressor with its variant, as records name it."""
-        return record_name(self.compressor, self.whiten, self.scheme)
+        return record_name(self.compressor, self.whiten, self.scheme, self.controls)
 
     def key(self, ratio: float, pattern: str) -> tuple[str, str, float, str]:
         """Return the key that identifies the record of a point among the records of a run."""
@@ -272,7 +276,7 @@ def _method(where: str, name: str) -> Method:
 
 
 def _measure(where: str, entry: object) -> Measure:
-    optional = ("ratios", "patterns", "allocation", "whiten", "scheme")
+    optional = ("ratios", "patterns", "allocation", "whiten", "scheme", *_CONTROLS)
     fields = _mapping(where, entry, {"compressor": True, **dict.fromkeys(optional, False)})
     compressor = fields["compressor"]
     if not isinstance(compressor, str):
@@ -283,6 +287,10 @@ def _measure(where: str, entry: object) -> Measure:
     whiten = fields.get("whiten", True)
     if not isinstance(whiten, bool):
         raise BadInput(f"{where}.whiten is true or false, got {shown(whiten)}")
+    try:
+        controls = controls_of(compressor, **{name: fields[name] for name in _CONTROLS if name in fields})
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
     patterned = takes_pattern(compressor)
     if patterned == ("ratios" in fields) or patterned != ("patterns" in fields):
         raise BadInput(f"{where}: nm takes patterns, such as ['2:4'], every other compressor ratios")
@@ -295,7 +303,7 @@ def _measure(where: str, entry: object) -> Measure:
         points = [(ratio, "") for ratio in parse_ratios(_list(f"{where}.ratios", fields["ratios"]))]
         if points[0][0] != 0:
             raise BadInput(f"{where}.ratios starts with 0, the dense network")
-    return Measure(compressor, tuple(points), allocation, whiten, scheme)
+    return Measure(compressor, tuple(points), allocation, whiten, scheme, controls)
 
 
 def _retraining(entry: object, methods: tuple[Entrant, ...]) -> Retraining | None:
