@@ -9,7 +9,7 @@ from typing import Any
 
 from notes import processor, table
 from subjects import TRAININGS
-from variants import OURS, REFITS
+from variants import OURS
 
 from pliant.reporting.intervals import difference, estimate
 
@@ -109,15 +109,13 @@ def summary(rows: list[Row]) -> str:
 
     The best of the others has the best mean on validation data over the seeds that all of its rows share.
     """
-    ours = f"{OURS}, data and refit" if REFITS else f"{OURS}, norms"
     lines = []
     shares = sorted({row["share"] for row in rows if row["kind"] != "dense"}, reverse=True)
     for network in dict.fromkeys(row["network"] for row in rows):
         for kind, cost in TITLES:
             part = [row for row in rows if (row["network"], row["kind"], row["cost"]) == (network, kind, cost)]
-            families = dict.fromkeys(row["family"] for row in part)
-            own = [f for f in families if f.startswith(OURS)]
-            mine = ours if ours in own else (own[-1] if own else None)
+            own = dict.fromkeys(row["family"] for row in part if row["family"].startswith(OURS))
+            mine = next((name for name in own if name.endswith("refit")), next(iter(own), None))
             if part:
                 cells = [versus(part, share, mine) for share in shares]
                 lines.append([network, f"{kind}, {cost}", mine or "–", *cells])

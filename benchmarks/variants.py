@@ -1,16 +1,17 @@
 """Every way to cut a network that ``cuts.py`` compares: pliant's, torch-pruning's, and two that are written here.
 
 A variant makes a network from a subject, a cost and the share of it that shall stay. Variants of one family differ in
-settings only; the best of a family stands for it. What needs a newer pliant joins by itself once ``compress_to`` has
+settings only; the best of a family stands for it. The refit of single weights joins by itself once ``Magnitude`` has
 the argument that it needs.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,17 @@ from torch import Tensor, nn
 
 import pliant
 from pliant.compression import Compressor
+from pliant.compression.budgets import Budget, fit
+from pliant.compression.calibration import calibration_of
+from pliant.compression.elimination import Curve
+from pliant.compression.moments import input_moments
+from pliant.compression.refit import Refitter
+from pliant.structure import ChannelGroup
 
 KINDS = ("filters", "rank", "weights", "nm")
 COSTS = {"filters": ("params", "macs"), "rank": ("params", "macs"), "weights": ("entries",), "nm": ("entries",)}
 SHARES = (0.8, 0.7, 0.5, 0.3, 0.2, 0.1)
-REFITS = "refit" in inspect.signature(pliant.compress_to).parameters
+REFITS_ENTRIES = "importance" in inspect.signature(pliant.Magnitude).parameters  # newer than the refit of channels
 OURS = "pliant"  # how the names of our families begin
 
 Make = Callable[[str, float], nn.Module]  # cost, share → network
@@ -91,14 +98,66 @@ def _filters(subject: Subject) -> list[Family]:
             ),
         )
 
-    result.append(ours(f"{OURS}, norms", ("l2", "l1") if subject.heads else ("l2", "l1", "bn")))
-    if REFITS:
-        result += [
-            ours(f"{OURS}, data and refit", ("auto",), refit=True, **data),
-            ours(f"{OURS}, data", ("auto",), refit=False, **data),
-            ours("norms and refit (ThiNet, CP)", ("l2",), refit=True, **data),
-        ]
-    return result
+    norms = ("l2", "l1") if subject.heads else ("l2", "l1", "bn")
+    result += [
+        ours(f"{OURS}, norms", norms),
+        ours(f"{OURS}, data and refit", ("loss",), refit=True, **data),
+        ours(f"{OURS}, data", ("loss",), refit=False, **data),
+        ours("norms and refit", norms, refit=True, **data),
+    ]
+    return result if subject.heads else [*result, *_one_shot(subject)]
+
+
+def _one_shot(subject: Subject) -> list[Family]:
+    """Return choices by what each channel adds to the outputs of its readers, each by itself (as in ThiNet and CP)."""
+
+    @functools.cache
+    def analysis() -> Any:
+        norms = pliant.FilterPruning(importance="l2").analyse(subject.model, subject.x)
+        return dataclasses.replace(norms, curves=output_energies(subject, norms.groups))
+
+    def variant(allocation: str, refit: bool) -> Variant:
+        compressor = pliant.FilterPruning(importance="loss", allocation=allocation)
+
+        def make(cost: str, share: float) -> nn.Module:
+            budget = Budget(f"keep_{cost}", share)
+            plan = fit(subject.model, compressor, subject.x, budget, analysis())
+            small = compressor.apply(subject.model, plan, analysis=analysis())
+            if not refit:
+                return small
+            data = calibration_of(subject.calibration, subject.model, subject.x)
+            return Refitter(subject.model, subject.x, data).refit(small, plan)[0]
+
+        return Variant(allocation, make, settled=refit)
+
+    return [
+        Family("filters", name, tuple(variant(a, refit) for a in ("global", "uniform", "energy")))
+        for name, refit in (("output energies", False), ("output energies and refit", True))
+    ]
+
+
+def output_energies(subject: Subject, groups: Sequence[ChannelGroup]) -> tuple[Curve, ...]:
+    """Return curves of E‖W_c x_c‖² over E‖W x‖², summed over the readers of a channel, as if channels were independent.
+
+    Their sums over channels lost ignore both what channels share and that others could make up for them.
+    """
+    names = dict.fromkeys(slot.module for group in groups for slot in group.consumers)
+    data = calibration_of(subject.calibration, subject.model, subject.x)
+    moments = input_moments(copy.deepcopy(subject.model), names, data)
+    curves = []
+    for group in groups:
+        losses = torch.zeros(group.channels, dtype=torch.float64)
+        for slot in group.consumers:
+            weight = subject.model.get_submodule(slot.module).weight.detach().double()
+            kernel, weight = weight[0, 0].numel(), weight.flatten(1)
+            (second,) = moments[slot.module].regularised()
+            columns = (slot.indices.unsqueeze(2) * kernel + torch.arange(kernel)).flatten(1)  # (channels, width)
+            blocks = second[columns.unsqueeze(2), columns.unsqueeze(1)]
+            parts = weight[:, columns]  # (filters, channels, width)
+            losses += torch.einsum("fcv,cvw,fcw->c", parts, blocks, parts) / ((weight @ second) * weight).sum()
+        order = losses.argsort()
+        curves.append(Curve(order, torch.cat([losses.new_zeros(1), losses[order].cumsum(0)])))
+    return tuple(curves)
 
 
 def _channels(subject: Subject, importance: str, allocation: str) -> Compressor[Any]:
@@ -142,10 +201,12 @@ def _rank(subject: Subject) -> list[Family]:
             ),
         )
 
-    data: dict[str, Any] = {"calibration": subject.calibration}
-    plain = {**data, "refit": False} if REFITS else data
-    result = [family("SVD", whiten=False), family("whitened SVD", whiten=True, **plain)]
-    return [*result, family(f"{OURS}, whitened and refit", whiten=True, **data, refit=True)] if REFITS else result
+    data = {"calibration": subject.calibration}
+    return [
+        family("SVD", whiten=False),
+        family("whitened SVD", whiten=True, **data, refit=False),
+        family(f"{OURS}, whitened and refit", whiten=True, **data, refit=True),
+    ]
 
 
 # --- single weights ---------------------------------------------------------------------------------------------------
@@ -168,7 +229,7 @@ def _weights(subject: Subject) -> list[Family]:
         Family("weights", "magnitude", tuple(plain)),
         Family("weights", "Wanda", tuple(wanda(scope) for scope in ("rows", "layer", "global"))),
     ]
-    if REFITS:
+    if REFITS_ENTRIES:
         data = {"calibration": subject.calibration, "refit": True}
         result.append(
             Family("weights", f"{OURS}, refit", tuple(magnitude(a, {"allocation": a}, **data) for a in allocations))
@@ -191,7 +252,7 @@ def _nm(subject: Subject) -> list[Family]:
         return wanda_like(subject, share, "2:4")
 
     result = [Family("nm", "magnitude", (pattern(),)), Family("nm", "Wanda", (Variant("2:4", wanda),))]
-    if REFITS:
+    if REFITS_ENTRIES:
         result.append(Family("nm", f"{OURS}, refit", (pattern(calibration=subject.calibration, refit=True),)))
     return result
 
