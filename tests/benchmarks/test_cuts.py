@@ -16,6 +16,7 @@ import pliant
 from pliant import measuring
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:few calibration samples")
 MODULES = ("cuts", "cut_tables", "networks", "peers", "subjects", "variants")
 
 
@@ -133,7 +134,8 @@ def test_hessian_scores_read_the_mean_square_of_all_samples(bench: SimpleNamespa
 
 
 @pytest.mark.parametrize("setting", ["p=2 mean global", "p=2 mean local heads"])
-def test_a_pruned_transformer_runs(bench: SimpleNamespace, setting: str) -> None:
+def test_a_pruned_transformer_runs(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setattr(bench.peers, "STEPS", 6)
     torch.manual_seed(0)
     model = bench.networks.vit_patch4(num_classes=4, image_shape=(3, 8, 8), width=1.0)
     heads = {n: 3 for n, _ in model.named_modules() if n.endswith("qkv")}
@@ -142,6 +144,43 @@ def test_a_pruned_transformer_runs(bench: SimpleNamespace, setting: str) -> None
     assert abs(bench.peers.shares(subject, network)[0] - 0.5) < 0.05
     assert network(subject.x).shape == (2, 4)
     assert network.get_submodule("blocks.0.attn").num_heads == (3 if "heads" not in setting else 2)
+
+
+# --- choices by output energies ---------------------------------------------------------------------------------------
+
+
+def test_output_energies_are_those_of_each_channel_by_itself(bench: SimpleNamespace) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 5, 3, bias=False)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(5 * 16 * 16, 4))
+    subject = made(bench, model, side=20)
+    groups = pliant.coupled_channels(model, subject.x).groups
+    (group,) = [g for g in groups if [slot.module for slot in g.consumers] == ["2"]]
+    (curve,) = bench.variants.output_energies(subject, [group])
+    with torch.no_grad():
+        images = torch.cat([images for images, _ in subject.calibration])
+        hidden = F.relu(first(images))
+        everything = second(hidden).square().sum()
+        own = [
+            (F.conv2d(hidden[:, c : c + 1], second.weight[:, c : c + 1]).square().sum() / everything) for c in range(6)
+        ]
+    losses = torch.stack(own).double()
+    assert curve.order.tolist() == losses.argsort().tolist()
+    assert torch.allclose(curve.losses[1:], losses.sort().values.cumsum(0), rtol=0.05)
+
+
+def test_every_family_reaches_the_share_or_says_that_it_cannot(bench: SimpleNamespace) -> None:
+    """The first setting of each family, on a network with batch normalisation."""
+    subject = made(bench, resnet())
+    for family in bench.variants.families(subject):
+        if family.name not in bench.peers.FAMILIES:
+            cost = bench.variants.COSTS[family.kind][0]
+            network = family.variants[0].make(cost, 0.5)
+            assert network(subject.x).shape == (2, 4)
+            if cost == "params":
+                assert bench.peers.shares(subject, network)[0] == pytest.approx(0.5, abs=0.05)
+            else:
+                assert bench.cuts.zeros(network) > 0.3
 
 
 # --- single weights ---------------------------------------------------------------------------------------------------
@@ -220,6 +259,7 @@ def runs(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_measurement_resumes_and_becomes_a_note(
     bench: SimpleNamespace, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
