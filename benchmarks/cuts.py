@@ -118,6 +118,10 @@ def best(thing: Subject, family: Family, cost: str, share: float) -> Row:
         except pliant.Refused as refusal:
             trial["refused"] = str(refusal)[:200]
             continue
+        except Exception as error:  # other packages' code; one setting that fails does not end a run of hours
+            trial["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+            print(f"{thing.name}, {family.name}, {variant.setting}: {trial['failed']}", flush=True)
+            continue
         trial["seconds"] = round(time.perf_counter() - start, 3)
         params, macs = shares(thing, network)
         trial |= {"params": round(params, 5), "macs": round(macs, 5), "zeros": round(zeros(network), 5)}
