@@ -22,6 +22,18 @@ TITLES = {
     ("weights", "entries"): "Single weights zeroed, by the share of the weights left",
     ("nm", "entries"): "Two of four consecutive input channels zeroed",
 }
+LEGEND = """\
+Test accuracy in %, the mean over the seeds. Each cell is the best setting of a method, chosen on validation images for
+this network, cost and share. Methods marked with * read the labels of the calibration images. A dash: no setting came
+within two points of the share, or nothing was measured. Statistics: "as cut" is the same network with the old
+statistics of BatchNorm; "by itself": the method looks at the calibration images, without labels, and sets them. Seconds
+are those of making one network of the best setting, the search for the size included, on a machine with other users.
+
+"magnitude" (Li 2017), "BN scale" (Liu 2017), "LAMP" (Lee 2021), "FPGM" (He 2019), "Taylor" (Molchanov 2019), "Hessian"
+and "random" are torch-pruning's. "norms and refit" is reconstruction alone; "output energies" ranks channels once, by
+their own part in the outputs of their readers, as ThiNet and channel pruning (He 2017) do, and refits or not. Both
+refits are pliant's. "pliant, norms" looks at no data, "pliant, data" is block elimination without a refit.
+"""
 STATES = {"raw": "as cut", "test": "BatchNorm re-estimated", "settled": "by itself"}
 
 
@@ -48,18 +60,7 @@ def head(rows: list[Row]) -> str:
     return (
         f"# Cuts without retraining, {datetime.date.today()}\n\n"
         f"`python benchmarks/cuts.py`, {processor()}. Rows were measured with:\n\n{versions}\n\n"
-        f"Trainings, by `pliant train`:\n\n{trainings}\n\n"
-        "Test accuracy in %, the mean over the seeds. Each cell is the best setting of a method, chosen on validation\n"
-        "images for this network, cost and share. Methods marked with * read the labels of the calibration images.\n"
-        'A dash: no setting came within two points of the share, or nothing was measured. Statistics: "as cut" is the\n'
-        'same network with BatchNorm\'s old statistics; "by itself": the method looks at the calibration images (without\n'
-        "labels) and sets them. Seconds are those of making one network of the best setting, the search for the size\n"
-        "included, on a machine that others used too.\n\n"
-        'What is compared: "magnitude" (Li 2017), "BN scale" (Liu 2017), "LAMP" (Lee 2021), "FPGM" (He 2019),\n'
-        '"Taylor" (Molchanov 2019), "Hessian" and "random" are torch-pruning\'s. "norms and refit" is reconstruction\n'
-        'alone; "output energies" ranks channels by their own part in the outputs of their readers, once, as ThiNet and\n'
-        'channel pruning (He 2017) do, and refits or not. Both refits are pliant\'s. "pliant, norms" looks at no data,\n'
-        '"pliant, data" does block elimination without a refit.\n'
+        f"Trainings, by `pliant train`:\n\n{trainings}\n\n{LEGEND}"
     )
 
 
@@ -129,8 +130,8 @@ def summary(rows: list[Row]) -> str:
                 lines.append([network, f"{kind}, {cost}", mine or "–", *cells])
     return (
         "## The best of the others against ours\n\n"
-        "Test scores: the best other method (best on validation data), ours, and ours minus theirs in points. Some of the\n"
-        'others use pliant\'s refit: "norms and refit" and "output energies and refit".\n\n'
+        "Test scores: the best other method (best on validation data), ours, and ours minus theirs in points. Some of\n"
+        'the others use pliant\'s refit: "norms and refit" and "output energies and refit".\n\n'
         + table(["network", "cut", "ours", *(f"{share:.0%}" for share in shares)], lines)
     )
 
