@@ -142,10 +142,11 @@ class Workbench:
         """
         small = self.dense
         for index, share in enumerate((*ratios_before, ratio)):
-            small, plan = self._compressed(small, share, pattern)
+            compressor = self._compressor(share, pattern)
+            small, plan = self._compressed(small, compressor)
             if refine is not None:
                 small = refine(small, index)
-        made = (self._settled(small), plan) if refine is not None else self._finished(small, plan)
+        made = (self._settled(small), plan) if refine is not None else self._finished(small, plan, compressor)
         return self._measured(small, *made, plan.ratio_removed if pattern else ratio, pattern)
 
     def validate(self, ratio: float, pattern: str = "") -> tuple[float, float]:
@@ -154,14 +155,14 @@ class Workbench:
         If the compressor zeroes parameters instead of removing them, it is a share of the non-zeros. Test images are
         not used.
         """
-        small, _ = self._finished(*self._compressed(self.dense, ratio, pattern))
+        compressor = self._compressor(ratio, pattern)
+        small, _ = self._finished(*self._compressed(self.dense, compressor), compressor)
         left = measuring.parameters(small) / measuring.parameters(self.dense)
         if left == 1:
             left = measuring.nonzero(small) / measuring.nonzero(self.dense)
         return 1 - left, self._accuracy(small, "val")
 
-    def _compressed(self, network: nn.Module, ratio: float, pattern: str) -> tuple[nn.Module, Plan]:
-        compressor = self._compressor(ratio, pattern)
+    def _compressed(self, network: nn.Module, compressor: Compressor[Any]) -> tuple[nn.Module, Plan]:
         image = self._images(2)
         known = network is self.dense
         analysis = self._analysis(compressor) if known else compressor.analyse(network, image, self._seen)
@@ -179,13 +180,14 @@ class Workbench:
         def accuracy(network: nn.Module) -> float:
             return self._accuracy(network, "val")
 
-        def finished(network: nn.Module, plan: Plan) -> nn.Module:
-            return self._finished(network, plan)[0]
+        def finished(plan: Plan) -> nn.Module:
+            raw = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
+            return self._finished(raw, plan, compressor)[0]
 
         image = self._images(LATENCY_BATCH)
         plan = budgets.fit(self.dense, compressor, image, budget, self._analysis(compressor), accuracy, finished)
         raw = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
-        return self._measured(raw, *self._finished(raw, plan), plan.ratio, "", budget=str(budget))
+        return self._measured(raw, *self._finished(raw, plan, compressor), plan.ratio, "", budget=str(budget))
 
     def _analysis(self, compressor: Compressor[Any]) -> Any:
         kind = type(compressor)
@@ -204,12 +206,12 @@ class Workbench:
             return self._calibration
         return self._calibration_images if self.whiten else None
 
-    def _finished(self, network: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
+    def _finished(self, network: nn.Module, plan: Plan, compressor: Compressor[Any]) -> tuple[nn.Module, Plan]:
         """Return a cut network as it is delivered, and its plan: refitted, or with new BatchNorm statistics."""
         if not self.refit:
             return self._settled(network), plan
         began = time.perf_counter()
-        finished = self._refitter.refit(network, plan)
+        finished = self._refitter.apply(compressor, plan, self._analysis(compressor), network)
         self._seconds["refitting"] = time.perf_counter() - began
         return finished
 
