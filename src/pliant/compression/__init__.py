@@ -44,6 +44,7 @@ from pliant.compression.base import parameter_shapes as parameter_shapes
 from pliant.compression.batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from pliant.compression.budgets import compress_to as compress_to
 from pliant.compression.chain import Chain as Chain
+from pliant.compression.controls import Controlled as Controlled
 from pliant.compression.entries import Magnitude as Magnitude
 from pliant.compression.entries import SemiStructured as SemiStructured
 from pliant.compression.entries import Weights as Weights

@@ -10,8 +10,8 @@ Every candidate network is planned in full, and its cost is counted or measured,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from pliant.compression.base import Analysis, Compressor
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.calibration import calibration_of
 from pliant.compression.chain import Chain
-from pliant.compression.controls import AT_LEAST
+from pliant.compression.controls import Controlled
 from pliant.compression.plan import Plan
 from pliant.compression.refit import Refitter
 from pliant.errors import BadInput, Refused
@@ -179,7 +179,9 @@ def fit(
         raise Refused(f"{budget} is out of reach: {error}") from None
     last = value(smallest)
     if is_cost and last > budget.limit:
-        raise Refused(f"{budget} is out of reach: {_reachable(family, budget, last, smallest)}")
+        lower = _without_floors(family).at(SMALLEST).plan(model, example_inputs, analysis=analysis)
+        floored = [name for name in smallest.floored if _kept(lower, name) < _kept(smallest, name)]
+        raise Refused(f"{budget} is out of reach: {_reachable(family, budget, last, smallest, floored)}")
     if not is_cost and last <= budget.limit:
         return smallest
     good, bad, best = (1.0, 0.0, smallest) if is_cost else (0.0, 1.0, largest)
@@ -224,22 +226,32 @@ def _meter(
     return lambda plan: measuring.macs(compressor.skeleton(model, plan), example_inputs) / whole
 
 
-def _reachable(compressor: Compressor[Any], budget: Budget, least: float, smallest: Plan) -> str:
-    """Return, in words, the least that a compressor can reach and the layers that it leaves alone."""
+def _reachable(
+    compressor: Compressor[Any], budget: Budget, least: float, smallest: Plan, floored: Sequence[str]
+) -> str:
+    """Return, in words, the least that a compressor can reach, and the layers that are in the way.
+
+    Args:
+        compressor, budget: what was asked.
+        least: the cost of the smallest network.
+        smallest: its plan.
+        floored: the layers that could be smaller without a floor.
+    """
     unit = {"max_bytes": f"{least:.0f}"}.get(budget.kind, f"{least:.4g}")
     reasons = [f"{name} {reason}" for name, reason in smallest.refused[:5]]
     more = "; ..." if len(smallest.refused) > 5 else ""
     left = f"; left alone: {'; '.join(reasons)}{more}" if reasons else ""
-    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{_floors(smallest)}{left}"
+    more = ", ..." if len(floored) > 5 else ""
+    floors = f"; at their floor: {', '.join(floored[:5])}{more}: at_least=1 goes lower" if floored else ""
+    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{floors}{left}"
 
 
-def _floors(smallest: Plan) -> str:
-    """Return, in words, the layers of the smallest network that ``at_least`` keeps from getting smaller."""
-    names = [
-        layer.name
-        for plan in smallest.links or (smallest,)
-        for layer in plan.layers
-        if layer.name in plan.floored and layer.kept > 1 and plan.options.get("at_least", AT_LEAST) != 1
-    ]
-    more = ", ..." if len(names) > 5 else ""
-    return f"; at their floor: {', '.join(names[:5])}{more}: at_least=1 goes lower" if names else ""
+def _without_floors(compressor: Compressor[Any]) -> Compressor[Any]:
+    if isinstance(compressor, Chain):
+        return Chain(*map(_without_floors, compressor.links))
+    return replace(compressor, at_least=1) if isinstance(compressor, Controlled) else compressor
+
+
+def _kept(plan: Plan, name: str) -> list[int]:
+    """Return how much of a layer the links of a plan keep."""
+    return [layer.kept for part in plan.links or (plan,) for layer in part.layers if layer.name == name]

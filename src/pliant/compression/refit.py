@@ -21,11 +21,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from pliant.calling import Example
-from pliant.compression.batchnorm import reestimate_batchnorm
+from pliant.calling import Example, eval_mode
+from pliant.compression.batchnorm import estimating, normalises, reestimate_batchnorm
 from pliant.compression.calibration import Calibration
 from pliant.compression.factored import FactoredConvolution, FactoredLinear
 from pliant.compression.fitting import Sums, fit
@@ -37,6 +36,8 @@ from pliant.errors import BadInput
 from pliant.structure import obstacle, tied_parameters
 
 SWEEPS = 3
+MOST_SWEEPS = 8
+_GAIN = 5e-3  # error that some layer has to lose in a sweep to be worth another one after the first three
 _UNSEEN = "is not called on the calibration data, or its parent reads its weight without calling it"
 _BROKEN = "is hardly called on the calibration data, or reads NaN or infinity there"
 _EQUAL = 1e-12  # relative error of outputs below which nothing has been lost: that of float32 is 1e-14
@@ -63,6 +64,19 @@ class _Target:
 
     rows: Tensor
     outputs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What the maps of a network have seen in one pass.
+
+    Args:
+        sums: for each map, the sums over the rows to fit and over those held out.
+        absorbed: map → the BatchNorm that reads its outputs.
+    """
+
+    sums: Mapping[str, list[Sums | None]]
+    absorbed: Mapping[str, str]
 
 
 class Refitter:
@@ -99,28 +113,32 @@ class Refitter:
         """
         sites, unfitted = _sites(self.model, small, plan)
         errors: dict[str, float] = {"cut": self._error(small)}
-        states: dict[str, nn.Module] = {"cut": small}
         if errors["cut"] <= _EQUAL:
             return small, replace(plan, refit=RefitRecord("cut", errors, self.calibration.samples))
-        if any(isinstance(module, _BatchNorm) for module in small.modules()):
-            states["reestimated"] = reestimate_batchnorm(small, self.calibration)
-        network = copy.deepcopy(states.get("reestimated", small))
-        fits: dict[str, LayerFit] = {}
+        states: dict[str, nn.Module] = {"cut": small}
+        network, seen = self._observe(small, sites, estimate=normalises(small))
+        if normalises(small):
+            states["reestimated"], errors["reestimated"] = network, self._error(network)
+        # Where little was cut, the dense statistics are better than any estimate, and stay.
+        estimate = errors.get("reestimated", math.inf) < errors["cut"]
+        if normalises(small) and not estimate:
+            network, seen = self._observe(small, sites, estimate=False)
         cuts: dict[str, Tensor] = {}
-        seen: set[str] = set()
-        for sweep in range(SWEEPS):
-            sums, absorbed, error = self._observe(network, sites)
-            if sweep == 0 and "reestimated" in states:
-                errors["reestimated"] = error
-            fits = _fit_all(network, sums, absorbed, cuts)
-            seen = set(sums)
-            if not fits:
+        fits: dict[str, LayerFit] = {}
+        for sweep in range(MOST_SWEEPS):
+            if sweep >= SWEEPS and max((x.error_before - x.error for x in fits.values()), default=0.0) < _GAIN:
                 break
-            network = reestimate_batchnorm(network, self.calibration)
+            if sweep:
+                network, seen = self._observe(network, sites, estimate=estimate)
+            network = copy.deepcopy(network)
+            fits = _fit_all(network, seen, cuts, None if estimate else small)
         if fits:
+            network = reestimate_batchnorm(network, self.calibration) if estimate else network
             errors["refitted"], states["refitted"] = self._error(network), network
         best = min(errors, key=errors.__getitem__)
-        silent = [(site.name, _BROKEN if site.name in seen else _UNSEEN) for site in sites if site.name not in fits]
+        silent = [
+            (site.name, _BROKEN if site.name in seen.sums else _UNSEEN) for site in sites if site.name not in fits
+        ]
         record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
         return states[best], replace(plan, refit=record)
 
@@ -151,35 +169,40 @@ class Refitter:
     def _error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
+        missed = 0.0
         with unfused():
-            results = {
-                piece: call_on(probe, inputs, self.calibration.batch_of[piece])
-                for piece, inputs in enumerate(self.calibration.inputs())
-                if self.calibration.held_out(piece)
-            }
-        return self._compare(results)
-
-    def _compare(self, results: Mapping[int, list[Tensor]]) -> float:
-        expected = self._reference[1]
-        missed = sum(
-            float(torch.where(x == y, 0.0, x.double() - y.double()).square().sum())  # infinite in masked logits
-            for piece, outputs in expected.items()
-            for x, y in zip((x for x in results[piece] if x.is_floating_point()), outputs, strict=True)
-        )
-        energy = sum(_energy(outputs) for outputs in zip(*expected.values(), strict=True))
-        if not math.isfinite(energy):
-            raise BadInput("the outputs of the dense network on the calibration data hold NaN")
-        error = missed / energy if energy else missed
+            for piece, inputs in enumerate(self.calibration.inputs()):
+                if not self.calibration.held_out(piece):
+                    continue
+                got = [x for x in call_on(probe, inputs, self.calibration.batch_of[piece]) if x.is_floating_point()]
+                for x, y in zip(got, self._reference[1][piece], strict=True):
+                    rest = torch.where(x == y, 0.0, x.double() - y.double())  # both are infinite in masked logits
+                    missed += float(rest.square().sum())
+        error = missed / self._energy if self._energy else missed
         return error if math.isfinite(error) else sys.float_info.max
 
-    def _observe(self, network: nn.Module, sites: list[_Site]) -> tuple[dict[str, list[Sums | None]], set[str], float]:
-        """Run a network; return the sums of each site (to fit, held out), those read by a BatchNorm, and the error."""
+    @cached_property
+    def _energy(self) -> float:
+        """The energy of the dense outputs on the held-out pieces."""
+        energy = sum(_energy(outputs) for outputs in zip(*self._reference[1].values(), strict=True))
+        if not math.isfinite(energy):
+            raise BadInput("the outputs of the dense network on the calibration data hold NaN")
+        return energy
+
+    def _observe(self, network: nn.Module, sites: list[_Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
+        """Run a network on all pieces, and return what its sites have seen.
+
+        Args:
+            network: the small network; not changed.
+            sites: the maps to observe.
+            estimate: whether its BatchNorm statistics are estimated in the same pass: each piece is normalised by its
+                own, and the returned network has the means.
+        """
         targets, _ = self._reference
-        probe = copy.deepcopy(network).eval()
+        probe = copy.deepcopy(network)
         by_name = {site.name: site for site in sites}
         sums: dict[str, list[Sums | None]] = {}
         calls: dict[str, int] = {}
-        results: dict[int, list[Tensor]] = {}
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
@@ -200,13 +223,11 @@ class Refitter:
             else:
                 old.add(new)
 
-        with observing(probe, by_name, watch) as absorbed:
+        with observing(probe, by_name, watch) as absorbed, estimating(probe) if estimate else eval_mode(probe):
             for piece, inputs in enumerate(self.calibration.inputs()):
                 calls.clear()
-                result = call_on(probe, inputs, self.calibration.batch_of[piece])
-                if self.calibration.held_out(piece):
-                    results[piece] = result
-        return sums, absorbed, self._compare(results)
+                call_on(probe, inputs, self.calibration.batch_of[piece])
+        return probe, _Seen(sums, absorbed)
 
 
 def _energy(outputs: Sequence[Tensor]) -> float:
@@ -275,24 +296,34 @@ def kept_outputs(plan: Plan) -> dict[str, Tensor]:
     return kept
 
 
-def _fit_all(
-    network: nn.Module, sums: Mapping[str, list[Sums | None]], absorbed: set[str], cuts: dict[str, Tensor]
-) -> dict[str, LayerFit]:
-    """Fit all observed maps of a network in place; ``cuts`` keeps the weights that the first sweep found."""
+def _fit_all(network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn.Module | None) -> dict[str, LayerFit]:
+    """Fit all observed maps of a network in place.
+
+    Args:
+        network: the network.
+        seen: what its maps have seen.
+        cuts: the weights that the first sweep found, which all sweeps are damped towards; filled by the first one.
+        dense: a network with the dense BatchNorm statistics, if those stay: a mean that a layer without bias misses is
+            then made up for in the statistics of the BatchNorm behind it.
+    """
     fits: dict[str, LayerFit] = {}
-    for name, (fitted, held) in sums.items():
+    for name, (fitted, held) in seen.sums.items():
         found = linear_map(network, name)
         if fitted is None or held is None or found is None or not (fitted.finite and held.finite):
             continue
         groups = len(fitted.xx)
         now = _matrices(found, groups)
         bias = None if found.bias is None else found.bias.double().unflatten(0, (groups, -1))
-        cut = cuts.setdefault(name, now)
-        result = fit(fitted, held, cut, now, bias, centred=name in absorbed)
+        result = fit(fitted, held, cuts.setdefault(name, now), now, bias, centred=name in seen.absorbed)
         if result.damping is not None:
             found.weight.copy_(result.weight.flatten(0, 1).reshape(found.weight.shape))
             if found.bias is not None and result.bias is not None:
                 found.bias.copy_(result.bias.flatten())
+        if dense is not None and bias is None and name in seen.absorbed:
+            missing = fitted.mean_y - (result.weight @ fitted.mean_x.unsqueeze(2)).squeeze(2)  # (groups, filters)
+            norm, own = network.get_submodule(seen.absorbed[name]), dense.get_submodule(seen.absorbed[name])
+            if isinstance(norm.running_mean, Tensor) and isinstance(own.running_mean, Tensor):  # else of each batch
+                norm.running_mean.copy_(own.running_mean - missing.flatten())
         fits[name] = LayerFit(name, result.damping, result.error, result.error_before)
     return fits
 
