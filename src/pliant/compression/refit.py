@@ -202,23 +202,25 @@ class Refitter:
     def _error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
+        missed = 0.0
         with unfused():
-            results = {
-                piece: call_on(probe, inputs, self.calibration.batch_of[piece])
-                for piece, inputs in enumerate(self.calibration.inputs())
-                if self.calibration.held_out(piece)
-            }
-        expected = self._reference[1]
-        missed = sum(
-            float(torch.where(x == y, 0.0, x.double() - y.double()).square().sum())  # infinite in masked logits
-            for piece, outputs in expected.items()
-            for x, y in zip((x for x in results[piece] if x.is_floating_point()), outputs, strict=True)
-        )
-        energy = sum(_energy(outputs) for outputs in zip(*expected.values(), strict=True))
+            for piece, inputs in enumerate(self.calibration.inputs()):
+                if not self.calibration.held_out(piece):
+                    continue
+                got = [x for x in call_on(probe, inputs, self.calibration.batch_of[piece]) if x.is_floating_point()]
+                for x, y in zip(got, self._reference[1][piece], strict=True):
+                    rest = torch.where(x == y, 0.0, x.double() - y.double())  # both are infinite in masked logits
+                    missed += float(rest.square().sum())
+        error = missed / self._energy if self._energy else missed
+        return error if math.isfinite(error) else sys.float_info.max
+
+    @cached_property
+    def _energy(self) -> float:
+        """The energy of the dense outputs on the held-out pieces."""
+        energy = sum(_energy(outputs) for outputs in zip(*self._reference[1].values(), strict=True))
         if not math.isfinite(energy):
             raise BadInput("the outputs of the dense network on the calibration data hold NaN")
-        error = missed / energy if energy else missed
-        return error if math.isfinite(error) else sys.float_info.max
+        return energy
 
     def _observe(self, network: nn.Module, sites: list[_Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
         """Run a network on all pieces, and return what its sites have seen.
@@ -352,8 +354,9 @@ def _fit_all(network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn
                 found.bias.copy_(result.bias.flatten())
         if dense is not None and bias is None and name in seen.absorbed:
             missing = fitted.mean_y - (result.weight @ fitted.mean_x.unsqueeze(2)).squeeze(2)  # (groups, filters)
-            mean = network.get_buffer(f"{seen.absorbed[name]}.running_mean")
-            mean.copy_(dense.get_buffer(f"{seen.absorbed[name]}.running_mean") - missing.flatten())
+            norm, own = network.get_submodule(seen.absorbed[name]), dense.get_submodule(seen.absorbed[name])
+            if isinstance(norm.running_mean, Tensor) and isinstance(own.running_mean, Tensor):  # else of each batch
+                norm.running_mean.copy_(own.running_mean - missing.flatten())
         fits[name] = LayerFit(name, result.damping, result.error, result.error_before)
     return fits
 
