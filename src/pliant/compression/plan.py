@@ -84,11 +84,11 @@ class RefitRecord:
 
     def __str__(self) -> str:
         errors = ", ".join(f"{name} {error:.2%}" for name, error in self.errors.items())
-        changed = sum(layer.damping is not None for layer in self.layers)
-        lines = [
-            f"refit on {self.samples:,} samples: {self.result} (error of the outputs on held-out data: {errors}); "
-            f"{changed} of {len(self.layers)} layers changed"
-        ]
+        text = f"refit on {self.samples:,} samples: {self.result} (error of the outputs on held-out data: {errors})"
+        if self.result == "refitted":
+            changed = sum(layer.damping is not None for layer in self.layers)
+            text += f"; {changed} of {len(self.layers)} layers changed in the last sweep"
+        lines = [text]
         return "\n".join([*lines, *(f"not refitted: {name}: {reason}" for name, reason in self.unfitted)])
 
 
@@ -154,7 +154,7 @@ class Plan:
             params_after=fields.count("params_after"),
             compressible=tuple(_text(x, "plan.compressible") for x in fields.items("compressible")),
             layers=tuple(_layer(x, i) for i, x in enumerate(fields.items("layers"))),
-            refused=tuple(_pair(x) for x in fields.items("refused")),
+            refused=tuple(_pair(x, "plan.refused") for x in fields.items("refused")),
             links=tuple(cls.from_dict(x) for x in fields.items("links", default=())),
             refit=_refit(fields.data.pop("refit", None)),
             floored=tuple(_text(x, "plan.floored") for x in fields.items("floored", default=())),
@@ -249,7 +249,7 @@ def _refit(data: object) -> RefitRecord | None:
         errors={name: _number(value, "plan.refit.errors") for name, value in errors.items()},
         samples=fields.count("samples"),
         layers=tuple(_layer_fit(x, i) for i, x in enumerate(fields.items("layers"))),
-        unfitted=tuple(_pair(x) for x in fields.items("unfitted")),
+        unfitted=tuple(_pair(x, "plan.refit.unfitted") for x in fields.items("unfitted")),
     )
     fields.end()
     if record.result not in record.errors:
@@ -350,7 +350,7 @@ def _number(value: object, where: str) -> float:
     return float(value)
 
 
-def _pair(value: object) -> tuple[str, str]:
+def _pair(value: object, where: str) -> tuple[str, str]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise DamagedFile(f"plan.refused should hold (layer, reason) pairs, not {shown(value)}")
-    return _text(value[0], "plan.refused"), _text(value[1], "plan.refused")
+        raise DamagedFile(f"{where} should hold (layer, reason) pairs, not {shown(value)}")
+    return _text(value[0], where), _text(value[1], where)
