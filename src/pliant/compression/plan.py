@@ -143,7 +143,7 @@ class Plan:
             raise DamagedFile(f"not a compression plan: expected a mapping with 'format': {FORMAT!r}")
         if data.get("version") != VERSION:
             raise DamagedFile(f"the plan has version {shown(data.get('version'))}, this program reads {VERSION}")
-        fields = _Fields(data, "plan")
+        fields = Fields(data, "plan")
         plan = cls(
             compressor=fields.text("compressor"),
             options=dict(fields.mapping("options")),
@@ -217,7 +217,7 @@ def _layer(data: object, i: int) -> LayerPlan:
     where = f"plan.layers[{i}]"
     if not isinstance(data, Mapping):
         raise DamagedFile(f"{where} should be a mapping, not {type(data).__name__}")
-    fields = _Fields(data, where)
+    fields = Fields(data, where)
     layer = LayerPlan(
         name=fields.text("name"),
         kind=fields.text("kind"),
@@ -241,7 +241,7 @@ def _refit(data: object) -> RefitRecord | None:
         return None
     if not isinstance(data, Mapping):
         raise DamagedFile(f"plan.refit should be a mapping, not {type(data).__name__}")
-    fields = _Fields(data, "plan.refit")
+    fields = Fields(data, "plan.refit")
     errors = fields.mapping("errors")
     record = RefitRecord(
         result=fields.text("result"),
@@ -260,7 +260,7 @@ def _layer_fit(data: object, i: int) -> LayerFit:
     where = f"plan.refit.layers[{i}]"
     if not isinstance(data, Mapping):
         raise DamagedFile(f"{where} should be a mapping, not {type(data).__name__}")
-    fields = _Fields(data, where)
+    fields = Fields(data, where)
     damping = fields.take("damping")
     fit = LayerFit(
         name=fields.text("name"),
@@ -272,7 +272,7 @@ def _layer_fit(data: object, i: int) -> LayerFit:
     return fit
 
 
-class _Fields:
+class Fields:
     """The fields of a mapping, taken one by one with their types checked."""
 
     def __init__(self, data: Mapping[str, Any], where: str) -> None:
@@ -306,6 +306,15 @@ class _Fields:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise DamagedFile(f"{self.where}.{name} should be a mapping, not {type(value).__name__}")
         return value
+
+    def number(self, name: str) -> float:
+        return _number(self.take(name), f"{self.where}.{name}")
+
+    def counts(self, name: str) -> list[int]:
+        return [_count(x, f"{self.where}.{name}") for x in self.items(name)]
+
+    def texts(self, name: str) -> list[str]:
+        return [_text(x, f"{self.where}.{name}") for x in self.items(name)]
 
     def optional_text(self, name: str) -> str | None:
         # Plans that were written before the field existed do not have it.

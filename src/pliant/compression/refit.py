@@ -85,7 +85,7 @@ class Refitter:
             BadInput: a network cannot be called on a batch of the data.
         """
         sites, unfitted = _sites(self.model, small, plan)
-        errors: dict[str, float] = {"cut": self._error(small)}
+        errors: dict[str, float] = {"cut": self.error(small)}
         states: dict[str, nn.Module] = {"cut": small}
         if errors["cut"] <= _EQUAL:
             return small, replace(plan, refit=RefitRecord("cut", errors, self.calibration.samples))
@@ -103,7 +103,7 @@ class Refitter:
                 break
             network = reestimate_batchnorm(network, self.calibration)
         if fits:
-            errors["refitted"], states["refitted"] = self._error(network), network
+            errors["refitted"], states["refitted"] = self.error(network), network
         best = min(errors, key=errors.__getitem__)
         silent = [(site.name, "is not applied on the calibration data") for site in sites if site.name not in fits]
         record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
@@ -133,7 +133,7 @@ class Refitter:
                     outputs[piece] = [x for x in result if x.is_floating_point()]
         return targets, outputs
 
-    def _error(self, small: nn.Module) -> float:
+    def error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
         results = {
