@@ -62,14 +62,9 @@ def rebuild(
         BadInput: the plan is for another model, there is more than one limit, or the folder holds a single size.
         Refused: the limit is out of reach: the smallest size in the folder is larger.
     """
-    limits = {
-        "keep_params": keep_params,
-        "keep_macs": keep_macs,
-        "max_bytes": max_bytes,
-        "max_latency_ms": max_latency_ms,
-    }
-    if any(limit is not None for limit in limits.values()):
-        return rebuild_sized(model, folder, one_budget(**limits))[0]
+    budget = limit_of(keep_params=keep_params, keep_macs=keep_macs, max_bytes=max_bytes, max_latency_ms=max_latency_ms)
+    if budget is not None:
+        return rebuild_sized(model, folder, budget)[0]
     folder = Path(folder)
     plan = read_plan(folder / PLAN) if (folder / PLAN).exists() else None
     if not (folder / WEIGHTS).is_file():
@@ -77,6 +72,11 @@ def rebuild(
     small = copy.deepcopy(model) if plan is None else _compressed(model, plan, folder / PLAN)
     load_weights(small, folder / WEIGHTS)
     return small.cpu().eval()
+
+
+def limit_of(**limits: float | None) -> Budget | None:
+    """Return the only budget whose limit is not None, or None; raise BadInput for several."""
+    return None if all(limit is None for limit in limits.values()) else one_budget(**limits)
 
 
 def rebuild_sized(model: nn.Module, folder: str | Path, budget: Budget) -> tuple[nn.Module, Plan]:

@@ -42,7 +42,8 @@ def quantise(correction: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def restored(codes: Tensor, steps: Tensor, bits: int) -> Tensor:
     """Return the corrections of codes and steps, float32."""
     offset = (2**bits - 1) / 2
-    return (codes.float() - offset) * steps.float().view(-1, *[1] * (codes.dim() - 1))
+    result: Tensor = (codes.float() - offset) * steps.float().view(-1, *[1] * (codes.dim() - 1))
+    return result
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

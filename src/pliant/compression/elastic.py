@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import measuring
-from pliant.calling import Example, as_inputs
+from pliant.calling import Example, as_inputs, tensors_of
 from pliant.compression.budgets import Budget
 from pliant.compression.corrections import BITS, packed_bytes, restored, unpack
 from pliant.compression.fields import Fields, fields_of
@@ -108,7 +108,7 @@ class Elastic:
         rungs = [point for point in self.points if point.bits]
         values = self._between(step, rungs, {name: _wide(dense[name]) for name in self.weights}, self._corrected)
         values |= self._between(step, self.points, {name: _wide(dense[name]) for name in self.vectors}, self._replaced)
-        kept = self.path.kept(plan)
+        kept = self.path.kept(step)
         small.load_state_dict({name: picked(value, kept.get(name, {})) for name, value in values.items()}, strict=False)
         record = RefitRecord("elastic", {"elastic": self._error(step)}, self.samples)
         return small, Plan(**{**vars(plan), "refit": record})
@@ -148,6 +148,9 @@ class Elastic:
         if budget.kind == "max_latency_ms":
             return lambda step: 1e3 * measuring.latencies([skeleton(step)], example)[0]
         whole = measuring.macs(model, example)
+        if all(group.kind != "heads" for group in self.path.groups):  # the products of attention are not of weights
+            samples = len(tensors_of(example)[0])
+            return lambda step: 1 - self.path.macs_removed(step) // samples / whole
         return lambda step: measuring.macs(skeleton(step), example) / whole
 
     def _inputs(self, budget: Budget) -> Example:
@@ -183,7 +186,7 @@ class Elastic:
         """Return the weights of a rung, given those of the next larger one."""
         assert point.codes is not None
         assert point.steps is not None
-        kept = self.path.kept(self.plan(point.step))
+        kept = self.path.kept(point.step)
         shapes = {name: picked(value, kept.get(name, {})).shape for name, value in values.items()}
         codes = unpack(point.codes, sum(shape.numel() for shape in shapes.values()), point.bits)
         parts = codes.split([shape.numel() for shape in shapes.values()])
@@ -198,7 +201,7 @@ class Elastic:
 
     def _replaced(self, values: dict[str, Tensor], point: Point) -> dict[str, Tensor]:
         """Return the vectors of a point, given those of the next larger one."""
-        kept = self.path.kept(self.plan(point.step))
+        kept = self.path.kept(point.step)
         shapes = {name: picked(value, kept.get(name, {})).shape for name, value in values.items()}
         parts = point.vectors.split([shape.numel() for shape in shapes.values()])
         return {
@@ -298,7 +301,7 @@ class Elastic:
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Raise DamagedFile unless the tensors of all points have the right sizes and hold numbers."""
         for i, point in enumerate(self.points):
-            kept = self.path.kept(self.plan(point.step))
+            kept = self.path.kept(point.step)
             shapes = {name: _shape(state[name], kept.get(name, {})) for name in (*self.weights, *self.vectors)}
             entries = sum(shapes[name].numel() for name in self.weights)
             expected = {"vectors": sum(shapes[name].numel() for name in self.vectors)}

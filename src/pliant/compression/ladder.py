@@ -128,7 +128,7 @@ class _Maker:
             assert plan.refit is not None
             errors = plan.refit.errors
             state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-            kept = self.path.kept(plan)
+            kept = self.path.kept(step)
             codes: list[Tensor] = []
             scales: list[Tensor] = []
             for name in weights:
@@ -188,7 +188,7 @@ class _Maker:
         for name, dense in self.dense.items():
             for step, network in networks.items():
                 value = network.state_dict()[name].detach().cpu()
-                kept = self.path.kept(self.path.plan(step)).get(name, {})
+                kept = self.path.kept(step).get(name, {})
                 if dense.is_floating_point() and not torch.equal(value, picked(dense, kept)):
                     differing.append(name)
                     break
@@ -197,9 +197,9 @@ class _Maker:
     def _bits(self, elastic: Elastic) -> list[int]:
         """Return how many bits a weight takes at each rung: fewer at the larger ones, until all fits the growth."""
         counts = []
-        fixed = len(json.dumps(elastic.to_dict(), separators=(",", ":"))) + 600 * (len(self.steps) + len(self.halves))
+        fixed = len(json.dumps(elastic.to_dict(), separators=(",", ":"))) + 250 * (len(self.steps) + len(self.halves))
         for step in (*self.steps, *self.halves.values()):
-            kept = self.path.kept(self.path.plan(step))
+            kept = self.path.kept(step)
             shapes = {name: picked(self.dense[name], kept.get(name, {})).shape for name in self.dense}
             fixed += 4 * sum(shapes[name].numel() for name in elastic.vectors)
             if step in self.steps:

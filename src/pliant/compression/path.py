@@ -23,7 +23,7 @@ from pliant.compression.heads import HeadPruning
 from pliant.compression.plan import Plan
 from pliant.compression.removals import Removals, Shrinking, Size, Step
 from pliant.errors import BadInput, DamagedFile, shown
-from pliant.structure import AxisName, ChannelGroup, Slot, axes, axis_length, tensors_along
+from pliant.structure import ChannelGroup, Slot, axes, axis_length, complement, positions, tensors_along
 
 KINDS: dict[str, type[FilterPruning]] = {"FilterPruning": FilterPruning, "HeadPruning": HeadPruning}
 _MOST = 1 - 2**-30  # the ratio of a plan is below 1
@@ -82,27 +82,44 @@ class Path:
         dense = measuring.parameters(self.model)
         return [dense, *(dense - gone for gone in left)]
 
+    def counts(self, step: int) -> list[int]:
+        """Return how many channels each group has lost after so many steps."""
+        return list({**dict.fromkeys(range(len(self.groups)), 0), **dict(self.steps[:step])}.values())
+
+    def macs_removed(self, step: int) -> int:
+        """Return how many multiply-accumulates of weights have gone after so many steps, over the whole example."""
+        costs = self._macs
+        return costs.after({}) - costs.after(dict(enumerate(self.counts(step))))
+
+    @cached_property
+    def _macs(self) -> Size:
+        return Size(self.model, self.groups, self.applied)
+
     def plan(self, step: int) -> Plan:
         """Return the plan of the size after so many steps."""
-        counts = list({**dict.fromkeys(range(len(self.groups)), 0), **dict(self.steps[:step])}.values())
-        costs = Size(self.model, self.groups, None if self.compressor.cost == "params" else self.applied)
+        counts = self.counts(step)
+        costs = Size(self.model, self.groups) if self.compressor.cost == "params" else self._macs
         gone = costs.after({}) - costs.after(dict(enumerate(counts)))
         ratio = min(gone / max(1, sum(costs.compressible.values())), _MOST)
         known = Analysis(parameter_shapes(self.model), self.refused)
         planner = self.compressor.at(ratio)
         return planner.plan_counts(self.model, known, self.groups, self.orders, counts, costs)
 
-    def kept(self, plan: Plan) -> dict[str, dict[int, Tensor]]:
-        """Return tensor name → dim → the positions of it that a plan of this path keeps, int64, ascending."""
+    def kept(self, step: int) -> dict[str, dict[int, Tensor]]:
+        """Return tensor name → dim → the positions of it that are kept after so many steps, int64, ascending."""
+        gone = [order[:count] for order, count in zip(self.orders, self.counts(step), strict=True)]
         kept: dict[str, dict[int, Tensor]] = {}
-        for layer in plan.layers:
-            module = self.model.get_submodule(layer.name)
-            by_axis: dict[AxisName, tuple[int, ...] | None] = {"outputs": layer.outputs, "inputs": layer.inputs}
-            for axis, positions in by_axis.items():
-                if positions is not None:
-                    for name, dim in tensors_along(module, layer.name, axis):
-                        kept.setdefault(name, {})[dim] = torch.tensor(positions)
+        for (name, axis), lost in positions(self.groups, gone).items():
+            module = self._modules[name]
+            if len(lost):
+                stays = complement(module, axis, lost)
+                for tensor, dim in tensors_along(module, name, axis):
+                    kept.setdefault(tensor, {})[dim] = stays
         return kept
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the path as plain data for JSON, without the model."""
