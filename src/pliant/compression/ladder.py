@@ -153,13 +153,20 @@ class _Maker:
         return elastic
 
     def _settled(self, elastic: Elastic, index: int = -1) -> Elastic:
-        """Return an elastic network whose point has the BatchNorm statistics of its own weights, and its error."""
+        """Return an elastic network whose point has the vectors that suit its weights best, and its error.
+
+        These are the vectors that it has, the same with BatchNorm statistics of the calibration data, or these and
+        biases that give every layer its mean outputs, whichever makes the least error on data that was held out.
+        """
         point = elastic.points[index]
-        network = elastic.sized(self.model, point.step)[0]
-        network = reestimate_batchnorm(network.to(self.data.device), self.data)
-        state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-        errors = {**point.errors, "elastic": self.refitter.error(network)}
-        point = replace(point, vectors=_flat(state, elastic.vectors), errors=errors)
+        network, plan = elastic.sized(self.model, point.step)
+        network = network.to(self.data.device)
+        renewed = reestimate_batchnorm(network, self.data)
+        centred = reestimate_batchnorm(self.refitter.centre(renewed, plan), self.data)
+        candidates = [(self.refitter.error(each), each) for each in (network, renewed, centred)]
+        error, best = min(candidates, key=lambda each: each[0])
+        state = {name: tensor.detach().cpu() for name, tensor in best.state_dict().items()}
+        point = replace(point, vectors=_flat(state, elastic.vectors), errors={**point.errors, "elastic": error})
         points = list(elastic.points)
         points[index] = point
         return replace(elastic, points=tuple(points))

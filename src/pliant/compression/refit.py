@@ -109,6 +109,40 @@ class Refitter:
         record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
         return states[best], replace(plan, refit=record)
 
+    def centre(self, network: nn.Module, plan: Plan) -> nn.Module:
+        """Return a copy of a network with biases that give every layer the mean outputs of the dense one.
+
+        Args:
+            network: a network of the shapes of ``plan``.
+            plan: the plan.
+        """
+        new = copy.deepcopy(network)
+        found = {site.name: (site, linear_map(new, site.name)) for site in _sites(self.model, network, plan)[0]}
+        biases = {name: (site, each.bias) for name, (site, each) in found.items() if each and each.bias is not None}
+        missed: dict[str, list[Tensor]] = {}
+        calls: dict[str, int] = {}
+        piece = 0
+
+        def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
+            site, call = biases[name][0], calls.get(name, 0)
+            calls[name] = call + 1
+            known = self._reference[0].get((site.source, piece), [])
+            if call < len(known) and not self.calibration.held_out(piece):
+                y = known[call].outputs
+                y = y if site.kept is None else y[:, site.kept.to(y.device)]
+                missed.setdefault(name, []).append((y - output_rows(layer, output, known[call].rows)).mean(0))
+
+        probe = copy.deepcopy(network).eval()
+        with observing(probe, biases, watch):
+            for piece, inputs in enumerate(self.calibration.inputs() if biases else ()):
+                calls.clear()
+                call_on(probe, inputs, piece)
+        for name, means in missed.items():
+            bias = biases[name][1]
+            assert bias is not None
+            bias += torch.stack(means).mean(0)
+        return new
+
     @cached_property
     def _reference(self) -> tuple[dict[tuple[str, int], list[_Target]], dict[int, list[Tensor]]]:
         """The sampled outputs of every map in each piece, and the outputs of the network on pieces held out."""

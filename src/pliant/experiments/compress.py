@@ -90,7 +90,7 @@ def compress_run(
         at_least: what every layer keeps at least of its channels, heads or rank: 0.05 is a share, 1 is one.
         at_most: what every layer keeps at most: 0.5 is a share, 1.0 is all, 1 is one.
         layer_ratios: shares that single layers remove, such as layer1.*=0.5,fc=0; the others share the rest.
-        elastic: write every size into one folder, for filters or heads: pliant.load and pliant export take a size of it.
+        elastic: write every size into one folder, for filters or heads; pliant.load and pliant export take sizes of it.
         ladder: with elastic, the shares of the parameters at which the weights are refitted; by default
             0.7,0.5,0.3,0.2,0.1, of which the last is the smallest size.
         out: folder to make; by default RUN-COMPRESSOR-RATIO next to the run, with unusual options in between, as in
@@ -136,13 +136,9 @@ def compress_run(
     source = Run.open(run)
     options: dict[str, Any] = {"allocation": allocation, "calibration": calibration, "precision": precision}
     bench = Workbench(source, compressor, whiten=whiten, scheme=scheme, controls=controls, **options)
-    label = (
-        "elastic"
-        if elastic
-        else str(budget).replace("=", "")
-        if budget
-        else size["pattern"].replace(":", "of") or f"{ratio:g}"
-    )
+    label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
+    if elastic:
+        label = "elastic"
     if max_drop is not None and precision != "auto":  # the accuracy is measured in this precision
         label = f"{precision}-{label}"
     folder = Path(out) if out else source.path.resolve().with_name(_name(bench, label))
