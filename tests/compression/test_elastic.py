@@ -415,6 +415,8 @@ def put_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[
         (put("points", -1, "errors", value={}), r"errors has no field 'cut'"),
         (put("example", value=[["", [10**9, 10**9], "float32"]]), "elastic.example"),
         (put("example", value=4), "elastic.example"),
+        (put("macs", value=0), "elastic.macs should be at least 1"),
+        (put("batch", value=0), "elastic.batch should be at least 1"),
         (put("samples", value=-4), "elastic.samples should be a count"),
         (put_tensor("0.vectors", lambda x: x[:-1]), "0.vectors should have"),
         (put_tensor("0.vectors", lambda x: x.double()), "no 0.vectors of type float32"),

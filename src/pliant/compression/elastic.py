@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import measuring
-from pliant.calling import Example, as_inputs, tensors_of
+from pliant.calling import Example, as_inputs
 from pliant.compression.budgets import Budget
 from pliant.compression.corrections import BITS, packed_bytes, restored, unpack
 from pliant.compression.fields import Fields, fields_of
@@ -65,6 +65,7 @@ class Elastic:
         vectors: names of the tensors that are stored.
         points: what is stored, from the largest size to the smallest; the last one is a rung.
         samples: number of calibration samples.
+        macs, batch: multiply-accumulates of the dense network for a sample of the example, and how many samples it has.
         example: name, shape and type of each input of the example; None if the example holds other things.
     """
 
@@ -73,6 +74,8 @@ class Elastic:
     vectors: tuple[str, ...]
     points: tuple[Point, ...]
     samples: int
+    macs: int
+    batch: int
     example: tuple[tuple[str, tuple[int, ...], str], ...] | None
     _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False)
 
@@ -144,14 +147,13 @@ class Elastic:
             return lambda step: measuring.file_bytes(skeleton(step))
         if budget.kind == "max_drop":
             raise BadInput("max_drop needs data: give keep_params, keep_macs, max_bytes or max_latency_ms")
+        if budget.kind == "keep_macs" and all(group.kind != "heads" for group in self.path.groups):
+            return lambda step: 1 - self.path.macs_removed(step) // self.batch / self.macs
         example = self._inputs(budget)
         if budget.kind == "max_latency_ms":
             return lambda step: 1e3 * measuring.latencies([skeleton(step)], example)[0]
-        whole = measuring.macs(model, example)
-        if all(group.kind != "heads" for group in self.path.groups):  # the products of attention are not of weights
-            samples = len(tensors_of(example)[0])
-            return lambda step: 1 - self.path.macs_removed(step) // samples / whole
-        return lambda step: measuring.macs(skeleton(step), example) / whole
+        # The products of attention are not those of weights.
+        return lambda step: measuring.macs(skeleton(step), example) / self.macs
 
     def _inputs(self, budget: Budget) -> Example:
         """Return an example like that which the network was made elastic with."""
@@ -243,6 +245,8 @@ class Elastic:
             "vectors": list(self.vectors),
             "points": [{"step": point.step, "bits": point.bits, "errors": dict(point.errors)} for point in self.points],
             "samples": self.samples,
+            "macs": self.macs,
+            "batch": self.batch,
             "example": None
             if self.example is None
             else [[name, list(shape), kind] for name, shape, kind in self.example],
@@ -287,14 +291,17 @@ class Elastic:
                 ):
                     raise BadInput(f"the file is for another model: it has no {kind[:-1]} {shown(name)}")
         points = tuple(_point(x, f"elastic.points[{i}]", tensors, i) for i, x in enumerate(fields.items("points")))
-        samples, example = fields.count("samples"), _example(fields.take("example"))
+        samples, macs, batch = fields.count("samples"), fields.count("macs"), fields.count("batch")
+        example = _example(fields.take("example"))
         fields.end()
+        if not macs or not batch:
+            raise DamagedFile(f"elastic.{'batch' if macs else 'macs'} should be at least 1")
         steps = [point.step for point in points]
         if not points or not points[-1].bits or any(a >= b for a, b in zip([0, *steps], steps, strict=False)):
             raise DamagedFile("elastic.points should hold steps in ascending order, and end with a rung")
         if steps[-1] > len(path.steps):
             raise DamagedFile(f"elastic.points has a step {steps[-1]}, and there are {len(path.steps)}")
-        elastic = cls(path, names["weights"], names["vectors"], points, samples, example)
+        elastic = cls(path, names["weights"], names["vectors"], points, samples, macs, batch, example)
         elastic.check(state)
         return elastic
 

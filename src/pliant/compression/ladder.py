@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant import measuring
-from pliant.calling import Example
+from pliant.calling import Example, as_inputs, tensors_of
 from pliant.compression.base import Compressor
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.calibration import Calibration, calibration_of
@@ -106,6 +106,8 @@ class _Maker:
         self.model, self.path, self.data, self.steps = model, path, data, steps
         self.refitter = Refitter(model, example_inputs, data)
         self.example = example_of(example_inputs)
+        self.batch = len(tensors_of(as_inputs(example_inputs))[0])
+        self.macs = max(1, measuring.macs(model, example_inputs))
         self.dense = {name: tensor.cpu() for name, tensor in measuring.state_tensors(model).items()}
         normed = any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
         self.halves = self._halves() if normed else {}
@@ -119,7 +121,7 @@ class _Maker:
         differing = self._differing({step: network for step, (network, _) in fitted.items()})
         weights = tuple(name for name in differing if self.dense[name].dim() > 1)
         vectors = tuple(name for name in differing if self.dense[name].dim() <= 1)
-        elastic = Elastic(self.path, weights, vectors, (), self.data.samples, self.example)
+        elastic = Elastic(self.path, weights, vectors, (), self.data.samples, self.macs, self.batch, self.example)
         values = {
             name: self.dense[name].to(torch.promote_types(self.dense[name].dtype, torch.float32)) for name in weights
         }

@@ -107,18 +107,24 @@ class Path:
 
     def kept(self, step: int) -> dict[str, dict[int, Tensor]]:
         """Return tensor name → dim → the positions of it that are kept after so many steps, int64, ascending."""
-        gone = [order[:count] for order, count in zip(self.orders, self.counts(step), strict=True)]
-        kept: dict[str, dict[int, Tensor]] = {}
-        for (name, axis), lost in positions(self.groups, gone).items():
-            module = self._modules[name]
-            if len(lost):
-                stays = complement(module, axis, lost)
-                for tensor, dim in tensors_along(module, name, axis):
-                    kept.setdefault(tensor, {})[dim] = stays
-        return kept
+        if step not in self._kept:
+            gone = [order[:count] for order, count in zip(self.orders, self.counts(step), strict=True)]
+            kept: dict[str, dict[int, Tensor]] = {}
+            for (name, axis), lost in positions(self.groups, gone).items():
+                module = self._layers[name]
+                if len(lost):
+                    stays = complement(module, axis, lost)
+                    for tensor, dim in tensors_along(module, name, axis):
+                        kept.setdefault(tensor, {})[dim] = stays
+            self._kept[step] = kept
+        return self._kept[step]
 
     @cached_property
-    def _modules(self) -> dict[str, nn.Module]:
+    def _kept(self) -> dict[int, dict[str, dict[int, Tensor]]]:
+        return {}
+
+    @cached_property
+    def _layers(self) -> dict[str, nn.Module]:
         return dict(self.model.named_modules())
 
     def to_dict(self) -> dict[str, Any]:
