@@ -120,4 +120,4 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def inputs_of(batch: Any) -> Any:
     """Return the model's inputs in a batch: the first of a tuple or list (images, labels), or the batch itself."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch

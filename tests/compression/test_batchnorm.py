@@ -72,7 +72,7 @@ def test_nothing_to_do_without_statistics(untracked: bool) -> None:
 def test_empty_loader_and_unusable_batches_are_bad_input() -> None:
     with pytest.raises(BadInput, match="empty"):
         reestimate_batchnorm(network(), [])
-    with pytest.raises(BadInput, match="batch 2 cannot be run"):
+    with pytest.raises(BadInput, match="batch 1 cannot be run"):
         reestimate_batchnorm(network(), [*batches(1), (torch.randn(2, 5, 6, 6), torch.zeros(2))])
     vectors = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     with pytest.raises(BadInput, match="more than 1 value"):

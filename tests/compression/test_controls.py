@@ -311,6 +311,17 @@ def test_a_budget_without_floors_does_not() -> None:
         assert "floor" not in str(caught.value)
 
 
+def test_a_floor_of_one_head_is_not_in_the_way_of_a_budget() -> None:
+    model, x = transformer()
+    with pytest.raises(Refused) as caught:
+        compress_to(model, HeadPruning(), x, keep_params=1e-5)
+    assert "floor" not in str(caught.value)
+
+
+def test_the_first_ratio_of_a_pattern_counts() -> None:
+    assert FilterPruning(ratios=(("a", 0.5), ("b", 0), ("a", 0.1))).ratios == (("a", 0.5), ("b", 0.0))
+
+
 def test_budgets_are_met_with_controls() -> None:
     model, x = resnet()
     for compressor in (FilterPruning(multiple_of=8), LowRank(multiple_of=4), FilterPruning(keep=("fc",))):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.compression import Magnitude, SemiStructured, compress
-from pliant.compression.entries import largest
+from pliant.compression.compensation import largest
 from pliant.errors import BadInput, Refused
 
 

@@ -195,7 +195,7 @@ def test_a_sweep_by_its_name_and_the_report(installed: Path, run: Path, tmp_path
 
 def test_a_report_without_a_title_has_the_name(installed: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
-    sweep(run, "entries", [0, 0.5], allocation="uniform", calibration=64, out=str(out))
+    sweep(run, "entries", [0, 0.5], allocation="uniform", calibration=512, out=str(out))
     records = read_records(out)
     assert {record.allocation for record in records} == {"uniform"}
     assert all(TITLE not in record.extra for record in records)

@@ -243,6 +243,23 @@ def test_damaged_artefacts(damage: dict[str, bytes], message: str, run: Path, tm
         pliant.load(out)
 
 
+def test_controls_reach_the_links_that_have_them_and_their_records(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    for controls in ({}, {"at_least": 1}, {"at_least": 0.3}, {"multiple_of": 2}, {"at_least": 0.3, "at_most": 1.0}):
+        sweep([run], "filters+int8", ratios=[0.9], calibration=64, out=str(out), **controls)  # type: ignore[arg-type]
+    records = read_records(out)
+    assert [r.compressor for r in records] == [
+        "filters+int8",
+        *(f"filters+int8-{word}" for word in ("at_least=1", "at_least=0.3", "multiple_of=2")),
+    ]
+    assert len({r.key() for r in records}) == 4
+    assert records[2].params > records[0].params
+    least = [min(layer["kept"] / layer["total"] for layer in r.layers) for r in records]
+    assert least[2] >= 0.3
+    bench = Workbench(Run.open(run), "filters+int8", calibration=64, controls={"at_least": 0.3})
+    assert bench.key(0.9) == records[2].key()
+
+
 def test_a_run_with_other_weights_is_another_run(run: Path, tmp_path: Path) -> None:
     ours, theirs = Workbench(Run.open(run), "rank"), Workbench(Run.open(run), "rank")
     assert ours.key(0.5) == theirs.key(0.5)

@@ -15,6 +15,8 @@ calibration   batches of data, checked and split
 rows          inputs and outputs of a layer at some of its positions
 observing     the linear maps of a network, and their inputs and outputs while it runs
 moments       second moments of the inputs
+inputs        moments of all layers within bounded memory, and weights as matrices that match them
+compensation  zeroing and rounding weights while others make up for it
 choosing      loss curves of groups of channels
 ranking       what channels are worth by their weights
 elimination   which channels the others can make up for
@@ -49,11 +51,12 @@ from pliant.compression.base import parameter_shapes as parameter_shapes
 from pliant.compression.batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from pliant.compression.budgets import compress_to as compress_to
 from pliant.compression.chain import Chain as Chain
+from pliant.compression.compensation import largest as largest
+from pliant.compression.controls import Controlled as Controlled
 from pliant.compression.entries import Magnitude as Magnitude
 from pliant.compression.entries import SemiStructured as SemiStructured
 from pliant.compression.entries import Weights as Weights
 from pliant.compression.entries import Zeroing as Zeroing
-from pliant.compression.entries import largest as largest
 from pliant.compression.entries import weight_plan as weight_plan
 from pliant.compression.filters import FilterPruning as FilterPruning
 from pliant.compression.filters import masked_twin as masked_twin

@@ -28,8 +28,8 @@ def compress(
     """Return a compressed copy of ``model``.
 
     With calibration data, what can go is chosen by what the rest cannot make up for, and the weights that are left are
-    refitted to make up for it; see :mod:`pliant.compression.elimination` and :mod:`pliant.compression.refit`. Nothing
-    is trained, and no labels are used.
+    refitted to make up for it; see :mod:`pliant.compression.elimination`, :mod:`pliant.compression.compensation` and
+    :mod:`pliant.compression.refit`. Nothing is trained, and no labels are used.
 
     Args:
         model: any module; not changed.
@@ -47,12 +47,12 @@ def compress(
         BadInput: the example or the data does not fit.
     """
     data = None if calibration is None else calibration_of(calibration, model, example_inputs)
+    refitter = Refitter(model, example_inputs, data) if data is not None and refit else None
     analysis = compressor.analyse(model, example_inputs, data)
     plan = compressor.plan(model, example_inputs, analysis=analysis)
-    small = compressor.apply(model, plan, analysis=analysis)
-    if data is None or not refit:
-        return small
-    return Refitter(model, example_inputs, data).refit(small, plan)[0]
+    if refitter is None:
+        return compressor.apply(model, plan, analysis=analysis)
+    return refitter.apply(compressor, plan, analysis)[0]
 
 
 def replay(model: nn.Module, plan: Plan) -> nn.Module:

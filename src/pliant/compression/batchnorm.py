@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,30 +32,53 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
             needs at least two samples per batch).
     """
     new = copy.deepcopy(model)
-    norms = [module for module in new.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
+    if not normalises(new):
         return new
     device = next((p.device for p in new.parameters()), torch.device("cpu"))
-    modes = [(module, module.training) for module in new.modules()]
-    momenta = [module.momentum for module in norms]
-    new.eval()  # the network will be used without dropout, so its statistics are measured without it
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # the mean over all batches
     batches = 0
     try:
-        for batch in loader:
-            run(new, map_tensors(lambda x: x.to(device), as_inputs(inputs_of(batch))))
-            batches += 1
+        with estimating(new):
+            for batch in loader:
+                run(new, map_tensors(lambda x: x.to(device), as_inputs(inputs_of(batch))))
+                batches += 1
     except BadInput:  # of the calibration data
         raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise BadInput(f"batch {batches} cannot be run in training mode: {first_line(error)}") from error
     if not batches:
         raise BadInput("the loader for the BatchNorm statistics is empty")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, mode in modes:
-        module.training = mode
     return new
+
+
+def normalises(model: nn.Module) -> bool:
+    """Return whether a model has BatchNorm statistics."""
+    return any(True for _ in _norms(model))
+
+
+@contextlib.contextmanager
+def estimating(model: nn.Module) -> Iterator[None]:
+    """Return a context in which the BatchNorm statistics of ``model`` become the means over the batches it runs on.
+
+    Only the normalisations run in training mode: the network will be used without dropout, so its statistics are
+    measured without it. On exit every module returns to its own mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [(norm, norm.momentum) for norm in _norms(model)]
+    model.eval()
+    for norm, _ in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the mean over all batches
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+
+
+def _norms(model: nn.Module) -> Iterator[_BatchNorm]:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            yield module

@@ -10,8 +10,8 @@ Every candidate network is planned in full, and its cost is counted or measured,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from pliant.compression.base import Analysis, Compressor
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.calibration import calibration_of
 from pliant.compression.chain import Chain
-from pliant.compression.controls import AT_LEAST
+from pliant.compression.controls import Controlled
 from pliant.compression.plan import Plan
 from pliant.compression.refit import Refitter
 from pliant.errors import BadInput, Refused
@@ -124,14 +124,14 @@ def compress_to(
     data = None if calibration is None else calibration_of(calibration, model, example_inputs)
     refitter = Refitter(model, example_inputs, data) if data is not None and refit else None
 
-    def settled(network: nn.Module, plan: Plan) -> nn.Module:
+    def made(plan: Plan) -> nn.Module:
         if refitter is not None:
-            return refitter.refit(network, plan)[0]
-        return network if data is None else reestimate_batchnorm(network, data)
+            return refitter.apply(compressor, plan, analysis)[0]
+        small = compressor.apply(model, plan, analysis=analysis)
+        return small if data is None else reestimate_batchnorm(small, data)
 
     analysis = compressor.analyse(model, example_inputs, data)
-    plan = fit(model, compressor, example_inputs, budget, analysis, accuracy, settled)
-    return settled(compressor.apply(model, plan, analysis=analysis), plan)
+    return made(fit(model, compressor, example_inputs, budget, analysis, accuracy, made))
 
 
 def fit(
@@ -141,7 +141,7 @@ def fit(
     budget: Budget,
     analysis: Analysis,
     accuracy: Callable[[nn.Module], float] | None = None,
-    settle: Callable[[nn.Module, Plan], nn.Module] | None = None,
+    make: Callable[[Plan], nn.Module] | None = None,
 ) -> Plan:
     """Return the plan that meets a budget.
 
@@ -149,7 +149,7 @@ def fit(
         model, compressor, example_inputs, accuracy: as in :func:`compress_to`.
         budget: the limit.
         analysis: the compressor's analysis of this model.
-        settle: maps a network that was cut, and its plan, to the network whose accuracy counts; None: the same.
+        make: maps a plan to the network whose accuracy counts; None: the network that the compressor makes.
 
     Raises:
         Refused: the budget is out of reach.
@@ -158,7 +158,7 @@ def fit(
     if not compressor.has_ratio:
         raise BadInput(f"{type(compressor).__name__} has no ratio that could be fitted to {budget}")
     family = compressor.counting(_COST[budget.kind]) if budget.kind in _COST else compressor
-    value = _meter(model, family, example_inputs, budget, analysis, accuracy, settle)
+    value = _meter(model, family, example_inputs, budget, analysis, accuracy, make)
 
     def plan_at(ratio: float) -> Plan:
         return family.at(ratio).plan(model, example_inputs, analysis=analysis)
@@ -179,7 +179,9 @@ def fit(
         raise Refused(f"{budget} is out of reach: {error}") from None
     last = value(smallest)
     if is_cost and last > budget.limit:
-        raise Refused(f"{budget} is out of reach: {_reachable(family, budget, last, smallest)}")
+        lower = _without_floors(family).at(SMALLEST).plan(model, example_inputs, analysis=analysis)
+        floored = [name for name in smallest.floored if _kept(lower, name) < _kept(smallest, name)]
+        raise Refused(f"{budget} is out of reach: {_reachable(family, budget, last, smallest, floored)}")
     if not is_cost and last <= budget.limit:
         return smallest
     good, bad, best = (1.0, 0.0, smallest) if is_cost else (0.0, 1.0, largest)
@@ -201,7 +203,7 @@ def _meter(
     budget: Budget,
     analysis: Analysis,
     accuracy: Callable[[nn.Module], float] | None,
-    settle: Callable[[nn.Module, Plan], nn.Module] | None,
+    make: Callable[[Plan], nn.Module] | None,
 ) -> Callable[[Plan], float]:
     """Return a function from a plan to the cost of its network, in the unit of the budget."""
     if budget.kind == "keep_params":
@@ -214,8 +216,7 @@ def _meter(
         dense = accuracy(model)
 
         def lost(plan: Plan) -> float:
-            small = compressor.apply(model, plan, analysis=analysis)
-            return dense - accuracy(small if settle is None else settle(small, plan))
+            return dense - accuracy(compressor.apply(model, plan, analysis=analysis) if make is None else make(plan))
 
         return lost
     if budget.kind == "max_latency_ms":
@@ -224,22 +225,32 @@ def _meter(
     return lambda plan: measuring.macs(compressor.skeleton(model, plan), example_inputs) / whole
 
 
-def _reachable(compressor: Compressor[Any], budget: Budget, least: float, smallest: Plan) -> str:
-    """Return, in words, the least that a compressor can reach and the layers that it leaves alone."""
+def _reachable(
+    compressor: Compressor[Any], budget: Budget, least: float, smallest: Plan, floored: Sequence[str]
+) -> str:
+    """Return, in words, the least that a compressor can reach, and the layers that are in the way.
+
+    Args:
+        compressor, budget: what was asked.
+        least: the cost of the smallest network.
+        smallest: its plan.
+        floored: the layers that could be smaller without a floor.
+    """
     unit = {"max_bytes": f"{least:.0f}"}.get(budget.kind, f"{least:.4g}")
     reasons = [f"{name} {reason}" for name, reason in smallest.refused[:5]]
     more = "; ..." if len(smallest.refused) > 5 else ""
     left = f"; left alone: {'; '.join(reasons)}{more}" if reasons else ""
-    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{_floors(smallest)}{left}"
+    more = ", ..." if len(floored) > 5 else ""
+    floors = f"; at their floor: {', '.join(floored[:5])}{more}: at_least=1 goes lower" if floored else ""
+    return f"the least that {type(compressor).__name__} can reach is {budget.kind}={unit}{floors}{left}"
 
 
-def _floors(smallest: Plan) -> str:
-    """Return, in words, the layers of the smallest network that ``at_least`` keeps from getting smaller."""
-    names = [
-        layer.name
-        for plan in smallest.links or (smallest,)
-        for layer in plan.layers
-        if layer.name in plan.floored and layer.kept > 1 and plan.options.get("at_least", AT_LEAST) != 1
-    ]
-    more = ", ..." if len(names) > 5 else ""
-    return f"; at their floor: {', '.join(names[:5])}{more}: at_least=1 goes lower" if names else ""
+def _without_floors(compressor: Compressor[Any]) -> Compressor[Any]:
+    if isinstance(compressor, Chain):
+        return Chain(*map(_without_floors, compressor.links))
+    return replace(compressor, at_least=1) if isinstance(compressor, Controlled) else compressor
+
+
+def _kept(plan: Plan, name: str) -> list[int]:
+    """Return how much of a layer the links of a plan keep."""
+    return [layer.kept for part in plan.links or (plan,) for layer in part.layers if layer.name == name]

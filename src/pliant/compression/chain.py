@@ -170,7 +170,8 @@ class Chain(Compressor[Linked]):
 
 def _effect(plan: Plan) -> Any:
     """Return the parts of a plan that determine its effect, without the requested ratio."""
-    return plan.compressor, plan.layers, [_effect(link) for link in plan.links]
+    options = {name: value for name, value in plan.options.items() if name != "ratio"}
+    return plan.compressor, options, plan.layers, [_effect(link) for link in plan.links]
 
 
 def _ratio(link: Compressor[Any]) -> float:

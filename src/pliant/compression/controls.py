@@ -41,7 +41,8 @@ class Controlled(Compressor[A]):
             layer with fewer parts stays whole.
         keep: patterns of layers that do not change at all; neither do the layers whose channels they produce or read.
             The ratio is of the other layers.
-        at_least: the count or share of its parts that every layer keeps, whatever the ratio, and at least one.
+        at_least: the count or share of its parts that every layer keeps, whatever the ratio, and at least one. For low
+            rank it is a share of the largest rank that makes the layer smaller, so a share of its parameters, too.
         at_most: the count or share of its parts that every layer keeps at most, whatever the ratio. Where both cannot
             hold, ``at_least`` does.
         ratios: pattern → share of its own channels, for low rank of its own cost, that a layer removes as nearly as
@@ -82,9 +83,14 @@ class Controlled(Compressor[A]):
         """Return a text that tells apart all options but the ratio, to find what was computed for them before."""
         return repr(self.at(0.0))  # not the compressor itself: at_most=1 and at_most=1.0 are equal
 
-    def allowed(self, total: int) -> tuple[int, ...]:
-        """Return how many of ``total`` parts a layer may keep, falling; the last one is its floor."""
-        least = total if total < 1 else max(1, _count(self.at_least, total, math.ceil))
+    def allowed(self, total: int, useful: int | None = None) -> tuple[int, ...]:
+        """Return how many of ``total`` parts a layer may keep, falling; the last one is its floor.
+
+        Args:
+            total: number of parts of the dense layer.
+            useful: the largest number of parts at which the layer gets smaller, of which ``at_least`` is a share.
+        """
+        least = total if total < 1 else max(1, _count(self.at_least, useful or total, math.ceil))
         most = _count(self.at_most, total, math.floor)
         step = self.multiple_of
         counts = [total, *range((total - 1) // step * step, -(-least // step) * step - 1, -step)]
@@ -171,7 +177,10 @@ def _pairs(ratios: Any) -> tuple[tuple[str, float], ...]:
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not isinstance(name, str) or not number or not 0 <= share < 1:
             raise BadInput(f"{_RATIOS}: {shown(name)} has the share {shown(share)} to remove: expected 0 <= share < 1")
-    return tuple((name, float(share)) for name, share in pairs)
+    first: dict[str, float] = {}
+    for name, share in pairs:
+        first.setdefault(name, float(share))
+    return tuple(first.items())
 
 
 def _check_patterns(keep: Any) -> None:

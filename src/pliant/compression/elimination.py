@@ -68,38 +68,41 @@ def elimination_order(readers: Sequence[Reader]) -> Curve:
     """
     states = [_State(reader) for reader in readers]
     channels = len(readers[0].blocks)
-    alive = torch.arange(channels, device=readers[0].weight.device)
+    names = torch.arange(channels, device=readers[0].weight.device)  # of the channels at the positions of the states
     per_round = max(1, channels // _ROUNDS)
     order: list[int] = []
     steps: list[float] = []
-    while len(alive) > 1:
+    while len(order) < channels - 1:
         scores = torch.stack([state.scores() for state in states]).sum(0)
-        count = min(per_round, len(alive) - 1)
-        candidates = scores.argsort(stable=True)[: max(count, _CANDIDATES * count)]
-        gone = [0] if count == 1 else _cheapest([state.part(candidates) for state in states], count, steps)
+        count = min(per_round, channels - 1 - len(order))
+        candidates = scores.argsort(stable=True)[: min(_CANDIDATES * count, channels - len(order))]
         if count == 1:
-            steps.append(float(scores[candidates[0]]))
-        leaving = candidates[gone]
+            leaving = candidates[:1]
+            steps.append(float(scores[leaving]))
+        else:
+            leaving = candidates[_cheapest([state.part(candidates) for state in states], count, steps)]
         for state in states:
             state.eliminate(leaving)
-        order += alive[leaving].tolist()
-        stays = torch.ones(len(alive), dtype=torch.bool, device=alive.device).index_fill_(0, leaving, False)
-        alive = alive[stays]
-    order += alive.tolist()
-    steps.append(float(torch.stack([state.scores() for state in states]).sum()))
+        order += names[leaving].tolist()
+        if 2 * (channels - len(order)) < len(names):
+            stays = states[0].stays
+            names = names[stays]
+            for state in states:
+                state.compact(stays)
+    order += names[states[0].stays].tolist()
+    steps.append(float(torch.stack([state.scores() for state in states]).sum(0).min()))
     losses = torch.tensor([0.0, *steps], dtype=torch.float64).clamp(min=0).cumsum(0)
     return Curve(torch.tensor(order), losses)
 
 
 def _cheapest(states: list[_State], count: int, steps: list[float]) -> list[int]:
     """Eliminate ``count`` channels of small problems one by one; append their losses, return their indices."""
-    left = list(range(states[0].channels))
     gone = []
     for _ in range(count):
         scores = torch.stack([state.scores() for state in states]).sum(0)
         cheapest = int(scores.argmin())
         steps.append(float(scores[cheapest]))
-        gone.append(left.pop(cheapest))
+        gone.append(cheapest)
         for state in states:
             state.eliminate(torch.tensor([cheapest], device=scores.device))
     return gone
@@ -108,7 +111,8 @@ def _cheapest(states: list[_State], count: int, steps: list[float]) -> list[int]
 class _State:
     """The weight and the inverse moment of one reader during the elimination.
 
-    The columns are ordered by channel, those that belong to no channel last.
+    The columns are ordered by channel, those that belong to no channel last. Eliminated channels keep their places, as
+    zeros up to rounding, until the matrices are made compact: that copies them, and takes longer than a step.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -121,31 +125,47 @@ class _State:
         energy = (self.weight @ moment).mul_(self.weight).sum()
         self.unit = energy.clamp(min=torch.finfo(energy.dtype).tiny)  # a layer of zeros loses nothing
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+        self.gone = torch.zeros(self.channels, dtype=torch.bool, device=columns.device)
+
+    @property
+    def stays(self) -> Tensor:
+        """The positions of the channels that are left, ascending."""
+        return (~self.gone).nonzero().flatten()
 
     def scores(self) -> Tensor:
-        """Return the loss by each channel's elimination, (channels,)."""
-        size = self.channels * self.width
-        blocks = self.inverse[:size, :size].unflatten(1, (-1, self.width)).unflatten(0, (-1, self.width))
+        """Return the loss by each channel's elimination, (channels,); infinite for those that have left."""
+        size, width = self.channels * self.width, self.width
+        blocks = self.inverse[:size, :size].unflatten(1, (-1, width)).unflatten(0, (-1, width))
         blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (channels, width, width)
-        columns: Tensor = self.weight[:, :size].T.unflatten(0, (-1, self.width))  # (channels, width, filters)
-        if self.width == 1:
+        identity = torch.eye(width, dtype=blocks.dtype, device=blocks.device)
+        blocks = torch.where(self.gone[:, None, None], identity, blocks)
+        columns: Tensor = self.weight[:, :size].T.unflatten(0, (-1, width))  # (channels, width, filters)
+        if width == 1:
             losses = columns.square().sum((1, 2)) / blocks.flatten()
         else:
             halves = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), columns, upper=False)
             losses = halves.square().sum((1, 2))
-        relative: Tensor = losses / self.unit
-        return relative
+        return torch.where(self.gone, torch.inf, losses / self.unit)
 
     def eliminate(self, channels: Tensor) -> None:
-        """Remove channels, by index, and make up for them."""
+        """Remove channels, by position, and make up for them."""
         gone = self._columns(channels)
-        stays = torch.ones(len(self.inverse), dtype=torch.bool, device=gone.device).index_fill_(0, gone, False)
-        stays = stays.nonzero().flatten()
-        across = self.inverse[gone][:, stays]  # (removed columns, remaining columns)
-        made_up = torch.cholesky_solve(across, torch.linalg.cholesky(self.inverse[gone][:, gone]))
-        self.weight = self.weight[:, stays].sub_(self.weight[:, gone] @ made_up)
-        self.inverse = self.inverse[stays][:, stays].sub_(across.T @ made_up)
-        self.channels -= len(channels)
+        across = self.inverse[gone]  # (removed columns, columns)
+        root = torch.linalg.cholesky(across[:, gone])
+        half = torch.linalg.solve_triangular(root, across, upper=False)
+        # W_J S_J (H⁻¹)_J: with S_J = (root rootᵀ)⁻¹
+        part = torch.linalg.solve_triangular(root, self.weight[:, gone].T, upper=False)
+        self.weight.addmm_(part.T, half, alpha=-1)
+        self.inverse.addmm_(half.T, half, alpha=-1)
+        self.gone[channels] = True
+
+    def compact(self, stays: Tensor) -> None:
+        """Keep only the channels at the given positions."""
+        size = self.channels * self.width
+        rest = torch.arange(size, len(self.inverse), device=stays.device)
+        columns = torch.cat([self._columns(stays), rest])
+        self.weight, self.inverse = self.weight[:, columns], self.inverse[columns][:, columns]
+        self.channels, self.gone = len(stays), self.gone[stays]
 
     def part(self, channels: Tensor) -> _State:
         """Return the state of a problem in which only ``channels`` can leave."""
@@ -153,6 +173,7 @@ class _State:
         part.channels, part.width, part.unit = len(channels), self.width, self.unit
         columns = self._columns(channels)
         part.weight, part.inverse = self.weight[:, columns], self.inverse[columns][:, columns]
+        part.gone = self.gone[channels]
         return part
 
     def _columns(self, channels: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def number_of(value: object, where: str) -> float:
     return float(value)
 
 
-def pair_of(value: object, where: str = "plan.refused") -> tuple[str, str]:
+def pair_of(value: object, where: str) -> tuple[str, str]:
     """Return a value that is a pair of texts; raise DamagedFile otherwise."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise DamagedFile(f"{where} should hold (layer, reason) pairs, not {shown(value)}")

@@ -106,7 +106,7 @@ class FilterPruning(Controlled[Channels]):
         cost: the cost that the ratio counts and the allocation economises: "params", or "macs", the
             multiply-accumulates in which the compressible entries take part.
         multiple_of, keep, at_least, at_most, ratios: what every layer keeps, see
-            :class:`~pliant.compression.controls.Controlled`; they hold for each group of coupled channels, and ``keep``
+            :class:`~pliant.compression.Controlled`; they hold for each group of coupled channels, and ``keep``
             and ``ratios`` for the groups in which a layer is named.
 
     Raises:

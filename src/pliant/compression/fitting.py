@@ -6,7 +6,8 @@ dense network, :func:`fit` solves
     min_W E‖y − W x − b‖² + λ‖W − W_cut‖²
 
 for several λ, and keeps the solution with the least error on rows that were held out: the weights of the cut if none is
-better. Entries of W that are zero in the cut stay zero, so masks and patterns survive.
+better. Entries of W that are zero in the cut stay zero, and so does the bias of a filter of zeros, if it is zero: masks
+and patterns survive.
 
 Source: He, Zhang and Sun 2017, "Channel pruning for accelerating very deep neural networks", §3.1, for the
 reconstruction; Zhang et al. 2016, "Accelerating very deep convolutional networks", §3.2, for inputs of the small and
@@ -20,8 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pliant.compression.moments import gram
+
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""The λ that are tried, in units of the mean of E[x_i²]."""
+"""The λ that are tried, in units of the mean of E[x_i²] over the columns that are not zero."""
+_CONSTANT = 1e-7  # share of E[x_i²] below which the variance of x_i is taken for zero
 _STEPS = 50  # of conjugate gradients: enough for float32 accuracy at the smallest damping that matters
 
 
@@ -42,10 +46,12 @@ class Sums:
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> Sums:
         """Return the sums over the given rows."""
-        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        x = torch.cat([x.to(wide), x.new_ones(*x.shape[:2], 1, dtype=wide)], 2)
-        y = y.to(wide)
-        return cls((x.mT @ x).double(), (x.mT @ y).double(), y.double().square().sum(1))
+        xx, sum_x, _ = gram(x, x)
+        xy, _, sum_y = gram(x, y)
+        rows = xx.new_full((len(xx), 1), x.shape[1])
+        below = torch.cat([sum_x, rows], 1).unsqueeze(1)
+        xx = torch.cat([torch.cat([xx, sum_x.unsqueeze(2)], 2), below], 1)
+        return cls(xx, torch.cat([xy, sum_y.unsqueeze(1)], 1), y.double().square().sum(1))
 
     def add(self, other: Sums) -> None:
         """Add sums over more rows, in place."""
@@ -68,6 +74,11 @@ class Sums:
             cross = cross - x.unsqueeze(2) * y.unsqueeze(1)
             yy = yy - y.square()
         return second, cross, yy
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+        return all(bool(x.isfinite().all()) for x in (self.xx, self.xy, self.yy))
 
     @property
     def mean_x(self) -> Tensor:
@@ -112,8 +123,15 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
     """
     free = bias is not None or centred
     second, cross, _ = sums.means(centred=free)
-    level = second.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)  # (groups,)
     fixed = cut == 0
+    used = (~fixed).any(1)  # (groups, n)
+    # Inputs that are constant have a covariance of rounding errors, which must not count as a signal.
+    least = (sums.xx.diagonal(dim1=1, dim2=2)[:, :-1] / sums.rows * _CONSTANT).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
+    level = (second.diagonal(dim1=1, dim2=2).maximum(least) * used).sum(1) / used.sum(1).clamp(min=1)
+    level = level.clamp(min=torch.finfo(torch.float32).tiny)  # (groups,)
+    silent = None if bias is None else fixed.all(2) & (bias == 0)  # filters that a mask has removed
     candidates: list[tuple[float | None, Tensor]] = [(None, now)]
     for damping in DAMPINGS:
         candidates.append((damping, _solve(second, cross, cut, damping * level, fixed)))
@@ -122,7 +140,9 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
         return _error(held, weight, offset, centred=centred and bias is None)
 
     def offset_of(weight: Tensor) -> Tensor | None:
-        return None if bias is None else sums.mean_y - (weight @ sums.mean_x.unsqueeze(2)).squeeze(2)
+        if silent is None:
+            return None
+        return (sums.mean_y - (weight @ sums.mean_x.unsqueeze(2)).squeeze(2)).masked_fill(silent, 0.0)
 
     before = error(now, bias)
     errors = [before, *(error(weight, offset_of(weight)) for _, weight in candidates[1:])]
@@ -133,11 +153,12 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
 
 def _error(held: Sums, weight: Tensor, bias: Tensor | None, *, centred: bool) -> float:
     """Return E‖y − W x − b‖² / E‖y − E y‖² on the held-out rows."""
-    second, cross, yy = held.means(centred=centred)
-    missed = (weight @ second * weight).sum() - 2 * (weight.mT * cross).sum() + yy.sum()
-    if bias is not None:
-        missed += (bias.square() + 2 * bias * ((weight @ held.mean_x.unsqueeze(2)).squeeze(2) - held.mean_y)).sum()
-    energy = held.means(centred=True)[2].sum()
+    second, cross, yy = held.means(centred=True)
+    energy = yy.sum()
+    missed = ((weight @ second * weight).sum() - 2 * (weight.mT * cross).sum() + energy).clamp(min=0)
+    if not centred:
+        rest = held.mean_y - (weight @ held.mean_x.unsqueeze(2)).squeeze(2)
+        missed += (rest if bias is None else rest - bias).square().sum()
     return float(missed / energy.clamp(min=torch.finfo(energy.dtype).tiny))
 
 
@@ -153,11 +174,18 @@ def _solve(second: Tensor, cross: Tensor, cut: Tensor, damping: Tensor, fixed: T
         system.diagonal(dim1=1, dim2=2).add_(columns.double())
         right = right.masked_fill(columns.unsqueeze(2) | rows.unsqueeze(1), 0.0)
         return torch.cholesky_solve(right, torch.linalg.cholesky(system)).mT
-    return _masked_solve(system, right.mT, cut, ~fixed)
+    return masked_solve(system, right.mT, cut, ~fixed)
 
 
-def _masked_solve(system: Tensor, right: Tensor, start: Tensor, mask: Tensor) -> Tensor:
-    """Solve W A = B on the entries of each row where ``mask`` is True, by conjugate gradients on all rows at once."""
+def masked_solve(system: Tensor, right: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+    """Solve W A = B on the entries of each row where ``mask`` is True, by conjugate gradients on all rows at once.
+
+    Args:
+        system: A, positive definite, float64 (groups, n, n).
+        right: B, (groups, m, n).
+        start: where to start, zero outside of the mask, (groups, m, n).
+        mask: bool (groups, m, n).
+    """
     scale = system.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(1)  # Jacobi preconditioner
     scaled = scale.mT * system * scale
     w = start / scale

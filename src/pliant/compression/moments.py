@@ -26,7 +26,7 @@ from pliant.compression.rows import channel_rows, chosen_rows, grid_of, input_ro
 from pliant.errors import BadInput, PliantError, first_line
 
 MAX_COLUMNS = {"convolution": 2304, "linear": 4096}
-ROWS_PER_COLUMN = 16  # more rows hardly improve a moment; fewer give a noisy one
+ROWS_PER_COLUMN = 8  # more rows hardly improve a moment; fewer give a noisy one
 LEAST_ROWS = 4096
 RIDGE = 1e-3  # share of the mean diagonal that is always added: directions that the data hardly excites count as noise
 
@@ -91,7 +91,7 @@ def rows_per_piece(columns: int, pieces: int) -> int:
 
 
 def input_moments(model: nn.Module, names: Iterable[str], calibration: Calibration) -> dict[str, Moment]:
-    """Return the moments of the named maps; one that is not applied, or is too wide, is left out.
+    """Return the moments of the named maps; one that is not applied, is too wide or reads infinity or NaN is left out.
 
     Args:
         model: a copy of the model in eval mode.
@@ -121,7 +121,7 @@ def input_moments(model: nn.Module, names: Iterable[str], calibration: Calibrati
             grid = grid_of(layer, output)
             rows = chosen_rows(grid, rows_per_piece(weight[0].numel(), calibration.pieces), name, piece)
             x = input_rows(layer, value, rows, grid)
-        second, total = gram(x, x), x.double().sum(1)
+        second, total, _ = gram(x, x)
         if name in sums:
             sums[name][0].add_(second)
             sums[name][1].add_(total)
@@ -131,8 +131,9 @@ def input_moments(model: nn.Module, names: Iterable[str], calibration: Calibrati
 
     with observing(model, maps, watch) as absorbed:
         for piece, inputs in enumerate(calibration.inputs()):
-            call_on(model, inputs, piece)
-    _warn_of_few({name: (second.shape[-1], counts[name]) for name, (second, _) in sums.items()}, calibration.samples)
+            call_on(model, inputs, calibration.batch_of[piece])
+    sums = {name: both for name, both in sums.items() if bool(both[0].isfinite().all())}
+    _warn_of_few({name: (both[0].shape[-1], counts[name]) for name, both in sums.items()}, calibration)
     moments = {}
     for name, (second, total) in sums.items():
         found, n = maps[name], counts[name]
@@ -141,10 +142,12 @@ def input_moments(model: nn.Module, names: Iterable[str], calibration: Calibrati
     return moments
 
 
-def _warn_of_few(sizes: Mapping[str, tuple[int, int]], samples: int) -> None:
-    """Warn if a map has more columns than rows were seen, given name → (columns, rows)."""
+def _warn_of_few(sizes: Mapping[str, tuple[int, int]], calibration: Calibration) -> None:
+    """Warn, once for the data, if a map has more columns than rows were seen, given name → (columns, rows)."""
     name, (columns, rows) = max(sizes.items(), key=lambda item: item[1][0] / item[1][1], default=("", (0, 1)))
-    if columns > rows:
+    if columns > rows and not calibration.warned:
+        calibration.warned = True
+        samples = calibration.samples
         enough = math.ceil(4 * columns / rows * samples)
         warnings.warn(
             f"few calibration samples: {name!r} has {columns} columns and sees {rows} vectors; fits are damped more, "
@@ -153,20 +156,33 @@ def _warn_of_few(sizes: Mapping[str, tuple[int, int]], samples: int) -> None:
         )
 
 
-def gram(x: Tensor, y: Tensor) -> Tensor:
-    """Return Σ x yᵀ over rows, float64, for x (groups, rows, n) and y (groups, rows, m), computed in float32 or wider.
+def gram(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Σ x yᵀ, Σ x and Σ y over rows, float64, for x (groups, rows, n) and y (groups, rows, m).
 
-    Products of a few thousand float32 rows are exact to 1e-6 of the sum, far below the noise of the data.
+    Products are computed in float32 or wider, exact to 1e-6 for a few thousand rows, far below the noise of the data.
+    The means are taken out before: covariances stay as exact where they are small beside the squares of the means.
     """
     wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return (x.to(wide).mT @ y.to(wide)).double()
+    about_x, rest_x, sum_x = _centred(x.to(wide))
+    about_y, rest_y, sum_y = (about_x, rest_x, sum_x) if y is x else _centred(y.to(wide))
+    total = (rest_x.mT @ rest_y).double()
+    total += about_x.unsqueeze(2) * sum_y.unsqueeze(1)  # Σ (x − a) yᵀ + Σ a yᵀ, and Σ (x − a) yᵀ in the same way
+    total += (sum_x - x.shape[1] * about_x).unsqueeze(2) * about_y.unsqueeze(1)
+    return total, sum_x, sum_y
 
 
-def call_on(model: nn.Module, inputs: object, piece: int) -> list[Tensor]:
-    """Return the outputs of a model on a piece of calibration data; raise BadInput if it cannot be called on it."""
+def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return numbers a near the means of x, the rows x − a, and Σ x in float64."""
+    total = x.sum(1, dtype=torch.float64)
+    about = (total / x.shape[1]).to(x.dtype)
+    return about.double(), x - about.unsqueeze(1), total
+
+
+def call_on(model: nn.Module, inputs: object, batch: int) -> list[Tensor]:
+    """Return the outputs of a model on calibration data; raise BadInput, with the batch, if it cannot be called."""
     try:
         return run(model, inputs)  # type: ignore[arg-type]
     except PliantError:
         raise
     except Exception as error:  # a user's forward may raise anything
-        raise BadInput(f"the model cannot be called on calibration batch {piece}: {first_line(error)}") from error
+        raise BadInput(f"the model cannot be called on calibration batch {batch}: {first_line(error)}") from error

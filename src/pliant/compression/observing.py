@@ -62,55 +62,81 @@ def map_names(model: nn.Module) -> list[str]:
 
 
 @contextlib.contextmanager
-def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterator[set[str]]:
+def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterator[dict[str, str]]:
     """Return a context in which ``watch`` is called whenever one of the named maps is applied.
 
-    The context is a set, to which the names of all maps are added whose outputs a BatchNorm reads: it absorbs any
-    constant that is added to them.
+    The context is a dict, filled at its end: the name of each map whose outputs go to a BatchNorm, as they are and in
+    every call → the name of that BatchNorm, which absorbs any constant that is added to them.
 
     Args:
         model: a copy of the user's model: its ``nn.MultiheadAttention`` modules become ``ThinAttention``, which
             computes the same.
         names: names of maps.
         watch: called with name, layer, input and output. A packed projection is reported if its queries, keys and
-            values are made from the same input.
+            values are made from the same input. Attention that ``ThinAttention`` cannot compute is not reported.
     """
-    handles: list[Any] = []
-    watched: list[ThinAttention] = []
-    absorbed: set[str] = set()
-    latest: list[tuple[str, Tensor]] = []  # the last map that was applied, and its output
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    absorbed: dict[str, str] = {}
+    bare: set[str] = set()  # maps with an output that no BatchNorm reads
+    latest: list[tuple[str, Tensor, int]] = []  # the last map that was applied, its output, and how often it changed
     wanted = set(names)
 
     def report(name: str, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         (value,) = [*args, *kwargs.values()][:1]
         watch(name, layer, value, output)
-        latest[:] = [(name, output)]
+        settle(None)
+        latest[:] = [(name, output, output._version)]
 
-    def normalise(_: nn.Module, args: tuple[Any, ...]) -> None:
-        absorbed.update(name for name, output in latest if args and args[0] is output)
+    def settle(read: Tensor | None, norm: str = "") -> None:
+        for name, output, version in latest:
+            unchanged = read is output and output._version == version
+            if unchanged and absorbed.setdefault(name, norm) == norm:
+                continue
+            bare.add(name)
+        latest.clear()
 
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # its fused kernels call no layer
+    def normalise(norm: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        settle(args[0] if args else None, norm)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unfused())
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.MultiheadAttention):
                 attention = {name, f"{name}.out_proj" if name else "out_proj"} & wanted
-                if attention and module._parameters.get("in_proj_weight") is not None:
+                if attention and _is_plain(module):
                     thin(module)
                     assert isinstance(module, ThinAttention)
                     module.watch = partial(_attention, name, attention, watch)
-                    watched.append(module)
+                    stack.callback(setattr, module, "watch", None)
             elif name in wanted:
-                handles.append(module.register_forward_hook(partial(report, name), with_kwargs=True))
+                handle = module.register_forward_hook(partial(report, name), with_kwargs=True)
+                stack.callback(handle.remove)
             elif isinstance(module, _BatchNorm):
-                handles.append(module.register_forward_pre_hook(normalise))
+                stack.callback(module.register_forward_pre_hook(partial(normalise, name)).remove)
         yield absorbed
+        settle(None)
+        for name in bare & absorbed.keys():
+            del absorbed[name]
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """Return a context in which attention is computed layer by layer, not by fused kernels, which call no layer.
+
+    With padding masks these also give zeros where the layers give numbers that nobody reads.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for handle in handles:
-            handle.remove()
-        for attentive in watched:
-            attentive.watch = None
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _is_plain(module: nn.MultiheadAttention) -> bool:
+    """Return whether a ``ThinAttention`` would compute the same as ``module``."""
+    own = type(module).forward not in (nn.MultiheadAttention.forward, ThinAttention.forward)
+    adds = module.bias_k is not None or module.bias_v is not None or module.add_zero_attn
+    return module._parameters.get("in_proj_weight") is not None and not own and not adds
 
 
 def _attention(name: str, wanted: set[str], watch: Watcher, part: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:

@@ -68,7 +68,8 @@ class RefitRecord:
 
     Args:
         result: "cut", "reestimated" (new BatchNorm statistics only) or "refitted".
-        errors: for each of these, the error of the network's outputs, relative to the energy of the dense ones.
+        errors: for each of these, the error of the network's outputs, relative to the energy of the dense ones; and for
+            "rounded", the result in eight bits, if the plan ends with them.
         samples: number of calibration samples.
         layers: the fits of all layers.
         unfitted: (layer, reason) for every layer that stayed as cut.
@@ -82,11 +83,11 @@ class RefitRecord:
 
     def __str__(self) -> str:
         errors = ", ".join(f"{name} {error:.2%}" for name, error in self.errors.items())
-        changed = sum(layer.damping is not None for layer in self.layers)
-        lines = [
-            f"refit on {self.samples:,} samples: {self.result} (error of the outputs on held-out data: {errors}); "
-            f"{changed} of {len(self.layers)} layers changed"
-        ]
+        text = f"refit on {self.samples:,} samples: {self.result} (error of the outputs on held-out data: {errors})"
+        if self.result == "refitted":
+            changed = sum(layer.damping is not None for layer in self.layers)
+            text += f"; {changed} of {len(self.layers)} layers changed in the last sweep"
+        lines = [text]
         return "\n".join([*lines, *(f"not refitted: {name}: {reason}" for name, reason in self.unfitted)])
 
 
@@ -152,7 +153,7 @@ class Plan:
             params_after=fields.count("params_after"),
             compressible=tuple(text_of(x, "plan.compressible") for x in fields.items("compressible")),
             layers=tuple(_layer(x, i) for i, x in enumerate(fields.items("layers"))),
-            refused=tuple(pair_of(x) for x in fields.items("refused")),
+            refused=tuple(pair_of(x, "plan.refused") for x in fields.items("refused")),
             links=tuple(cls.from_dict(x) for x in fields.items("links", default=())),
             refit=_refit(fields.data.pop("refit", None)),
             floored=tuple(text_of(x, "plan.floored") for x in fields.items("floored", default=())),
@@ -243,7 +244,7 @@ def _refit(data: object) -> RefitRecord | None:
         errors={name: number_of(value, "plan.refit.errors") for name, value in errors.items()},
         samples=fields.count("samples"),
         layers=tuple(_layer_fit(x, i) for i, x in enumerate(fields.items("layers"))),
-        unfitted=tuple(pair_of(x) for x in fields.items("unfitted")),
+        unfitted=tuple(pair_of(x, "plan.refit.unfitted") for x in fields.items("unfitted")),
     )
     fields.end()
     if record.result not in record.errors:

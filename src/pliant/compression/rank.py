@@ -43,7 +43,7 @@ _SAME_WEIGHTS = 1e-9
 # negligible compared with float32 outputs, whose energies have an error of 1e-14.
 _RIDGE = 1e-12
 
-Allowed = Callable[[int], Sequence[int]]
+Allowed = Callable[[int, int], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,7 @@ class LowRank(Controlled[Spectra]):
         cost: the cost that the ratio counts and the allocation economises: the "params" of the weights or their "macs"
             (multiply-accumulates).
         multiple_of, keep, at_least, at_most, ratios: what every layer keeps of its rank, see
-            :class:`~pliant.compression.controls.Controlled`. Every layer keeps 5 % of its full rank by default. A
+            :class:`~pliant.compression.Controlled`. Every layer keeps 5 % of its full rank by default. A
             layer whose smallest allowed rank would save nothing stays dense.
 
     Raises:
@@ -353,13 +353,13 @@ def _dense(spectra: Sequence[Spectrum], cost: str) -> _Cut:
     return _Cut(spectra[0].dense(cost), 0.0, 0, spectra[0])
 
 
-def _any(total: int) -> Sequence[int]:
+def _any(total: int, useful: int) -> Sequence[int]:
     return range(total, 0, -1)
 
 
 def _ranks(spectrum: Spectrum, allowed: Allowed) -> list[int]:
     """Return the allowed ranks that make a layer smaller, falling."""
-    return [rank for rank in allowed(spectrum.full) if rank <= spectrum.max_rank]
+    return [rank for rank in allowed(spectrum.full, spectrum.max_rank) if rank <= spectrum.max_rank]
 
 
 def _cuts(spectra: Sequence[Spectrum], cost: str, allowed: Allowed = _any, own: float | None = None) -> list[_Cut]:
@@ -368,7 +368,7 @@ def _cuts(spectra: Sequence[Spectrum], cost: str, allowed: Allowed = _any, own: 
     Args:
         spectra: the decompositions of the layer.
         cost: what the options cost.
-        allowed: full rank → the ranks that the layer may keep.
+        allowed: full rank, and the largest one that saves anything → the ranks that the layer may keep.
         own: the ratio of this layer, which leaves only the nearest one; None if it has none.
     """
     dense = _dense(spectra, cost)
@@ -382,7 +382,7 @@ def _cuts(spectra: Sequence[Spectrum], cost: str, allowed: Allowed = _any, own: 
     for cut in sorted(ranks, key=lambda c: (c.cost, c.loss)):
         if not front or (cut.cost > front[-1].cost and (cut.loss < front[-1].loss or len(spectra) == 1)):
             front.append(cut)
-    whole = not front or any(spectrum.full in allowed(spectrum.full) for spectrum in spectra)
+    whole = not front or any(spectrum.full in allowed(spectrum.full, spectrum.max_rank) for spectrum in spectra)
     offer = [*([dense] if whole else []), *reversed(front)]
     return offer if own is None else [min(offer, key=lambda cut: abs(cut.cost - (1 - own) * dense.cost))]
 

@@ -5,6 +5,9 @@ least squares (``fitting``), on inputs as they come in the small network. All la
 over the calibration data, BatchNorm statistics are estimated again, and this is repeated: a few such sweeps do as well
 as fitting one layer after the other, at a cost that does not grow with the depth.
 
+Eight-bit weights cannot be fitted. A chain that ends with them is refitted before they are rounded, and the rounding,
+which makes up for its own errors, looks at the refitted network.
+
 A part of the data is held out. On it every layer chooses its damping, or to stay as it is, and at last the outputs of
 the whole network are compared with those of the dense one: the result is the cut network as it is, the one with new
 BatchNorm statistics, or the refitted one, whichever is nearest. The plan records all of this.
@@ -13,27 +16,37 @@ BatchNorm statistics, or the refitted one, whichever is nearest. The plan record
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from pliant.calling import Example
-from pliant.compression.batchnorm import reestimate_batchnorm
+from pliant.calling import Example, eval_mode
+from pliant.compression.base import Compressor
+from pliant.compression.batchnorm import estimating, normalises, reestimate_batchnorm
 from pliant.compression.calibration import Calibration
+from pliant.compression.chain import Chain
 from pliant.compression.factored import FactoredConvolution, FactoredLinear
 from pliant.compression.fitting import Sums, fit
 from pliant.compression.moments import MAX_COLUMNS, call_on, rows_per_piece
-from pliant.compression.observing import LinearMap, linear_map, map_names, observing
+from pliant.compression.observing import LinearMap, linear_map, map_names, observing, unfused
 from pliant.compression.plan import LayerFit, Plan, RefitRecord
+from pliant.compression.quantised import Int8
 from pliant.compression.rows import chosen_rows, grid_of, input_rows, output_rows
-from pliant.structure import tied_parameters
+from pliant.errors import BadInput
+from pliant.structure import obstacle, tied_parameters
 
 SWEEPS = 3
+MOST_SWEEPS = 8
+_GAIN = 5e-3  # error that some layer has to lose in a sweep to be worth another one after the first three
+_UNSEEN = "is not called on the calibration data, or its parent reads its weight without calling it"
+_BROKEN = "is hardly called on the calibration data, or reads NaN or infinity there"
 _EQUAL = 1e-12  # relative error of outputs below which nothing has been lost: that of float32 is 1e-14
 
 
@@ -60,6 +73,19 @@ class _Target:
     outputs: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What the maps of a network have seen in one pass.
+
+    Args:
+        sums: for each map, the sums over the rows to fit and over those held out.
+        absorbed: map → the BatchNorm that reads its outputs.
+    """
+
+    sums: Mapping[str, list[Sums | None]]
+    absorbed: Mapping[str, str]
+
+
 class Refitter:
     """A dense network on calibration data, to which networks cut from it are refitted.
 
@@ -69,10 +95,39 @@ class Refitter:
         model: the dense network; not changed.
         example_inputs: inputs that it takes.
         calibration: the data.
+
+    Raises:
+        BadInput: the data is a single piece.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Example, calibration: Calibration) -> None:
+        if calibration.pieces < 2:
+            raise BadInput(
+                "the calibration data is a single sample, or one batch that cannot be split: a part is held out to "
+                "compare fits, so give at least two batches, or refit=False"
+            )
         self.model, self.example_inputs, self.calibration = model, example_inputs, calibration
+
+    def apply(self, compressor: Compressor[Any], plan: Plan, analysis: Any) -> tuple[nn.Module, Plan]:
+        """Return the network that a plan makes of the dense one, refitted, and the plan with the record of the refit.
+
+        Args:
+            compressor, plan, analysis: as in ``compressor.apply(model, plan, analysis=analysis)``.
+
+        Raises:
+            BadInput: as there, or a network cannot be called on a batch of the data.
+        """
+        last = compressor.links[-1] if isinstance(compressor, Chain) else None
+        if not isinstance(compressor, Chain) or not isinstance(last, Int8) or len(compressor.links) == 1:
+            return self.refit(compressor.apply(self.model, plan, analysis=analysis), plan)
+        before = replace(plan, links=plan.links[:-1])
+        network = Chain(*compressor.links[:-1]).apply(self.model, before, analysis=analysis)
+        network, refitted = self.refit(network, before)
+        seen = last.analyse(network, self.example_inputs, self.calibration)
+        small = last.apply(network, plan.links[-1], analysis=seen)
+        assert refitted.refit is not None
+        record = replace(refitted.refit, errors={**refitted.refit.errors, "rounded": self.error(small)})
+        return small, replace(plan, refit=record)
 
     def refit(self, small: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
         """Return the refitted network, and the plan with the record of the refit.
@@ -86,26 +141,32 @@ class Refitter:
         """
         sites, unfitted = _sites(self.model, small, plan)
         errors: dict[str, float] = {"cut": self.error(small)}
-        states: dict[str, nn.Module] = {"cut": small}
         if errors["cut"] <= _EQUAL:
             return small, replace(plan, refit=RefitRecord("cut", errors, self.calibration.samples))
-        if any(isinstance(module, _BatchNorm) for module in small.modules()):
-            states["reestimated"] = reestimate_batchnorm(small, self.calibration)
-        network = copy.deepcopy(states.get("reestimated", small))
-        fits: dict[str, LayerFit] = {}
+        states: dict[str, nn.Module] = {"cut": small}
+        network, seen = self._observe(small, sites, estimate=normalises(small))
+        if normalises(small):
+            states["reestimated"], errors["reestimated"] = network, self.error(network)
+        # Where little was cut, the dense statistics are better than any estimate, and stay.
+        estimate = errors.get("reestimated", math.inf) < errors["cut"]
+        if normalises(small) and not estimate:
+            network, seen = self._observe(small, sites, estimate=False)
         cuts: dict[str, Tensor] = {}
-        for sweep in range(SWEEPS):
-            sums, absorbed, error = self._observe(network, sites)
-            if sweep == 0 and "reestimated" in states:
-                errors["reestimated"] = error
-            fits = _fit_all(network, sums, absorbed, cuts)
-            if not fits:
+        fits: dict[str, LayerFit] = {}
+        for sweep in range(MOST_SWEEPS):
+            if sweep >= SWEEPS and max((x.error_before - x.error for x in fits.values()), default=0.0) < _GAIN:
                 break
-            network = reestimate_batchnorm(network, self.calibration)
+            if sweep:
+                network, seen = self._observe(network, sites, estimate=estimate)
+            network = copy.deepcopy(network)
+            fits = _fit_all(network, seen, cuts, None if estimate else small)
         if fits:
+            network = reestimate_batchnorm(network, self.calibration) if estimate else network
             errors["refitted"], states["refitted"] = self.error(network), network
         best = min(errors, key=errors.__getitem__)
-        silent = [(site.name, "is not applied on the calibration data") for site in sites if site.name not in fits]
+        silent = [
+            (site.name, _BROKEN if site.name in seen.sums else _UNSEEN) for site in sites if site.name not in fits
+        ]
         record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
         return states[best], replace(plan, refit=record)
 
@@ -136,11 +197,12 @@ class Refitter:
         with observing(probe, biases, watch):
             for piece, inputs in enumerate(self.calibration.inputs() if biases else ()):
                 calls.clear()
-                call_on(probe, inputs, piece)
+                call_on(probe, inputs, self.calibration.batch_of[piece])
         for name, means in missed.items():
             bias = biases[name][1]
             assert bias is not None
-            bias += torch.stack(means).mean(0)
+            shift = torch.stack(means).mean(0)
+            bias += torch.where(shift.isfinite(), shift, 0.0)
         return new
 
     @cached_property
@@ -162,7 +224,7 @@ class Refitter:
 
         with observing(dense, maps, watch):
             for piece, inputs in enumerate(self.calibration.inputs()):
-                result = call_on(dense, inputs, piece)
+                result = call_on(dense, inputs, self.calibration.batch_of[piece])
                 if self.calibration.held_out(piece):
                     outputs[piece] = [x for x in result if x.is_floating_point()]
         return targets, outputs
@@ -170,30 +232,38 @@ class Refitter:
     def error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
-        results = {
-            piece: call_on(probe, inputs, piece)
-            for piece, inputs in enumerate(self.calibration.inputs())
-            if self.calibration.held_out(piece)
-        }
-        return self._compare(results)
+        with unfused():
+            results = {
+                piece: call_on(probe, inputs, self.calibration.batch_of[piece])
+                for piece, inputs in enumerate(self.calibration.inputs())
+                if self.calibration.held_out(piece)
+            }
+        expected = self._reference[1]
+        missed = sum(
+            float(torch.where(x == y, 0.0, x.double() - y.double()).square().sum())  # infinite in masked logits
+            for piece, outputs in expected.items()
+            for x, y in zip((x for x in results[piece] if x.is_floating_point()), outputs, strict=True)
+        )
+        energy = sum(_energy(outputs) for outputs in zip(*expected.values(), strict=True))
+        if not math.isfinite(energy):
+            raise BadInput("the outputs of the dense network on the calibration data hold NaN")
+        error = missed / energy if energy else missed
+        return error if math.isfinite(error) else sys.float_info.max
 
-    def _compare(self, results: Mapping[int, list[Tensor]]) -> float:
-        missed = energy = 0.0
-        for piece, expected in self._reference[1].items():
-            got = [x for x in results[piece] if x.is_floating_point()]
-            for x, y in zip(got, expected, strict=True):
-                missed += float((x.double() - y.double()).square().sum())
-                energy += float((y.double() - y.double().mean(0)).square().sum())
-        return missed / energy if energy else missed
+    def _observe(self, network: nn.Module, sites: list[_Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
+        """Run a network on all pieces, and return what its sites have seen.
 
-    def _observe(self, network: nn.Module, sites: list[_Site]) -> tuple[dict[str, list[Sums | None]], set[str], float]:
-        """Run a network; return the sums of each site (to fit, held out), those read by a BatchNorm, and the error."""
+        Args:
+            network: the small network; not changed.
+            sites: the maps to observe.
+            estimate: whether its BatchNorm statistics are estimated in the same pass: each piece is normalised by its
+                own, and the returned network has the means.
+        """
         targets, _ = self._reference
-        probe = copy.deepcopy(network).eval()
+        probe = copy.deepcopy(network)
         by_name = {site.name: site for site in sites}
         sums: dict[str, list[Sums | None]] = {}
         calls: dict[str, int] = {}
-        results: dict[int, list[Tensor]] = {}
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
@@ -214,18 +284,26 @@ class Refitter:
             else:
                 old.add(new)
 
-        with observing(probe, by_name, watch) as absorbed:
+        with observing(probe, by_name, watch) as absorbed, estimating(probe) if estimate else eval_mode(probe):
             for piece, inputs in enumerate(self.calibration.inputs()):
                 calls.clear()
-                result = call_on(probe, inputs, piece)
-                if self.calibration.held_out(piece):
-                    results[piece] = result
-        return sums, absorbed, self._compare(results)
+                call_on(probe, inputs, self.calibration.batch_of[piece])
+        return probe, _Seen(sums, absorbed)
+
+
+def _energy(outputs: Sequence[Tensor]) -> float:
+    """Return Σ (y − ȳ)² over one output in several pieces, Σ y² if that is zero; infinite numbers do not count."""
+    groups: dict[tuple[int, ...], list[Tensor]] = {}  # sequences may differ in length
+    for y in outputs:
+        groups.setdefault(tuple(y.shape[1:]), []).append(y.double().masked_fill(y.isinf(), 0.0).flatten(0, 0))
+    joined = [torch.cat(pieces) for pieces in groups.values()]
+    centred = sum(float((y - y.mean(0)).square().sum()) for y in joined if len(y))
+    return centred or sum(float(y.square().sum()) for y in joined)
 
 
 def _sites(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[_Site], list[tuple[str, str]]]:
     """Return the maps that can be fitted, and (name, reason) for the others."""
-    kept = kept_outputs(plan)
+    removals = kept_outputs(plan)
     tied = tied_parameters(small)
     modules = dict(small.named_modules())
     sites: list[_Site] = []
@@ -236,51 +314,76 @@ def _sites(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[_Site],
         if isinstance(module, (FactoredLinear, FactoredConvolution)):
             name = f"{source}.expand".lstrip(".")
         found = None if module is None else linear_map(small, name)
-        reason = None
-        if found is None:
-            reason = "has no weights that can be fitted"
-        elif isinstance(found.layer, _ConvTransposeNd):
-            reason = "is a transposed convolution"
-        elif any(id(p) in tied for p in found.layer.parameters(recurse=False)):
-            reason = "shares a parameter with another layer"
-        elif found.weight[0].numel() > MAX_COLUMNS["linear"]:
-            reason = f"has {found.weight[0].numel()} columns, more than {MAX_COLUMNS['linear']}"
+        dense = linear_map(model, source)
+        if found is None or dense is None:
+            unfitted.append((source, "has no weights that can be fitted"))
+            continue
+        kept = removals.get(source)
+        if name != source and name in removals:  # the factorised layer has lost outputs
+            kept = removals[name] if kept is None else kept[removals[name]]
+        reason = _unfit(found, tied)
+        if reason is None and len(found.weight) != len(dense.weight if kept is None else kept):
+            reason = "has other outputs than the dense layer"
         if reason is None:
-            sites.append(_Site(name, source, kept.get(source)))
+            sites.append(_Site(name, source, kept))
         else:
             unfitted.append((source, reason))
     return sites, unfitted
 
 
+def _unfit(found: LinearMap, tied: frozenset[int]) -> str | None:
+    """Return why a map cannot be fitted, or None."""
+    if isinstance(found.layer, _ConvTransposeNd):
+        return "is a transposed convolution"
+    if found.weight[0].numel() > MAX_COLUMNS["linear"]:
+        return f"has {found.weight[0].numel()} columns, more than {MAX_COLUMNS['linear']}"
+    if isinstance(found.layer, nn.MultiheadAttention):
+        shared = any(id(p) in tied for p in found.layer.parameters(recurse=False))
+        return "shares a parameter with another layer" if shared else None
+    return obstacle(found.layer, tied)
+
+
 def kept_outputs(plan: Plan) -> dict[str, Tensor]:
-    """Return which outputs of each dense layer are left after a plan, for layers that lose some; int64 (n,)."""
+    """Return which outputs of each layer are left after a plan, for layers that lose some; int64 (n,).
+
+    A layer whose channels are zeroed in place of removed has as many outputs as before, and is not in the result.
+    """
     kept: dict[str, Tensor] = {}
     for link in plan.links or (plan,):
         for layer in link.layers:
-            if layer.outputs is not None:
+            if layer.outputs is not None and layer.params < layer.params_dense:
                 positions = torch.tensor(layer.outputs)
                 kept[layer.name] = kept[layer.name][positions] if layer.name in kept else positions
     return kept
 
 
-def _fit_all(
-    network: nn.Module, sums: Mapping[str, list[Sums | None]], absorbed: set[str], cuts: dict[str, Tensor]
-) -> dict[str, LayerFit]:
-    """Fit all observed maps of a network in place; ``cuts`` keeps the weights that the first sweep found."""
+def _fit_all(network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn.Module | None) -> dict[str, LayerFit]:
+    """Fit all observed maps of a network in place.
+
+    Args:
+        network: the network.
+        seen: what its maps have seen.
+        cuts: the weights that the first sweep found, which all sweeps are damped towards; filled by the first one.
+        dense: a network with the dense BatchNorm statistics, if those stay: a mean that a layer without bias misses is
+            then made up for in the statistics of the BatchNorm behind it.
+    """
     fits: dict[str, LayerFit] = {}
-    for name, (fitted, held) in sums.items():
+    for name, (fitted, held) in seen.sums.items():
         found = linear_map(network, name)
-        if fitted is None or held is None or found is None:
+        if fitted is None or held is None or found is None or not (fitted.finite and held.finite):
             continue
         groups = len(fitted.xx)
         now = _matrices(found, groups)
         bias = None if found.bias is None else found.bias.double().unflatten(0, (groups, -1))
-        cut = cuts.setdefault(name, now)
-        result = fit(fitted, held, cut, now, bias, centred=name in absorbed)
+        result = fit(fitted, held, cuts.setdefault(name, now), now, bias, centred=name in seen.absorbed)
         if result.damping is not None:
             found.weight.copy_(result.weight.flatten(0, 1).reshape(found.weight.shape))
             if found.bias is not None and result.bias is not None:
                 found.bias.copy_(result.bias.flatten())
+        if dense is not None and bias is None and name in seen.absorbed:
+            missing = fitted.mean_y - (result.weight @ fitted.mean_x.unsqueeze(2)).squeeze(2)  # (groups, filters)
+            mean = network.get_buffer(f"{seen.absorbed[name]}.running_mean")
+            mean.copy_(dense.get_buffer(f"{seen.absorbed[name]}.running_mean") - missing.flatten())
         fits[name] = LayerFit(name, result.damping, result.error, result.error_before)
     return fits
 

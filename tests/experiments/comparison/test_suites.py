@@ -94,6 +94,13 @@ RANK = content()["families"]["rank"]
         ({"families": {"rank": [{"compressor": "rank", "ratios": [0], "scheme": "space"}]}}, "scheme 'space'"),
         ({"families": {"rank": [{"compressor": "filters", "ratios": [0], "scheme": "spatial"}]}}, "for the compressor"),
         ({"families": {"rank": [{"compressor": "nm", "patterns": ["5:4"]}]}}, "N:M"),
+        (
+            {"families": {"rank": [{"compressor": "rank", "ratios": [0], "multiple_of": 0}]}},
+            r"families.rank: multiple_of must be an int of at least 1, got 0",
+        ),
+        ({"families": {"rank": [{"compressor": "rank", "ratios": [0], "keep": 3}]}}, "families.rank: keep"),
+        ({"families": {"rank": [{"compressor": "rank", "ratios": [0], "layer_ratios": {"fc": 2}}]}}, "share < 1"),
+        ({"families": {"rank": [{"compressor": "weights", "ratios": [0], "at_least": 1}]}}, "for filters, heads and"),
         ({"equal": ["time"]}, "starts with epochs"),
         ({"equal": ["epochs", "money"]}, "'money'"),
         ({"calibration": 1}, "at least 2 images"),
@@ -109,6 +116,18 @@ RANK = content()["families"]["rank"]
 def test_what_is_wrong_is_said(changes, message):
     with pytest.raises(BadInput, match=message):
         read(**changes)
+
+
+def test_controls_make_a_measure_of_their_own():
+    entry = {"compressor": "filters", "ratios": [0, 0.5]}
+    controls = {"multiple_of": 8, "keep": ["fc"], "at_least": 1, "at_most": 1.0, "layer_ratios": {"conv1": 0.5}}
+    suite = read(families={"rank": [entry, {**entry, **controls}, {**entry, "keep": "fc,a.*", "at_least": 0.05}]})
+    plain, controlled, kept = suite.families["rank"]
+    assert plain.controls == {}
+    assert controlled.controls == {"multiple_of": 8, "keep": ["fc"], "at_least": 1, "ratios": {"conv1": 0.5}}
+    assert kept.controls == {"keep": ["fc", "a.*"]}
+    assert plain.name == "filters"
+    assert len({measure.key(0.5, "") for measure in (plain, controlled, kept)}) == 3
 
 
 @pytest.mark.parametrize("value", [None, 3, [], "text", {1: 2}])
