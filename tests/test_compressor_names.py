@@ -76,6 +76,9 @@ def test_names_of_records_tell_the_variant() -> None:
         ("filters+heads", "bn", {"filters": "bn", "heads": "l2"}, "bn"),
         ("filters+rank+int8", "l1", {"filters": "l1"}, "l1"),
         ("rank", "auto", {}, ""),
+        ("weights", "auto", {"weights": "auto"}, "loss"),
+        ("filters+weights", "l2", {"filters": "l2", "weights": "magnitude"}, ""),
+        ("filters+weights", "magnitude", {"filters": "l2", "weights": "magnitude"}, ""),
     ],
 )
 def test_an_importance_goes_to_the_links_that_have_it(

@@ -61,9 +61,17 @@ _ROWS = (
     ),
     CompressorRow("heads", "pliant.compression:HeadPruning", "heads", "Heads removed", "Heads zeroed", norm="l2"),
     CompressorRow("rank", "pliant.compression:LowRank", "rank", "Layers factorised to low rank"),
-    CompressorRow("weights", "pliant.compression:Magnitude", "weights", zeroed="Single weights zeroed"),
     CompressorRow(
-        "nm", "pliant.compression:SemiStructured", "weights", zeroed="N:M patterns", takes="pattern", in_chains=""
+        "weights", "pliant.compression:Magnitude", "weights", zeroed="Single weights zeroed", norm="magnitude"
+    ),
+    CompressorRow(
+        "nm",
+        "pliant.compression:SemiStructured",
+        "weights",
+        zeroed="N:M patterns",
+        takes="pattern",
+        in_chains="",
+        norm="magnitude",
     ),
     CompressorRow("int8", "pliant.compression:Int8", takes="", in_chains="last"),
 )

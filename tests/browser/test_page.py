@@ -222,8 +222,8 @@ COMMANDS = {
     ],
     "filters-loss-refit": ["--compressor", "filters", "--keep_params", "0.5"],
     "heads": ["--compressor", "heads", *NORMS, *CUT, "--keep_params", "0.5"],
-    "weights (zeros)": ["--compressor", "weights", *CUT, "--ratio", "0.5"],
-    "nm (zeros)": ["--compressor", "nm", *CUT, "--pattern", "2:4"],
+    "weights (zeros)": ["--compressor", "weights", "--importance", "magnitude", *CUT, "--ratio", "0.5"],
+    "nm (zeros)": ["--compressor", "nm", "--importance", "magnitude", *CUT, "--pattern", "2:4"],
 }
 
 

@@ -20,7 +20,8 @@ from pliant.cli import main
 DATA = Path(__file__).parent / "data"
 OUTPUTS = json.loads((DATA / "outputs.json").read_text(encoding="utf-8"))
 FOLDERS = sorted(name for name in OUTPUTS if "/" in name)
-AS_THEN, NORMS = ["--refit", "false"], ["--importance", "l2"]  # how all networks were cut
+# How all networks were cut.
+AS_THEN, NORMS, SIZES = ["--refit", "false"], ["--importance", "l2"], ["--importance", "magnitude"]
 IMAGES = torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8)
 
 
@@ -83,7 +84,7 @@ def test_a_sweep_finds_its_records(data: Path) -> None:
     for compressor in ("filters", "rank", "filters+rank+int8"):
         options = ["--compressor", compressor, "--ratios", "0,0.5,0.9", "--out", data / "records.jsonl"]
         run("sweep", data / "runs" / "filters", *options, *AS_THEN, *(NORMS if "filters" in compressor else []))
-    run("sweep", data / "runs" / "filters", "--compressor", "nm", "--out", data / "records.jsonl", *AS_THEN)
+    run("sweep", data / "runs" / "filters", "--compressor", "nm", "--out", data / "records.jsonl", *AS_THEN, *SIZES)
     assert (data / "records.jsonl").read_bytes() == before
 
 

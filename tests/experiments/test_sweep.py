@@ -41,7 +41,7 @@ def test_sweep_writes_true_records(compressor: str, run: Path, tmp_path: Path) -
     sweep(str(run), compressor, ratios=ratios, calibration=256, out=str(out))
     dense, half = read_records(out)
     assert (dense.run, dense.method, dense.model, dense.data, dense.seed) == ("lenet", "sgd", "lenet5", "digits", 0)
-    variant = "-loss" if "filters" in compressor else ""
+    variant = "" if compressor.startswith("rank") else "-loss"
     variant += "-whitened-spatial-refit" if "rank" in compressor else "-refit"
     assert dense.compressor == half.compressor == compressor + variant
     assert dense.ratio == dense.ratio_removed == 0

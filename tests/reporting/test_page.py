@@ -309,7 +309,8 @@ def test_without_a_refit_pages_and_tables_say_what_they_did() -> None:
         ("filters-bn-refit", ["--importance", "bn"]),
         ("rank-whitened-spatial-refit", ["--scheme", "spatial"]),
         ("filters+rank-loss-whitened-spatial-refit", ["--scheme", "spatial"]),
-        ("weights", ["--refit", "false"]),
+        ("weights", ["--importance", "magnitude", "--refit", "false"]),
+        ("weights-loss-refit", []),
         ("filters-mask", None),
     ],
 )

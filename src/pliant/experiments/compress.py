@@ -95,8 +95,9 @@ def compress_run(
         layer_ratios: shares that single layers remove, such as layer1.*=0.5,fc=0; the others share the rest.
         refit: whether the weights that are left are refitted on the calibration images; if not, only the BatchNorm
             statistics are estimated again.
-        importance: how filters and heads choose what goes: by what the rest cannot make up for on the calibration
-            images (auto, loss), or by the norms of the weights (l2, l1; filters also bn).
+        importance: how compressors choose what goes: by what the rest cannot make up for on the calibration images
+            (auto, loss), or by the weights alone: l2 or l1 for filters and heads, bn for filters, magnitude for weights
+            and nm.
         elastic: write every size into one folder, for filters or heads; pliant.load and pliant export take sizes of it.
         ladder: with elastic, the shares of the parameters at which the weights are refitted; by default
             0.7,0.5,0.3,0.2,0.1, of which the last is the smallest size.

@@ -46,6 +46,8 @@ from pliant.measuring import versions
 from pliant.records import Key, LayerCount, Record, record_key
 
 LATENCY_BATCH = 1
+COMPENSATE = "compensate"
+"""The option of rounding to make up for its errors, which is a part of the refit here."""
 
 Refine = Callable[[nn.Module, int], nn.Module]
 
@@ -65,7 +67,7 @@ class Workbench:
         scheme: how rank factorises convolutions, see :class:`~pliant.LowRank`.
         controls: what every layer keeps, as :func:`~pliant.experiments.controls.controls_of` returns it.
         refit: whether the weights that are left are refitted on the calibration images; if not, only the BatchNorm
-            statistics are estimated again.
+            statistics are estimated again. Rounding to eight bits makes up for its errors if it is True.
         importance: how the links that have the option choose what goes: "auto" and "loss" look at the calibration
             images, others are those of the compressors.
 
@@ -254,7 +256,7 @@ class Workbench:
             val_top1=final["val"],
             val_top1_reestimated=settled["val"],
             val_top1_raw=as_cut["val"],
-            refit=self._decision(plan),
+            refit=_decision(plan, self._seconds),
             params=measuring.parameters(small),
             params_dense=measuring.parameters(self.dense),
             nonzero=measuring.nonzero(small),
@@ -276,17 +278,6 @@ class Workbench:
             extra=_title(self.compressor),
         )
         return small, plan, record
-
-    def _decision(self, plan: Plan) -> dict[str, Any] | None:
-        if plan.refit is None:
-            return None
-        seconds = {name: round(value, 3) for name, value in self._seconds.items()}
-        return {
-            "result": plan.refit.result,
-            "errors": dict(plan.refit.errors),
-            "samples": plan.refit.samples,
-            "seconds": seconds,
-        }
 
     @cached_property
     def dense(self) -> nn.Module:
@@ -345,6 +336,8 @@ class Workbench:
             options["importance"] = chosen[name]
         if "allocation" in option_names(kind):
             options["allocation"] = self.allocation
+        if COMPENSATE in option_names(kind):
+            options[COMPENSATE] = "auto" if self.refit else False
         if factorises(name):
             options |= {"whiten": self.whiten, "scheme": self.scheme or SCHEME}
         return kind(**options, **options_for(kind, self.controls))
@@ -362,6 +355,18 @@ class Workbench:
 def pattern_compressor(pattern: str, **options: Any) -> SemiStructured:
     """Return the compressor of a pattern such as "2:4"; raise BadInput unless it is N:M with 1 <= N < M."""
     return SemiStructured(*parse_pattern(pattern), **options)
+
+
+def _decision(plan: Plan, seconds: Mapping[str, float]) -> dict[str, Any] | None:
+    """Return what a refit decided, as records hold it; None without one."""
+    if plan.refit is None:
+        return None
+    return {
+        "result": plan.refit.result,
+        "errors": dict(plan.refit.errors),
+        "samples": plan.refit.samples,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
 
 
 def _title(compressor: str) -> dict[str, Any]:
