@@ -122,7 +122,9 @@ def elastic(
     one is stored in two to four bits per weight. By default the folder has at most 1.2 times the bytes of the dense
     network. Sizes between two shares are interpolated; there are none below the last one.
 
-    The largest errors of the networks that come from the folder, on data that was held out, are in its elastic.json.
+    Its elastic.json has the errors of the outputs at each of these sizes on data that was held out, next to those of a
+    refit at that size alone. All sizes lie on one path; ``FilterPruning(cost="macs")`` takes one that economises
+    multiply-accumulates, for folders of which ``keep_macs`` or ``max_latency_ms`` will be asked.
 
     Args:
         model: a trained network; not changed.

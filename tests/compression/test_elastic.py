@@ -168,16 +168,21 @@ def test_every_size_keeps_a_part_of_the_larger_one(elastic: Elastic) -> None:
         larger = parts(plan)
 
 
-def test_plans_are_those_of_the_compressor(model: nn.Module, elastic: Elastic) -> None:
-    compressor = FilterPruning()
+@pytest.mark.parametrize("options", [{}, {"cost": "macs"}, {"allocation": "uniform"}, {"importance": "l1"}])
+def test_plans_are_those_of_the_compressor(options: dict[str, Any], model: nn.Module) -> None:
+    compressor = FilterPruning(**options)
     analysis = compressor.analyse(model, X, Calibration(DATA, model, X))
+    path = Path.of(model, compressor, analysis)
     for ratio in (0.2, 0.5, 0.8):
         plan = compressor.at(ratio).plan(model, X, analysis=analysis)
-        (step,) = [n for n, params in enumerate(elastic.path.params) if params == plan.params_after]
-        again = elastic.path.plan(step)
+        (step,) = [n for n, params in enumerate(path.params) if params == plan.params_after]
+        again = path.plan(step)
         assert again.layers == plan.layers
         assert again.refused == plan.refused
         assert again.ratio_removed == pytest.approx(plan.ratio_removed)
+        network = compressor.apply(model, again)
+        assert measuring.parameters(network) == path.params[step]
+        assert measuring.macs(network, X) == measuring.macs(model, X) - path.macs_removed(step) // len(X)
 
 
 def test_kept_positions_are_those_of_the_plan(elastic: Elastic) -> None:
