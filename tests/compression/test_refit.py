@@ -84,7 +84,7 @@ def linear(depth: int, width: int = 12, bias: bool = True) -> nn.Module:
 def test_a_linear_network_on_data_of_a_subspace_loses_nothing(
     depth: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refit, "SWEEPS", depth + 2)  # a sweep settles a layer where those before it are settled
+    monkeypatch.setattr(refit, "MOST_SWEEPS", depth + 2)  # a sweep settles a layer where those before it are settled
     model = linear(depth, bias=bias)
     x = drawn(600, 4) @ drawn(4, 8, seed=1)
     _, small, plan = refitted(model, FilterPruning(0.5, "uniform"), x[:2], [x[:400]])

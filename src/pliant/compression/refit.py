@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from pliant.calling import Example, eval_mode
 from pliant.compression.base import Compressor
-from pliant.compression.batchnorm import estimating, normalises, reestimate_batchnorm
+from pliant.compression.batchnorm import estimating, normalises
 from pliant.compression.calibration import Calibration
 from pliant.compression.chain import Chain
 from pliant.compression.factored import FactoredConvolution, FactoredLinear
@@ -42,9 +42,8 @@ from pliant.compression.rows import chosen_rows, grid_of, input_rows, output_row
 from pliant.errors import BadInput
 from pliant.structure import obstacle, tied_parameters
 
-SWEEPS = 3
-MOST_SWEEPS = 8
-_GAIN = 5e-3  # error that some layer has to lose in a sweep to be worth another one after the first three
+MOST_SWEEPS = 6
+_GAIN = 0.02  # share of its error that the network has to lose in a sweep to be worth another one
 _UNSEEN = "is not called on the calibration data, or its parent reads its weight without calling it"
 _BROKEN = "is hardly called on the calibration data, or reads NaN or infinity there"
 _EQUAL = 1e-12  # relative error of outputs below which nothing has been lost: that of float32 is 1e-14
@@ -153,27 +152,65 @@ class Refitter:
         if normalises(small):
             states["reestimated"], errors["reestimated"] = network, self.error(network)
         # Where little was cut, the dense statistics are better than any estimate, and stay.
-        estimate = errors.get("reestimated", math.inf) < errors["cut"]
-        if normalises(small) and not estimate:
+        dense = None if errors.get("reestimated", math.inf) < errors["cut"] else small
+        if normalises(small) and dense is not None:
             network, seen = self._observe(small, sites, estimate=False)
-        cuts: dict[str, Tensor] = {}
-        fits: dict[str, LayerFit] = {}
-        for sweep in range(MOST_SWEEPS):
-            if sweep >= SWEEPS and max((x.error_before - x.error for x in fits.values()), default=0.0) < _GAIN:
-                break
-            if sweep:
-                network, seen = self._observe(network, sites, estimate=estimate)
-            network = copy.deepcopy(network)
-            fits = _fit_all(network, seen, cuts, None if estimate else small)
+        network, error, fits = self._sweeps(network, seen, sites, dense)
         if fits:
-            network = reestimate_batchnorm(network, self.calibration) if estimate else network
-            errors["refitted"], states["refitted"] = self.error(network), network
+            errors["refitted"], states["refitted"] = error, network
         best = min(errors, key=errors.__getitem__)
         silent = [
             (site.name, _BROKEN if site.name in seen.sums else _UNSEEN) for site in sites if site.name not in fits
         ]
         record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
         return states[best], replace(plan, refit=record)
+
+    def _sweeps(
+        self, network: nn.Module, seen: _Seen, sites: list[_Site], dense: nn.Module | None
+    ) -> tuple[nn.Module, float, dict[str, LayerFit]]:
+        """Fit all maps, again and again while the outputs of the network get better.
+
+        The first sweep fits only the maps that have lost something themselves. The others see wrong inputs only because
+        of these; fitted at once, all layers of a deep network would make up for the same error.
+
+        Args:
+            network: the network; not changed.
+            seen: what its maps have seen.
+            sites: the maps.
+            dense: a network with the dense BatchNorm statistics, if these stay; None if they are estimated.
+
+        Returns:
+            The best network, its error, and how its maps were fitted.
+        """
+        cuts: dict[str, Tensor] = {}
+        best, least = network, math.inf
+        fits: dict[str, LayerFit] = {}
+        touched = {site.name for site in sites if self._is_cut(network, site)}
+        for sweep in range(MOST_SWEEPS):
+            fresh = copy.deepcopy(network)
+            names = touched if sweep == 0 and touched else set(seen.sums)
+            fits |= _fit_all(fresh, seen, cuts, dense, names)
+            if not fits:
+                break
+            network, seen = self._observe(fresh, sites, estimate=dense is None)
+            error = self.error(network)
+            if error > least:  # the layers have made up for too much together: go half of the way
+                network, seen = self._observe(_between(best, network), sites, estimate=dense is None)
+                error = self.error(network)
+            if error > (1 - _GAIN) * least:
+                if error < least:
+                    best, least = network, error
+                break
+            best, least = network, error
+        return best, least, fits
+
+    def _is_cut(self, small: nn.Module, site: _Site) -> bool:
+        """Return whether the weight of a map is another one than in the dense network, apart from lost outputs."""
+        now, before = linear_map(small, site.name), linear_map(self.model, site.source)
+        if now is None or before is None or site.name != site.source or now.weight.dim() != before.weight.dim():
+            return True
+        weight = before.weight if site.kept is None else before.weight[site.kept.to(before.weight.device)]
+        return now.weight.shape != weight.shape or not torch.equal(now.weight, weight)
 
     def centre(self, network: nn.Module, plan: Plan) -> nn.Module:
         """Return a copy of a network with biases that give every layer the mean outputs of the dense one.
@@ -364,8 +401,20 @@ def kept_outputs(plan: Plan) -> dict[str, Tensor]:
     return kept
 
 
-def _fit_all(network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn.Module | None) -> dict[str, LayerFit]:
-    """Fit all observed maps of a network in place.
+def _between(a: nn.Module, b: nn.Module) -> nn.Module:
+    """Return a network with the means of the parameters and floating-point buffers of two of the same shapes."""
+    middle = copy.deepcopy(b)
+    state, other = middle.state_dict(), a.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            tensor.lerp_(other[name], 0.5)
+    return middle
+
+
+def _fit_all(
+    network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn.Module | None, names: Collection[str]
+) -> dict[str, LayerFit]:
+    """Fit observed maps of a network in place.
 
     Args:
         network: the network.
@@ -373,10 +422,11 @@ def _fit_all(network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn
         cuts: the weights that the first sweep found, which all sweeps are damped towards; filled by the first one.
         dense: a network with the dense BatchNorm statistics, if those stay: a mean that a layer without bias misses is
             then made up for in the statistics of the BatchNorm behind it.
+        names: the maps to fit.
     """
     fits: dict[str, LayerFit] = {}
     for name, (fitted, held) in seen.sums.items():
-        found = linear_map(network, name)
+        found = linear_map(network, name) if name in names else None
         if fitted is None or held is None or found is None or not (fitted.finite and held.finite):
             continue
         groups = len(fitted.xx)
