@@ -242,7 +242,7 @@ def test_a_module_beside_is_named_with_a_colon(beside: Path, run: Path, tmp_path
 
 @pytest.mark.slow
 def test_a_plan_made_before_the_package_was_installed(beside: Path, run: Path, tmp_path: Path) -> None:
-    folder = compress_run(run, "outside_kernels:Kernels", ratio=0.5, calibration=64, out=str(tmp_path / "small"))
+    folder = compress_run(run, "outside_kernels:Kernels", ratio=0.5, calibration=512, out=str(tmp_path / "small"))
     site = tmp_path / "site"
     site.mkdir()
     install(site, "outside_kernels", OFFERS, CODE, "pliant.compressors")
@@ -255,7 +255,7 @@ def test_a_suite_compares_it(installed: Path, run: Path) -> None:
         "methods": {"sgd": {"families": ["kernels"], "trials": [{"lr": 0.1}]}},
     }
     (measure,) = Suite.from_dict("suite", content).families["kernels"]
-    _, _, record = Workbench(Run.open(run), measure.compressor, calibration=64).measure(0.5)
+    _, _, record = Workbench(Run.open(run), measure.compressor, calibration=512).measure(0.5)
     assert measure.key(0.5, "") == (record.compressor, record.allocation, record.ratio, record.pattern)
 
 
