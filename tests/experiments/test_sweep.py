@@ -254,6 +254,16 @@ def test_a_run_is_compressed_to_a_budget(
         assert share(record) > 0.8  # one channel of this small network is much
 
 
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_chain_that_looks_at_data_is_compressed_to_bytes(refit: bool, run: Path, tmp_path: Path) -> None:
+    """The plan that is best is not the last that was tried, for which later links have their analyses."""
+    limit = 25_000
+    out = compress_run(
+        run, "filters+rank+int8", max_bytes=limit, calibration=256, refit=refit, out=str(tmp_path / "small")
+    )
+    assert 0.5 * limit < (out / "model.safetensors").stat().st_size <= limit
+
+
 def test_default_folder_is_named_after_the_size(run: Path) -> None:
     for options, name in (
         ({"compressor": "rank", "keep_macs": 0.9}, "lenet-rank-keep_macs0.9"),
