@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 import pliant
-from pliant.cli import VERBS, main, make_parser
+from pliant.cli import VERBS, _with_values, main, make_parser
 from pliant.experiments.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,10 @@ REDUCED = {
 }
 # page → commands for what it takes as given
 GIVEN = {
-    "budgets.md": ["pliant train --method sfw-rank --k 0.05 --radius 3 --epochs 4 --out runs/rank"],
+    "budgets.md": [
+        "pliant train --method sfw-rank --k 0.05 --radius 3 --epochs 4 --out runs/rank",
+        "pliant train --model mlp --method sgd --epochs 2 --out runs/wide",
+    ],
     "export.md": ["pliant train --model mlp --method sfw-filters --epochs 1 --out runs/filters"],
 }
 SHOWN_ONLY = {"", "text", "yaml", "json", "toml"}
@@ -92,7 +95,9 @@ def check_command(words: list[str]) -> None:
         words = words[1:]  # VARIABLE=value
     match words:
         case ["pliant", verb, *rest] if verb in VERBS:
-            make_parser(verb, rest).parse_args(rest)
+            parser = make_parser(verb, rest)
+            switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
+            parser.parse_args(_with_values(rest, switches))
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
         case ["pip", "install", *_]:

@@ -48,6 +48,7 @@ from .records import Record as Record
 from .records import append_record as append_record
 from .records import read_records as read_records
 from .reporting.page import report as report
+from .storage import elastic as elastic
 from .storage import rebuild as rebuild
 from .structure import coupled_channels as coupled_channels
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pliant.compression import HeadPruning, Int8, LowRank, compress
 from pliant.compression.observing import linear_map, map_names, observing, unfused
+from pliant.structure import ThinAttention
 
 X = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
 
@@ -144,3 +145,19 @@ def test_padded_tokens_of_an_encoder_are_numbers_and_no_zeros() -> None:
     torch.testing.assert_close(plain[~padding], fused[~padding])
     torch.testing.assert_close(watched, plain)
     assert len(names) == 8
+
+
+@pytest.mark.parametrize("names", [["core"], ["core.out_proj"], ["fc", "core", "core.out_proj", "conv"]])
+def test_attention_is_what_it_was_afterwards(names: list[str]) -> None:
+    net = network()
+    before = {**vars(net.core)}
+    with torch.no_grad(), observing(net, names, lambda *_: None):
+        net(X)
+        assert type(net.core) is ThinAttention
+    assert type(net.core) is nn.MultiheadAttention
+    assert vars(net.core) == before
+    small = compress(network(), HeadPruning(0.5), X).eval()
+    with torch.no_grad(), observing(small, names, lambda *_: None):
+        small(X)
+    assert type(small.core) is ThinAttention
+    assert small.core.watch is None

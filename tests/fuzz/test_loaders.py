@@ -158,6 +158,39 @@ def test_plan_and_shape(name: str, small: Path) -> None:
         attempt()
 
 
+@pytest.fixture(scope="module")
+def every(run: Path) -> Path:
+    images = 1200  # fewer give a warning
+    return compress_run(run, elastic=True, ladder=(0.6, 0.4), calibration=images, out=str(run.with_name("every")))
+
+
+def test_a_network_of_every_size(every: Path) -> None:
+    file = every / "elastic.json"
+    for content in restored(file):
+
+        @fuzz(300)
+        @given(altered_json(content.decode()))
+        def attempt(data: bytes) -> None:
+            file.write_bytes(data)
+            read(lambda: load(every, keep_params=0.5), every)
+
+        attempt()
+
+
+@pytest.mark.parametrize("name", ["elastic.safetensors", "model.safetensors"])
+def test_tensors_of_every_size(name: str, every: Path) -> None:
+    file = every / name
+    for content in restored(file):
+
+        @fuzz(30)
+        @given(damaged(content))
+        def attempt(data: bytes) -> None:
+            file.write_bytes(data)
+            read(lambda: load(every, keep_params=0.5), every)
+
+        attempt()
+
+
 def test_log_of_a_training(run: Path) -> None:
     file = run / LOG
     for content in restored(file):

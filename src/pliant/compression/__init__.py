@@ -6,6 +6,7 @@ A compressor returns a :class:`Plan` (plain data, no side effect) and applies it
 
 base          the compressor: analyse once, plan for any ratio, apply to a copy
 plan          the plan, as plain data
+fields        plain data from files, field by field
 applying      ``compress``, and the same from a stored plan
 by_name       compressors by their names in the shell and in plans, including those of other packages
 controls      what users ask of filters, heads and rank: multiples, floors, ceilings, layers to keep, ratios of layers
@@ -34,6 +35,10 @@ rewiring      replacing modules of a model by others
 batchnorm     re-estimation of BatchNorm statistics
 fitting       least squares for one layer
 refit         the weights that are left make up for what has gone
+path          all sizes of one network as plain data
+elastic       a network in every size: small corrections of its dense weights
+ladder        makes a network elastic
+corrections   differences of weights in a few bits
 """
 
 from pliant.compression.applying import compress as compress

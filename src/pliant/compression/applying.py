@@ -28,8 +28,8 @@ def compress(
     """Return a compressed copy of ``model``.
 
     With calibration data, what can go is chosen by what the rest cannot make up for, and the weights that are left are
-    refitted to make up for it; see :mod:`pliant.compression.elimination`, :mod:`pliant.compression.compensation` and
-    :mod:`pliant.compression.refit`. Nothing is trained, and no labels are used.
+    refitted to make up for it (``elimination``, ``compensation`` and ``refit`` in ``pliant.compression``). Nothing is
+    trained, and no labels are used.
 
     Args:
         model: any module; not changed.

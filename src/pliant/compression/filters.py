@@ -159,26 +159,60 @@ class FilterPruning(Controlled[Channels]):
 
     def plan_with(self, model: nn.Module, analysis: Channels) -> Plan:
         """Put the removals of channels in order, and return the plan with the number of them nearest to the ratio."""
+        removals, refused = self.path(model, analysis)
+        dense, compressible = removals.costs.after({}), sum(removals.costs.compressible.values())
+        counts = [0] * len(removals.groups)
+        if self.ratio:
+            counts = removals.counts(dense - self.ratio * compressible)
+        measure = self.importance
+        if measure == "auto":
+            measure = "l2" if analysis.curves is None else "loss"
+        known = Analysis(analysis.shapes, refused)
+        return replace(self, importance=measure).plan_counts(
+            model, known, removals.groups, removals.orders, counts, removals.costs
+        )
+
+    def path(self, model: nn.Module, analysis: Channels) -> tuple[Removals, tuple[tuple[str, str], ...]]:
+        """Return the order in which channels leave, for all ratios; and (layer, reason) for layers left alone.
+
+        Raises:
+            BadInput: a pattern of the controls matches no layer, or losses are asked for and not known.
+        """
         if self.importance == "loss" and analysis.curves is None:
             raise BadInput('importance="loss" needs an analysis with calibration data')
         names = layer_names(model, (slot.module for group in analysis.groups for slot in group.slots))
         left, own = self.named(names)
         removals, reasons = self._removals(model, analysis, left, own)
-        groups, costs = removals.groups, removals.costs
-        dense, compressible = costs.after({}), sum(costs.compressible.values())
-        counts = removals.counts(dense - self.ratio * compressible) if self.ratio else [0] * len(groups)
-        gone = positions(groups, [order[:count] for order, count in zip(removals.orders, counts, strict=True)])
+        return removals, with_reasons(analysis.refused, reasons)
+
+    def plan_counts(
+        self,
+        model: nn.Module,
+        known: Analysis,
+        groups: tuple[ChannelGroup, ...],
+        orders: Sequence[Tensor],
+        counts: Sequence[int],
+        costs: Size,
+    ) -> Plan:
+        """Return the plan by which each group loses the first channels of its order.
+
+        Args:
+            model: the model.
+            known: shapes of its parameters, and layers that are left alone.
+            groups: the groups.
+            orders: for each group, its channels, the one that leaves first first.
+            counts: for each group, how many leave.
+            costs: the cost that the ratio counts.
+        """
+        gone = positions(groups, [order[:count] for order, count in zip(orders, counts, strict=True)])
         removed = dict(enumerate(counts))
         size = costs if self.cost == "params" else Size(model, groups)
         fewer = size.after({}) - size.after(removed)
-        measure = self.importance
-        if measure == "auto":
-            measure = "l2" if analysis.curves is None else "loss"
-        return replace(self, importance=measure).assemble(
+        return self.assemble(
             model,
-            replace(analysis, refused=with_reasons(analysis.refused, reasons)),
+            known,
             ratio=self.ratio,
-            removed=dense - costs.after(removed),
+            removed=costs.after({}) - costs.after(removed),
             compressible=costs.compressible,
             layers=_layers(model, groups, gone, real=self.mode == "remove"),
             params_after=measuring.parameters(model) - (fewer if self.mode == "remove" else 0),

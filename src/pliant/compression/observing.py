@@ -65,18 +65,18 @@ def map_names(model: nn.Module) -> list[str]:
 def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterator[dict[str, str]]:
     """Return a context in which ``watch`` is called whenever one of the named maps is applied.
 
-    The context is a dict, filled at its end: the name of each map whose outputs go to a BatchNorm, as they are and in
-    every call → the name of that BatchNorm, which absorbs any constant that is added to them.
+    The context is a dict: the name of each map whose outputs go to a BatchNorm, as they are and in every call → the
+    name of that BatchNorm, which absorbs any constant that is added to them. It is complete at the end of the context.
 
     Args:
-        model: a copy of the user's model: its ``nn.MultiheadAttention`` modules become ``ThinAttention``, which
-            computes the same.
+        model: a copy of the user's model: in the context its ``nn.MultiheadAttention`` modules are ``ThinAttention``,
+            which computes the same.
         names: names of maps.
         watch: called with name, layer, input and output. A packed projection is reported if its queries, keys and
             values are made from the same input. Attention that ``ThinAttention`` cannot compute is not reported.
     """
     absorbed: dict[str, str] = {}
-    bare: set[str] = set()  # maps with an output that no BatchNorm reads
+    bare: set[str] = set()  # maps with an output that no BatchNorm reads, or another one than before
     latest: list[tuple[str, Tensor, int]] = []  # the last map that was applied, its output, and how often it changed
     wanted = set(names)
 
@@ -88,10 +88,8 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
 
     def settle(read: Tensor | None, norm: str = "") -> None:
         for name, output, version in latest:
-            unchanged = read is output and output._version == version
-            if unchanged and absorbed.setdefault(name, norm) == norm:
-                continue
-            bare.add(name)
+            if read is not output or output._version != version or absorbed.setdefault(name, norm) != norm:
+                bare.add(name)
         latest.clear()
 
     def normalise(norm: str, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -103,10 +101,13 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
             if isinstance(module, nn.MultiheadAttention):
                 attention = {name, f"{name}.out_proj" if name else "out_proj"} & wanted
                 if attention and _is_plain(module):
+                    kind, same = type(module), module._qkv_same_embed_dim
+                    stack.callback(setattr, module, "__class__", kind)
+                    stack.callback(setattr, module, "_qkv_same_embed_dim", same)
                     thin(module)
                     assert isinstance(module, ThinAttention)
                     module.watch = partial(_attention, name, attention, watch)
-                    stack.callback(setattr, module, "watch", None)
+                    stack.callback(delattr, module, "watch")
             elif name in wanted:
                 handle = module.register_forward_hook(partial(report, name), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -114,8 +115,8 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
                 stack.callback(module.register_forward_pre_hook(partial(normalise, name)).remove)
         yield absorbed
         settle(None)
-        for name in bare & absorbed.keys():
-            del absorbed[name]
+        for name in bare:
+            absorbed.pop(name, None)
 
 
 @contextlib.contextmanager

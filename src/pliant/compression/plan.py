@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from pliant import measuring
+from pliant.compression.fields import Fields, count_of, fields_of, number_of, pair_of, text_of
 from pliant.errors import BadInput, DamagedFile, shown
 
 FORMAT = "pliant.plan"
@@ -144,7 +143,7 @@ class Plan:
             raise DamagedFile(f"not a compression plan: expected a mapping with 'format': {FORMAT!r}")
         if data.get("version") != VERSION:
             raise DamagedFile(f"the plan has version {shown(data.get('version'))}, this program reads {VERSION}")
-        fields = _Fields(data, "plan")
+        fields = Fields(data, "plan")
         plan = cls(
             compressor=fields.text("compressor"),
             options=dict(fields.mapping("options")),
@@ -152,12 +151,12 @@ class Plan:
             ratio_removed=fields.share("ratio_removed"),
             params_before=fields.count("params_before"),
             params_after=fields.count("params_after"),
-            compressible=tuple(_text(x, "plan.compressible") for x in fields.items("compressible")),
+            compressible=tuple(text_of(x, "plan.compressible") for x in fields.items("compressible")),
             layers=tuple(_layer(x, i) for i, x in enumerate(fields.items("layers"))),
-            refused=tuple(_pair(x, "plan.refused") for x in fields.items("refused")),
+            refused=tuple(pair_of(x, "plan.refused") for x in fields.items("refused")),
             links=tuple(cls.from_dict(x) for x in fields.items("links", default=())),
             refit=_refit(fields.data.pop("refit", None)),
-            floored=tuple(_text(x, "plan.floored") for x in fields.items("floored", default=())),
+            floored=tuple(text_of(x, "plan.floored") for x in fields.items("floored", default=())),
         )
         fields.end()
         return plan
@@ -216,9 +215,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 def _layer(data: object, i: int) -> LayerPlan:
     where = f"plan.layers[{i}]"
-    if not isinstance(data, Mapping):
-        raise DamagedFile(f"{where} should be a mapping, not {type(data).__name__}")
-    fields = _Fields(data, where)
+    fields = fields_of(data, where)
     layer = LayerPlan(
         name=fields.text("name"),
         kind=fields.text("kind"),
@@ -226,7 +223,7 @@ def _layer(data: object, i: int) -> LayerPlan:
         total=fields.count("total"),
         params=fields.count("params"),
         params_dense=fields.count("params_dense"),
-        shape=tuple(_count(x, f"{where}.shape") for x in fields.items("shape")),
+        shape=tuple(count_of(x, f"{where}.shape") for x in fields.items("shape")),
         outputs=fields.positions("outputs"),
         inputs=fields.positions("inputs"),
         scheme=fields.optional_text("scheme"),
@@ -240,16 +237,14 @@ def _layer(data: object, i: int) -> LayerPlan:
 def _refit(data: object) -> RefitRecord | None:
     if data is None:
         return None
-    if not isinstance(data, Mapping):
-        raise DamagedFile(f"plan.refit should be a mapping, not {type(data).__name__}")
-    fields = _Fields(data, "plan.refit")
+    fields = fields_of(data, "plan.refit")
     errors = fields.mapping("errors")
     record = RefitRecord(
         result=fields.text("result"),
-        errors={name: _number(value, "plan.refit.errors") for name, value in errors.items()},
+        errors={name: number_of(value, "plan.refit.errors") for name, value in errors.items()},
         samples=fields.count("samples"),
         layers=tuple(_layer_fit(x, i) for i, x in enumerate(fields.items("layers"))),
-        unfitted=tuple(_pair(x, "plan.refit.unfitted") for x in fields.items("unfitted")),
+        unfitted=tuple(pair_of(x, "plan.refit.unfitted") for x in fields.items("unfitted")),
     )
     fields.end()
     if record.result not in record.errors:
@@ -259,98 +254,13 @@ def _refit(data: object) -> RefitRecord | None:
 
 def _layer_fit(data: object, i: int) -> LayerFit:
     where = f"plan.refit.layers[{i}]"
-    if not isinstance(data, Mapping):
-        raise DamagedFile(f"{where} should be a mapping, not {type(data).__name__}")
-    fields = _Fields(data, where)
+    fields = fields_of(data, where)
     damping = fields.take("damping")
     fit = LayerFit(
         name=fields.text("name"),
-        damping=None if damping is None else _number(damping, f"{where}.damping"),
-        error=_number(fields.take("error"), f"{where}.error"),
-        error_before=_number(fields.take("error_before"), f"{where}.error_before"),
+        damping=None if damping is None else number_of(damping, f"{where}.damping"),
+        error=number_of(fields.take("error"), f"{where}.error"),
+        error_before=number_of(fields.take("error_before"), f"{where}.error_before"),
     )
     fields.end()
     return fit
-
-
-class _Fields:
-    """The fields of a mapping, taken one by one with their types checked."""
-
-    def __init__(self, data: Mapping[str, Any], where: str) -> None:
-        self.data, self.where = dict(data), where
-        self.data.pop("format", None)
-        self.data.pop("version", None)
-
-    def take(self, name: str) -> Any:
-        if name not in self.data:
-            raise DamagedFile(f"{self.where} has no field {name!r}")
-        return self.data.pop(name)
-
-    def end(self) -> None:
-        if self.data:
-            raise DamagedFile(f"{self.where} has a field {shown(min(self.data))} that no plan has")
-
-    def text(self, name: str) -> str:
-        return _text(self.take(name), f"{self.where}.{name}")
-
-    def count(self, name: str) -> int:
-        return _count(self.take(name), f"{self.where}.{name}")
-
-    def share(self, name: str) -> float:
-        value = self.take(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise DamagedFile(f"{self.where}.{name} should be a number from 0 to 1, not {shown(value)}")
-        return float(value)
-
-    def mapping(self, name: str) -> Mapping[str, Any]:
-        value = self.take(name)
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise DamagedFile(f"{self.where}.{name} should be a mapping, not {type(value).__name__}")
-        return value
-
-    def optional_text(self, name: str) -> str | None:
-        # Plans that were written before the field existed do not have it.
-        value = self.data.pop(name, None)
-        return None if value is None else _text(value, f"{self.where}.{name}")
-
-    def items(self, name: str, default: tuple[Any, ...] | None = None) -> list[Any]:
-        value = self.take(name) if default is None else self.data.pop(name, default)
-        if not isinstance(value, (list, tuple)):
-            raise DamagedFile(f"{self.where}.{name} should be a list, not {type(value).__name__}")
-        return list(value)
-
-    def positions(self, name: str) -> tuple[int, ...] | None:
-        value = self.take(name)
-        if value is None:
-            return None
-        where = f"{self.where}.{name}"
-        if not isinstance(value, (list, tuple)):
-            raise DamagedFile(f"{where} should be a list or null, not {type(value).__name__}")
-        result = tuple(_count(x, where) for x in value)
-        if not result or any(a >= b for a, b in pairwise(result)):
-            raise DamagedFile(f"{where} should hold at least one position, in ascending order")
-        return result
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise DamagedFile(f"{where} should be text, not {shown(value)}")
-    return value
-
-
-def _count(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise DamagedFile(f"{where} should be a count, not {shown(value)}")
-    return value
-
-
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DamagedFile(f"{where} should be a number, not {shown(value)}")
-    return float(value)
-
-
-def _pair(value: object, where: str) -> tuple[str, str]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise DamagedFile(f"{where} should hold (layer, reason) pairs, not {shown(value)}")
-    return _text(value[0], where), _text(value[1], where)

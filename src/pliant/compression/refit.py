@@ -131,7 +131,7 @@ class Refitter:
         seen = last.analyse(network, self.example_inputs, self.calibration)
         small = last.apply(network, plan.links[-1], analysis=seen)
         assert refitted.refit is not None
-        record = replace(refitted.refit, errors={**refitted.refit.errors, "rounded": self._error(small)})
+        record = replace(refitted.refit, errors={**refitted.refit.errors, "rounded": self.error(small)})
         return small, replace(plan, refit=record)
 
     def refit(self, small: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
@@ -145,13 +145,13 @@ class Refitter:
             BadInput: a network cannot be called on a batch of the data.
         """
         sites, unfitted = _sites(self.model, small, plan)
-        errors: dict[str, float] = {"cut": self._error(small)}
+        errors: dict[str, float] = {"cut": self.error(small)}
         if errors["cut"] <= _EQUAL:
             return small, replace(plan, refit=RefitRecord("cut", errors, self.calibration.samples))
         states: dict[str, nn.Module] = {"cut": small}
         network, seen = self._observe(small, sites, estimate=normalises(small))
         if normalises(small):
-            states["reestimated"], errors["reestimated"] = network, self._error(network)
+            states["reestimated"], errors["reestimated"] = network, self.error(network)
         # Where little was cut, the dense statistics are better than any estimate, and stay.
         estimate = errors.get("reestimated", math.inf) < errors["cut"]
         if normalises(small) and not estimate:
@@ -167,13 +167,48 @@ class Refitter:
             fits = _fit_all(network, seen, cuts, None if estimate else small)
         if fits:
             network = reestimate_batchnorm(network, self.calibration) if estimate else network
-            errors["refitted"], states["refitted"] = self._error(network), network
+            errors["refitted"], states["refitted"] = self.error(network), network
         best = min(errors, key=errors.__getitem__)
         silent = [
             (site.name, _BROKEN if site.name in seen.sums else _UNSEEN) for site in sites if site.name not in fits
         ]
         record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
         return states[best], replace(plan, refit=record)
+
+    def centre(self, network: nn.Module, plan: Plan) -> nn.Module:
+        """Return a copy of a network with biases that give every layer the mean outputs of the dense one.
+
+        Args:
+            network: a network of the shapes of ``plan``.
+            plan: the plan.
+        """
+        new = copy.deepcopy(network)
+        found = {site.name: (site, linear_map(new, site.name)) for site in _sites(self.model, network, plan)[0]}
+        biases = {name: (site, each.bias) for name, (site, each) in found.items() if each and each.bias is not None}
+        missed: dict[str, list[Tensor]] = {}
+        calls: dict[str, int] = {}
+        piece = 0
+
+        def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
+            site, call = biases[name][0], calls.get(name, 0)
+            calls[name] = call + 1
+            known = self._reference[0].get((site.source, piece), [])
+            if call < len(known) and not self.calibration.held_out(piece):
+                y = known[call].outputs
+                y = y if site.kept is None else y[:, site.kept.to(y.device)]
+                missed.setdefault(name, []).append((y - output_rows(layer, output, known[call].rows)).mean(0))
+
+        probe = copy.deepcopy(network).eval()
+        with observing(probe, biases, watch):
+            for piece, inputs in enumerate(self.calibration.inputs() if biases else ()):
+                calls.clear()
+                call_on(probe, inputs, self.calibration.batch_of[piece])
+        for name, means in missed.items():
+            bias = biases[name][1]
+            assert bias is not None
+            shift = torch.stack(means).mean(0)
+            bias += torch.where(shift.isfinite(), shift, 0.0)
+        return new
 
     @cached_property
     def _reference(self) -> tuple[dict[tuple[str, int], list[_Target]], dict[int, list[Tensor]]]:
@@ -199,26 +234,28 @@ class Refitter:
                     outputs[piece] = [x for x in result if x.is_floating_point()]
         return targets, outputs
 
-    def _error(self, small: nn.Module) -> float:
+    def error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
+        missed = 0.0
         with unfused():
-            results = {
-                piece: call_on(probe, inputs, self.calibration.batch_of[piece])
-                for piece, inputs in enumerate(self.calibration.inputs())
-                if self.calibration.held_out(piece)
-            }
-        expected = self._reference[1]
-        missed = sum(
-            float(torch.where(x == y, 0.0, x.double() - y.double()).square().sum())  # infinite in masked logits
-            for piece, outputs in expected.items()
-            for x, y in zip((x for x in results[piece] if x.is_floating_point()), outputs, strict=True)
-        )
-        energy = sum(_energy(outputs) for outputs in zip(*expected.values(), strict=True))
+            for piece, inputs in enumerate(self.calibration.inputs()):
+                if not self.calibration.held_out(piece):
+                    continue
+                got = [x for x in call_on(probe, inputs, self.calibration.batch_of[piece]) if x.is_floating_point()]
+                for x, y in zip(got, self._reference[1][piece], strict=True):
+                    rest = torch.where(x == y, 0.0, x.double() - y.double())  # both are infinite in masked logits
+                    missed += float(rest.square().sum())
+        error = missed / self._energy if self._energy else missed
+        return error if math.isfinite(error) else sys.float_info.max
+
+    @cached_property
+    def _energy(self) -> float:
+        """The energy of the dense outputs on the held-out pieces."""
+        energy = sum(_energy(outputs) for outputs in zip(*self._reference[1].values(), strict=True))
         if not math.isfinite(energy):
             raise BadInput("the outputs of the dense network on the calibration data hold NaN")
-        error = missed / energy if energy else missed
-        return error if math.isfinite(error) else sys.float_info.max
+        return energy
 
     def _observe(self, network: nn.Module, sites: list[_Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
         """Run a network on all pieces, and return what its sites have seen.
@@ -352,8 +389,9 @@ def _fit_all(network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn
                 found.bias.copy_(result.bias.flatten())
         if dense is not None and bias is None and name in seen.absorbed:
             missing = fitted.mean_y - (result.weight @ fitted.mean_x.unsqueeze(2)).squeeze(2)  # (groups, filters)
-            mean = network.get_buffer(f"{seen.absorbed[name]}.running_mean")
-            mean.copy_(dense.get_buffer(f"{seen.absorbed[name]}.running_mean") - missing.flatten())
+            norm, own = network.get_submodule(seen.absorbed[name]), dense.get_submodule(seen.absorbed[name])
+            if isinstance(norm.running_mean, Tensor) and isinstance(own.running_mean, Tensor):  # else of each batch
+                norm.running_mean.copy_(own.running_mean - missing.flatten())
         fits[name] = LayerFit(name, result.damping, result.error, result.error_before)
     return fits
 

@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from pliant.compression.base import check_ratio
-from pliant.compression.budgets import Budget, one_budget
+from pliant.compression.budgets import Budget
 from pliant.compression.by_name import check_names
 from pliant.compression.controls import AT_LEAST
+from pliant.compression.ladder import LADDER, check_ladder
 from pliant.compressor_names import (
     CALIBRATION,
     LOSS,
@@ -25,13 +26,13 @@ from pliant.compressor_names import (
     names_in_help,
     takes_pattern,
 )
-from pliant.errors import BadInput
+from pliant.errors import BadInput, shown
 from pliant.experiments.controls import AUTO, controls_of
 from pliant.experiments.run_folder import CONFIG, RECORD, SHAPE, Run, write_config
 from pliant.experiments.sweep import PATTERN, describe
 from pliant.experiments.workbench import Workbench, pattern_compressor
 from pliant.files import making_folder, remove_leftovers, write_text
-from pliant.storage import PLAN, WEIGHTS, save_weights, write_plan
+from pliant.storage import PLAN, WEIGHTS, limit_of, save_weights, write_elastic, write_plan
 
 
 @names_in_help
@@ -57,11 +58,15 @@ def compress_run(
     layer_ratios: str | Mapping[str, float] | None = None,
     refit: bool = True,
     importance: str = AUTO,
+    elastic: bool = False,
+    ladder: str | Sequence[float] | None = None,
     out: str | None = None,
 ) -> Path:
     """Compress a trained network to one size, without retraining, and write it to a folder.
 
     The size is a ratio or one budget. A budget gives the largest network that meets it; max_drop gives the smallest.
+
+    With --elastic, one folder holds all sizes instead.
 
     The folder holds model.safetensors, plan.json (the kept parts), record.json (the measurements), config.yaml and
     shape.json.
@@ -93,6 +98,9 @@ def compress_run(
         importance: how compressors choose what goes: by what the rest cannot make up for on the calibration images
             (auto, loss), or by the weights alone: l2 or l1 for filters and heads, bn for filters, magnitude for weights
             and nm.
+        elastic: write every size into one folder, for filters or heads; pliant.load and pliant export take sizes of it.
+        ladder: with elastic, the shares of the parameters at which the weights are refitted; by default
+            0.7,0.5,0.3,0.2,0.1, of which the last is the smallest size.
         out: folder to make; by default RUN-COMPRESSOR-RATIO next to the run, with unusual options in between, as in
             RUN-rank-channel-uniform-0.5.
 
@@ -119,7 +127,11 @@ def compress_run(
         "max_latency_ms": max_latency_ms,
         "max_drop": max_drop,
     }
-    budget = None if all(limit is None for limit in limits.values()) else one_budget(**limits)
+    budget = limit_of(**limits)
+    shares = _ladder(ladder, elastic)
+    if elastic and (ratio is not None or pattern is not None or budget is not None):
+        given = budget.kind if budget is not None else "pattern" if ratio is None else "ratio"
+        raise BadInput(f"--elastic holds every size: --{given} is for a folder of one size, and for pliant export")
     if budget is not None and (ratio is not None or patterned):
         raise BadInput(f"{'a pattern' if patterned else '--ratio'} and --{budget.kind} exclude each other")
     check_pattern(compressor, pattern, ratio=ratio)
@@ -134,6 +146,8 @@ def compress_run(
     options |= {"whiten": whiten, "scheme": scheme, "controls": controls, "refit": refit, "importance": importance}
     bench = Workbench(source, compressor, **options)
     label = str(budget).replace("=", "") if budget else size["pattern"].replace(":", "of") or f"{ratio:g}"
+    if elastic:
+        label = "elastic"
     if max_drop is not None and precision != "auto":  # the accuracy is measured in this precision
         label = f"{precision}-{label}"
     folder = Path(out) if out else source.path.resolve().with_name(_name(bench, label))
@@ -142,8 +156,39 @@ def compress_run(
         raise BadInput(f"--out: {folder} exists: choose another --out, or remove it")
     if (source.path / PLAN).exists():
         raise BadInput(f"{run} is compressed already: give the run folder it was made from")
-    _write(folder, bench, size, budget)
+    if elastic:
+        _write_elastic(folder, bench, shares)
+    else:
+        _write(folder, bench, size, budget)
     return folder
+
+
+def _ladder(ladder: str | Sequence[float] | None, elastic: bool) -> tuple[float, ...]:
+    """Return the shares of a ladder, which the shell gives as text."""
+    if ladder is None:
+        return LADDER
+    if not elastic:
+        raise BadInput("--ladder is for --elastic")
+    try:
+        shares = [float(part) for part in ladder.split(",")] if isinstance(ladder, str) else ladder
+    except ValueError:
+        raise BadInput(f"--ladder has shares such as 0.5,0.2, separated by commas; got {shown(ladder)}") from None
+    return check_ladder(shares)
+
+
+def _write_elastic(folder: Path, bench: Workbench, ladder: Sequence[float]) -> None:
+    """Make the folder that holds every size, and say what it holds."""
+    source = bench.run
+    with making_folder(folder) as fresh:
+        made = bench.elastic(ladder)
+        write_elastic(source.load(), made, fresh)
+        write_config(fresh / CONFIG, source.config)
+        shutil.copyfile(source.path / SHAPE, fresh / SHAPE)
+        size = sum(file.stat().st_size for file in fresh.iterdir())
+        dense = (fresh / WEIGHTS).stat().st_size
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(str(made), markup=False)
+    console.print(f"{folder}  {size:,} bytes, {size / dense:.2f} times those of the dense network", markup=False)
 
 
 def _write(folder: Path, bench: Workbench, size: dict[str, Any], budget: Budget | None) -> None:

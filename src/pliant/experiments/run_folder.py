@@ -25,7 +25,7 @@ from pliant.experiments.data.images import ImageData, load_data
 from pliant.experiments.models import build_model
 from pliant.files import sha256, write_text
 from pliant.jsonl import read_lines
-from pliant.storage import PLAN, WEIGHTS, load_weights, rebuild
+from pliant.storage import PLAN, WEIGHTS, limit_of, load_weights, rebuild, rebuild_sized
 
 CONFIG, SHAPE, LOG, RECORD = "config.yaml", "shape.json", "train.jsonl", "record.json"
 _REQUIRED = ("data", "model", "method", "seed")
@@ -130,17 +130,36 @@ def _seconds(entry: dict[str, Any]) -> float:
     return float(seconds)
 
 
-def load(path: str | Path) -> nn.Module:
+def load(
+    path: str | Path,
+    *,
+    keep_params: float | None = None,
+    keep_macs: float | None = None,
+    max_bytes: int | None = None,
+    max_latency_ms: float | None = None,
+) -> nn.Module:
     """Return the network of a run folder, or of a folder that ``pliant compress`` wrote, in eval mode on the CPU.
 
-    Nothing is unpickled: the network is rebuilt, compressed according to its plan, and gets the stored weights.
+    Nothing is unpickled: the network is rebuilt, compressed according to its plan, and gets the stored weights. A
+    folder by ``pliant compress --elastic`` holds every size, see :func:`pliant.rebuild`; without a limit the network is
+    the dense one.
+
+    Args:
+        path: the folder.
+        keep_params, keep_macs, max_bytes, max_latency_ms: at most one limit, for a folder that holds every size; the
+            result is the largest network that meets it.
 
     Raises:
-        DamagedFile: the folder is neither of the two, or is damaged.
-        BadInput: the plan's compressor belongs to a package that is not installed.
+        DamagedFile: the folder is none of these, or is damaged.
+        BadInput: the plan's compressor belongs to a package that is not installed, there is more than one limit, or
+            there is one and the folder holds a single size.
+        Refused: the limit is out of reach.
     """
     path = Path(path)
     run = Run.open(path)
+    budget = limit_of(keep_params=keep_params, keep_macs=keep_macs, max_bytes=max_bytes, max_latency_ms=max_latency_ms)
+    if budget is not None:
+        return rebuild_sized(run.build(), path, budget)[0]
     return rebuild(run.build(), path) if (path / PLAN).exists() else run.load()
 
 

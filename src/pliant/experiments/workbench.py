@@ -23,6 +23,8 @@ from pliant.compression import Chain, Compressor, Magnitude, Plan, SemiStructure
 from pliant.compression.base import option_names
 from pliant.compression.by_name import allocation_of, check_names, class_named, row_of, unit_of
 from pliant.compression.calibration import Calibration
+from pliant.compression.elastic import Elastic
+from pliant.compression.ladder import make_elastic
 from pliant.compression.refit import Refitter
 from pliant.compressor_names import (
     CALIBRATION,
@@ -191,6 +193,11 @@ class Workbench:
         plan = budgets.fit(self.dense, compressor, image, budget, self._analysis(compressor), accuracy, finished)
         raw = compressor.apply(self.dense, plan, analysis=self._analysis(compressor))
         return self._measured(raw, *self._finished(raw, plan, compressor), plan.ratio, "", budget=str(budget))
+
+    def elastic(self, ladder: Sequence[float]) -> Elastic:
+        """Return what makes every size of the network from its dense weights, refitted on the calibration images."""
+        compressor = self._compressor(0.5)
+        return make_elastic(self.dense, compressor, self._images(LATENCY_BATCH), self._calibration_images, ladder)
 
     def _analysis(self, compressor: Compressor[Any]) -> Any:
         key = repr(compressor.at(0.5)) if compressor.has_ratio else type(compressor)
