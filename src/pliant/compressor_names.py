@@ -204,14 +204,20 @@ def variant_in_words(name: str) -> list[str]:
     return [_WORDS.get(word, word) for word in words if word]
 
 
+def norm_of(compressor: str) -> str:
+    """Return the importance by weights alone of the first link that has one; empty if none has."""
+    rows = [COMPRESSORS[link] for link in compressor.split("+") if link in COMPRESSORS]
+    return next((row.norm for row in rows if row.norm), "")
+
+
 def shell_flags(name: str) -> list[str] | None:
     """Return the flags with which the shell makes the variant that a record names; None if it cannot.
 
     The controls are left out: names hold them without dashes.
     """
     compressor, *words = name.split("-")
-    rank, links = factorises(compressor), compressor.split("+")
-    norm = next((COMPRESSORS[link].norm for link in links if link in COMPRESSORS and COMPRESSORS[link].norm), "")
+    rank = factorises(compressor)
+    norm = norm_of(compressor)
     choices = [word for word in words if norm and word in (LOSS, *_CHOICES)]
     others = [word for word in words if word not in (*choices, WHITENED, REFIT) and "=" not in word]
     if len(others) > rank or len(choices) > 1 or not set(others) <= {*SCHEMES, "best"}:

@@ -157,6 +157,8 @@ class Chain(Compressor[Linked]):
         """Carry out the plans of the links in order."""
         for i, (link, part) in enumerate(zip(self.links, plan.links, strict=True)):
             known = None if analysis is None else analysis.known(i, plan.links[:i])
+            if known is None and analysis is not None and analysis.calibration is not None:
+                known = self._analysis(i, model, plan.links[:i], analysis)  # another size was planned since
             model = link.apply(model, part, analysis=known)
         return model
 

@@ -161,7 +161,8 @@ def _error(held: Sums, weight: Tensor, bias: Tensor | None, *, centred: bool) ->
     if not centred:
         rest = held.mean_y - (weight @ held.mean_x.unsqueeze(2)).squeeze(2)
         missed += (rest if bias is None else rest - bias).square().sum()
-    return float(missed / energy.clamp(min=torch.finfo(energy.dtype).tiny))
+    limits = torch.finfo(energy.dtype)
+    return float((missed / energy.clamp(min=limits.tiny)).clamp(max=limits.max))  # finite, for plans
 
 
 def _solve(second: Tensor, cross: Tensor, cut: Tensor, damping: Tensor, fixed: Tensor) -> Tensor | None:

@@ -33,6 +33,7 @@ from pliant.compressor_names import (
     SCHEME,
     TITLE,
     factorises,
+    norm_of,
     parse_pattern,
     record_name,
     resolve_scheme,
@@ -105,7 +106,7 @@ class Workbench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         precision = run.config.get("precision", "auto") if precision == "auto" else precision
         self.precision = measuring.resolve_precision(precision, self.device)
-        self._analyses: dict[type, Any] = {}
+        self._analyses: dict[Any, Any] = {}
         self._seconds = {"choosing": 0.0, "refitting": 0.0}  # of all analyses, of the last refit
 
     @property
@@ -136,7 +137,7 @@ class Workbench:
             ratio: share to remove.
             pattern: for nm, the pattern; ratio 0 without a pattern is the dense network.
             refine: maps the compressed network, and the number of earlier calls, to the network to measure instead.
-                That takes the place of the refit.
+                That takes the place of the refit, and what looks at data only because of ``importance`` goes by norms.
             ratios_before: ratios to compress to and refine at first, in order. This is for compressors that zero
                 weights, because all their ratios are shares of the dense network.
 
@@ -146,7 +147,7 @@ class Workbench:
         """
         small = self.dense
         for index, share in enumerate((*ratios_before, ratio)):
-            compressor = self._compressor(share, pattern)
+            compressor = self._compressor(share, pattern, by_norm=refine is not None)
             small, plan = self._compressed(small, compressor)
             if refine is not None:
                 small = refine(small, index)
@@ -199,12 +200,12 @@ class Workbench:
         return make_elastic(self.dense, compressor, self._images(LATENCY_BATCH), self._calibration_images, ladder)
 
     def _analysis(self, compressor: Compressor[Any]) -> Any:
-        kind = type(compressor)
-        if kind not in self._analyses:
+        key = repr(compressor.at(0.5)) if compressor.has_ratio else type(compressor)
+        if key not in self._analyses:
             began = time.perf_counter()
-            self._analyses[kind] = compressor.analyse(self._reference, self._images(2), self._seen)
+            self._analyses[key] = compressor.analyse(self._reference, self._images(2), self._seen)
             self._seconds["choosing"] += time.perf_counter() - began
-        return self._analyses[kind]
+        return self._analyses[key]
 
     @property
     def _seen(self) -> Iterable[Any] | None:
@@ -320,19 +321,20 @@ class Workbench:
     def _refitter(self) -> Refitter:
         return Refitter(self._reference, self._images(2), self._calibration)
 
-    def _compressor(self, ratio: float, pattern: str = "") -> Compressor[Any]:
+    def _compressor(self, ratio: float, pattern: str = "", by_norm: bool = False) -> Compressor[Any]:
+        importance = norm_of(self.compressor) if by_norm and self.choice == LOSS else self.importance
+        chosen = importances_of(self.compressor, importance)
         if takes_pattern(self.compressor):
-            chosen = importances_of(self.compressor, self.importance)
             options: Mapping[str, Any] = {"importance": chosen[self.compressor]} if chosen else {}
             # Without a pattern it is the dense network.
             return pattern_compressor(pattern, **options) if pattern else Magnitude(ratio=0.0, **options)
-        links = [self._link(name) for name in self.compressor.split("+")]
+        links = [self._link(name, chosen) for name in self.compressor.split("+")]
         return (links[0] if len(links) == 1 else Chain(*links)).at(ratio)
 
-    def _link(self, name: str) -> Compressor[Any]:
+    def _link(self, name: str, chosen: Mapping[str, str]) -> Compressor[Any]:
         kind = class_named(name)
         options: dict[str, Any] = {}
-        if name in (chosen := importances_of(self.compressor, self.importance)):
+        if name in chosen:
             options["importance"] = chosen[name]
         if "allocation" in option_names(kind):
             options["allocation"] = self.allocation

@@ -80,7 +80,7 @@ def test_names_tell_trials_views_and_tasks_apart():
 
 
 def test_a_retrained_network_is_trained_again(tmp_path: Path):
-    measure = {"filters": (Measure("filters", ((0.5, ""),)),)}
+    measure = {"filters": (Measure("filters", ((0.5, ""),), importance="l2"),)}
     plain = list(perform(a_job(families=measure), tmp_path))
     again = list(perform(a_job(families=measure, retraining="LLR", retraining_epochs=3), tmp_path))
     assert isinstance(plain[0], Record)
@@ -104,7 +104,9 @@ def test_iterative_magnitude_pruning_retrains_at_each_of_its_sizes(tmp_path: Pat
     assert small[0].val_top1 != small[1].val_top1
     assert small[0].nonzero == small[1].nonzero
     # Without anything learned in between, several rounds choose the weights that one round does.
-    bench = Workbench(Run.open(tmp_path / "runs" / once.training), "weights", calibration=64, refit=False)
+    bench = Workbench(
+        Run.open(tmp_path / "runs" / once.training), "weights", calibration=64, refit=False, importance="magnitude"
+    )
     seen = []
 
     def watch(network: nn.Module, rounds_before: int) -> nn.Module:

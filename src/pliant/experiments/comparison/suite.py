@@ -106,8 +106,8 @@ class Retraining:
     """The references that may train again: networks of one method, compressed, then retrained.
 
     Compression and training take one round; if weights become zeros also several, those of ``rounds``: iterative
-    magnitude pruning. The training takes the place of the refit; the records are named after the family's first measure
-    all the same, beside which they are shown.
+    magnitude pruning. What goes is chosen by norms, and the training takes the place of the refit; the records are
+    named after the family's first measure all the same, beside which they are shown.
     """
 
     method: str
