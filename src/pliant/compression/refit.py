@@ -202,7 +202,7 @@ class Refitter:
                     best, least = network, error
                 break
             best, least = network, error
-        return best, least, fits
+        return best, least, {site.name: fits[site.name] for site in sites if site.name in fits}
 
     def _is_cut(self, small: nn.Module, site: _Site) -> bool:
         """Return whether the weight of a map is another one than in the dense network, apart from lost outputs."""
@@ -210,7 +210,10 @@ class Refitter:
         if now is None or before is None or site.name != site.source or now.weight.dim() != before.weight.dim():
             return True
         weight = before.weight if site.kept is None else before.weight[site.kept.to(before.weight.device)]
-        return now.weight.shape != weight.shape or not torch.equal(now.weight, weight)
+        if now.weight.shape != weight.shape:
+            return True
+        left = (now.weight != 0).flatten(1).any(1)  # a mask removes filters by zeros
+        return not torch.equal(now.weight[left], weight[left])
 
     def centre(self, network: nn.Module, plan: Plan) -> nn.Module:
         """Return a copy of a network with biases that give every layer the mean outputs of the dense one.
