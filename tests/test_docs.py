@@ -274,7 +274,7 @@ def test_a_package_extends_pliant_as_described(tmp_path: Path) -> None:
         run("-m", *line)
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {(r["data"], r["model"], r["method"], r["compressor"]) for r in records} == {
-        ("stripes", "patches", method, "kernels") for method in ("l1", "sfw-weights")
+        ("stripes", "patches", method, "kernels-refit") for method in ("l1", "sfw-weights")
     }
     assert "Kernels zeroed" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

@@ -79,11 +79,11 @@ class Record:
     compressor: str
     """Family of the compressor (``filters``, ``heads``, ``rank``, ``weights``, ``nm``, or a chain of them such as
     ``filters+rank``), then any variant after dashes: ``filters-loss-refit``, see
-    :func:`~pliant.compressor_names.record_name`."""
+    ``record_name`` in ``compressor_names``."""
     ratio: float
     """Requested share of the compressible parameters to remove; 0 is the dense network."""
     top1: float
-    """Test accuracy of the network as it is delivered: refitted, or with re-estimated BatchNorm statistics only."""
+    """Test accuracy of the network as it is delivered, refitted or with re-estimated BatchNorm statistics only."""
     top1_raw: float
     """Test accuracy as compressed."""
     top1_dense: float
@@ -121,7 +121,7 @@ class Record:
     val_top1_reestimated: float | None = None
     """Validation accuracy of the same network."""
     refit: dict[str, Any] | None = None
-    """What the refit decided on calibration images that were held out: its ``result`` ("refitted", "reestimated" or
+    """What the refit decided on calibration images that were held out, with its ``result`` ("refitted", "reestimated" or
     "cut"), the ``errors`` of the outputs for each of these, the number of ``samples``, and the ``seconds`` of choosing
     what goes, once for all sizes, and of refitting; None without a refit."""
     nonzero_dense: int | None = None

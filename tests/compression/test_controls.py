@@ -66,6 +66,13 @@ def plans(case: str, allocation: str, ratios: tuple[float, ...], **controls: Any
     return made
 
 
+def largest_useful(case: str) -> dict[str, int]:
+    """Return layer → the largest rank that makes it smaller, of which shares are taken; nothing for other kinds."""
+    kind, build = CASES[case]
+    layers = kind().analyse(*build()).layers if kind is LowRank else {}
+    return {name: spectrum.max_rank for name, (spectrum,) in layers.items()}
+
+
 def counts(plan: Plan) -> dict[str, tuple[int, int]]:
     """Return layer → (kept, total)."""
     return {layer.name: (layer.kept, layer.total) for layer in plan.layers}
@@ -106,10 +113,8 @@ def test_the_numbers_that_a_layer_may_keep(total: int, controls: dict[str, Any],
 @every_allocation
 def test_by_default_no_layer_keeps_less_than_a_twentieth(case: str, allocation: str) -> None:
     *_, smallest = plans(case, allocation, (0.5, 0.999))
-    if case.startswith("rank"):  # a twentieth of the largest rank that saves anything: about so many parameters
-        assert all(layer.params > 0.045 * layer.params_dense for layer in smallest.layers)
-    else:
-        assert all(kept >= 0.05 * total for kept, total in counts(smallest).values())
+    useful = largest_useful(case)
+    assert all(kept >= 0.05 * useful.get(name, total) for name, (kept, total) in counts(smallest).items())
     assert smallest.floored
     kept = {name: kept for name, (kept, total) in counts(smallest).items() if kept < total}
     assert {name for name in smallest.floored if name in kept}
@@ -136,9 +141,8 @@ def test_floors_and_ceilings_hold_at_every_ratio(case: str, allocation: str) -> 
         for name, (kept, total) in counts(plan).items():
             if name not in dense and not case.startswith("rank"):
                 assert 0.25 <= kept / total <= 0.75, name
-        if case.startswith("rank"):
-            shares = [layer.params / layer.params_dense for layer in plan.layers if layer.name not in dense]
-            assert all(0.2 <= share for share in shares)
+        for name, rank in largest_useful(case).items():
+            assert counts(plan)[name][0] >= 0.25 * rank
     assert made[0].ratio_removed <= made[1].ratio_removed <= made[2].ratio_removed
     assert plans(case, allocation, (0.0,), at_most=0.5)[0].ratio_removed == 0
 

@@ -97,7 +97,7 @@ def test_resume_leaves_finished_work_alone(tmp_path: Path) -> None:
     before = (run / "model.safetensors").stat()
     train(out=str(run), resume=True)
     assert (run / "model.safetensors").stat() == before
-    small = compress_run(run, "weights", ratio=0.5, calibration=2, out=str(tmp_path / "small"))
+    small = compress_run(run, "weights", ratio=0.5, importance="magnitude", refit=False, out=str(tmp_path / "small"))
     with pytest.raises(BadInput, match="compressed network, not a run"):
         train(out=str(small), resume=True)
     with pytest.raises(BadInput, match="compressed already"):
@@ -106,7 +106,7 @@ def test_resume_leaves_finished_work_alone(tmp_path: Path) -> None:
 
 def test_loading_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = quick(tmp_path / "run", epochs=1)
-    small = compress_run(run, "filters", ratio=0.5, calibration=2, out=str(tmp_path / "small"))
+    small = compress_run(run, "filters", ratio=0.5, importance="l2", refit=False, out=str(tmp_path / "small"))
     monkeypatch.setattr("pliant.experiments.run_folder.load_data", None)
     assert load(run)(torch.zeros(1, 1, 8, 8)).shape == load(small)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
     for content, message in ((b"{", "damaged"), (b"[1]", "damaged"), (None, "missing")):

@@ -100,13 +100,14 @@ def test_a_folder_that_was_being_replaced_comes_back(
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 TRAIN = "train --model mlp --width 0.1 --method sfw-filters --epochs 3 --batch_size 256 --checkpoint_steps 2 --out run"
-SWEEP = "sweep base --compressor weights --ratios 0,0.5,0.9 --calibration 64 --out records.jsonl"
+PLAIN = "--refit false --importance magnitude"  # a kill hits the same files, sooner
+SWEEP = f"sweep base --compressor weights --ratios 0,0.5,0.9 --calibration 64 {PLAIN} --out records.jsonl"
 COMPRESS = "compress base --compressor filters --ratio 0.5 --calibration 512 --out small"
 COMPARE = "compare small.yaml --out compared"
 SUITE = """
 settings: {model: mlp, width: 0.1, epochs: 2, batch_size: 512}
 seeds: [0]
-families: {weights: [{compressor: weights, ratios: [0, 0.5]}]}
+families: {weights: [{compressor: weights, ratios: [0, 0.5], refit: false, importance: magnitude}]}
 methods: {sgd: {families: [weights], trials: {lr: [0.1, 0.01]}}}
 calibration: 64
 """
@@ -125,7 +126,8 @@ def train_result(folder: Path) -> Any:
 
 def timeless(path: Path) -> list[Record]:
     untold: dict[str, Any] = {"latency_s": 1.0, "latency_dense_s": 1.0, "created": "", "cost": None}
-    return [dataclasses.replace(record, **untold) for record in read_records(path)]
+    records = [dataclasses.replace(record, **untold) for record in read_records(path)]
+    return [dataclasses.replace(x, refit=x.refit and {**x.refit, "seconds": None}) for x in records]
 
 
 def sweep_result(folder: Path) -> Any:

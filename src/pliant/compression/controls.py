@@ -90,7 +90,11 @@ class Controlled(Compressor[A]):
             total: number of parts of the dense layer.
             useful: the largest number of parts at which the layer gets smaller, of which ``at_least`` is a share.
         """
-        least = total if total < 1 else max(1, _count(self.at_least, useful or total, math.ceil))
+        least = (
+            total
+            if total < 1
+            else max(1, _count(self.at_least, total if isinstance(self.at_least, int) else useful or total, math.ceil))
+        )
         most = _count(self.at_most, total, math.floor)
         step = self.multiple_of
         counts = [total, *range((total - 1) // step * step, -(-least // step) * step - 1, -step)]

@@ -26,6 +26,7 @@ from pliant.compression.moments import gram
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """The λ that are tried, in units of the mean of E[x_i²] over the columns that are not zero."""
 _CONSTANT = 1e-7  # share of E[x_i²] below which the variance of x_i is taken for zero
+_ROUNDING = 1e-9  # a gain below this share of the outputs' energy may be rounding, and decides nothing
 _STEPS = 50  # of conjugate gradients: enough for float32 accuracy at the smallest damping that matters
 
 
@@ -149,6 +150,8 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
     before = error(now, bias)
     errors = [before, *(error(weight, offset_of(weight)) for _, weight in candidates[1:])]
     best = min(range(len(errors)), key=errors.__getitem__)
+    if errors[best] > before - _ROUNDING:
+        best = 0
     chosen, weight = candidates[best]
     return Fit(weight, bias if best == 0 else offset_of(weight), chosen, errors[best], before)
 

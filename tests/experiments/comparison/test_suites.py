@@ -135,7 +135,7 @@ def test_controls_make_a_measure_of_their_own():
     assert plain.controls == {}
     assert controlled.controls == {"multiple_of": 8, "keep": ["fc"], "at_least": 1, "ratios": {"conv1": 0.5}}
     assert kept.controls == {"keep": ["fc", "a.*"]}
-    assert plain.name == "filters"
+    assert plain.name == "filters-loss-refit"
     assert len({measure.key(0.5, "") for measure in (plain, controlled, kept)}) == 3
 
 

@@ -104,7 +104,8 @@ def test_an_installed_package_gives_it_a_name(
 def test_a_run_on_it_is_trained_swept_and_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "--data", "own_sets:squares", "--model", "mlp", "--epochs", "1", "--batch_size", "16"]
     assert main([*train, "--out", "run"]) == 0
-    sweep = ["sweep", "run", "--compressor", "weights", "--ratios", "0,0.5", "--calibration", "16"]
+    sweep = ["sweep", "run", "--compressor", "weights", "--ratios", "0,0.5", "--refit", "false"]
+    sweep += ["--importance", "magnitude"]
     assert main([*sweep, "--out", "records.jsonl"]) == 0
     assert {record.data for record in read_records("records.jsonl")} == {"own_sets:squares"}
     assert pliant.load("run")(torch.zeros(3, 1, 8, 8)).shape == (3, 2)
@@ -112,10 +113,11 @@ def test_a_run_on_it_is_trained_swept_and_loaded(capsys: pytest.CaptureFixture[s
 
 
 def test_a_suite_takes_it(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = {"refit": False, "importance": "magnitude"}
     suite: dict[str, Any] = {
         "settings": {"data": "own_sets:row", "model": "mlp", "epochs": 1, "batch_size": 16, "precision": "fp32"},
         "seeds": [0],
-        "families": {"weights": [{"compressor": "weights", "ratios": [0, 0.5]}]},
+        "families": {"weights": [{"compressor": "weights", "ratios": [0, 0.5], **plain}]},
         "methods": {"sgd": {"families": ["weights"], "trials": [{"lr": 0.1}]}},
         "calibration": 16,
     }
