@@ -332,7 +332,8 @@ def test_a_method_joins_a_comparison_that_does_not_name_it(monkeypatch: pytest.M
     assert len([line for line in searched if line["label"] == "sgd"]) == 4
     records = pliant.read_records("out/records.jsonl")
     own_records = [record for record in records if record.method == label]
-    assert {(record.seed, record.compressor) for record in own_records} == {(0, "weights-loss-refit"), (1, "weights-loss-refit")}
+    assert {record.seed for record in own_records} == {0, 1}
+    assert {record.compressor for record in own_records} == {"weights-loss-refit"}
     assert all(record.config["noise"] == 0.5 for record in own_records)
     assert label in Path("out/report.md").read_text().replace("\\", "")
     assert {name for name in trained("out") if name.startswith("my_noisy_noisy,lr=")}
