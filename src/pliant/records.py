@@ -122,8 +122,8 @@ class Record:
     """Validation accuracy of the same network."""
     refit: dict[str, Any] | None = None
     """What the refit decided on calibration images that were held out, with its ``result`` ("refitted", "reestimated"
-    or "cut"), the ``errors`` of the outputs for each of these, the number of ``samples``, and the ``seconds`` of choosing
-    what goes, once for all sizes, and of refitting; None without a refit."""
+    or "cut"), the ``errors`` of the outputs for each of these, the number of ``samples``, and the ``seconds`` of
+    choosing what goes, once for all sizes, and of refitting; None without a refit."""
     nonzero_dense: int | None = None
     """None if it was not recorded."""
     latency_batch: int = 1
