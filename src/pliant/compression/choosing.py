@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pliant.compression.calibration import Calibration
 from pliant.compression.elimination import Curve, Reader, elimination_order
-from pliant.compression.moments import Moment, by_channel, input_moments
+from pliant.compression.moments import Moment, by_channel, input_moments, moment_bytes
 from pliant.compression.observing import linear_map
 from pliant.structure import ChannelGroup, Slot
 
@@ -60,8 +60,9 @@ def _parts(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[Ch
 
 
 def _moment_bytes(model: nn.Module, name: str) -> int:
-    columns = _matrix(model, name)[0].shape[1]
-    return 8 * columns * columns
+    found = linear_map(model, name)
+    assert found is not None  # consumers are layers with weights
+    return moment_bytes(found.layer, found.weight)
 
 
 def _reader(model: nn.Module, slot: Slot, moment: Moment | None) -> Reader:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pliant.compression.calibration import Calibration
-from pliant.compression.moments import Moment, by_channel, input_moments
+from pliant.compression.moments import Moment, by_channel, input_moments, moment_bytes
 from pliant.compression.observing import LinearMap, linear_map
 
 MEMORY = 1 << 30  # bytes of moments that are held at a time; the data is read again for more
@@ -127,7 +127,7 @@ def _parts(model: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
     for name in names:
         found = linear_map(model, name)
         assert found is not None  # layers have weights
-        bytes_ = _moment_bytes(found)
+        bytes_ = moment_bytes(found.layer, found.weight)
         if part and size + bytes_ > MEMORY:
             yield part
             part, size = [], 0
@@ -135,16 +135,6 @@ def _parts(model: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
         size += bytes_
     if part:
         yield part
-
-
-def _moment_bytes(found: LinearMap) -> int:
-    if isinstance(found.layer, _ConvTransposeNd):
-        columns = len(found.weight) // _groups(found)
-    else:
-        columns = found.weight[0].numel()
-        if by_channel(found.layer, found.weight):
-            columns = found.weight.shape[1]
-    return 8 * _groups(found) * columns**2
 
 
 def _groups(found: LinearMap) -> int:

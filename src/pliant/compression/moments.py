@@ -79,10 +79,20 @@ def by_channel(layer: nn.Module, weight: Tensor) -> bool:
 
 def too_wide(layer: nn.Module, weight: Tensor) -> bool:
     """Return whether a map has too many columns, or channels, for a moment."""
+    return moment_width(layer, weight) > MAX_COLUMNS["linear"]
+
+
+def moment_width(layer: nn.Module, weight: Tensor) -> int:
+    """Return how many columns, or channels, per group the moment of a map has."""
     if isinstance(layer, _ConvTransposeNd):
-        return layer.in_channels // layer.groups > MAX_COLUMNS["linear"]
-    columns = weight.shape[1] if by_channel(layer, weight) else weight[0].numel()
-    return columns > MAX_COLUMNS["linear"]
+        return layer.in_channels // layer.groups
+    return weight.shape[1] if by_channel(layer, weight) else weight[0].numel()
+
+
+def moment_bytes(layer: nn.Module, weight: Tensor) -> int:
+    """Return the memory that the moment of a map takes."""
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    return int(8 * groups * moment_width(layer, weight) ** 2)
 
 
 def rows_per_piece(columns: int, pieces: int) -> int:

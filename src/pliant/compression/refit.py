@@ -230,13 +230,10 @@ class Refitter:
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
-            site, call = biases[name][0], calls.get(name, 0)
-            calls[name] = call + 1
-            known = self._reference[0].get((site.source, piece), [])
-            if call < len(known) and not self.calibration.held_out(piece):
-                y = known[call].outputs
-                y = y if site.kept is None else y[:, site.kept.to(y.device)]
-                missed.setdefault(name, []).append((y - output_rows(layer, output, known[call].rows)).mean(0))
+            target = self._target(biases[name][0], piece, calls)
+            if target is not None and not self.calibration.held_out(piece):
+                got = output_rows(layer, output, target.rows)
+                missed.setdefault(name, []).append((target.outputs - got).mean(0))
 
         probe = copy.deepcopy(network).eval()
         with observing(probe, biases, watch):
@@ -274,6 +271,22 @@ class Refitter:
                     outputs[piece] = [x for x in result if x.is_floating_point()]
         return targets, outputs
 
+    def _target(self, site: _Site, piece: int, calls: dict[str, int]) -> _Target | None:
+        """Return the dense outputs for the next call of a site in a piece, only those that are left; None if none.
+
+        Args:
+            site: the site.
+            piece: number of the piece.
+            calls: site → its calls in this piece so far; this one is added.
+        """
+        call = calls.get(site.name, 0)
+        calls[site.name] = call + 1
+        known = self._reference[0].get((site.source, piece), [])
+        if call >= len(known):
+            return None
+        y = known[call].outputs
+        return known[call] if site.kept is None else _Target(known[call].rows, y[:, site.kept.to(y.device)])
+
     def error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
@@ -306,7 +319,6 @@ class Refitter:
             estimate: whether its BatchNorm statistics are estimated in the same pass: each piece is normalised by its
                 own, and the returned network has the means.
         """
-        targets, _ = self._reference
         probe = copy.deepcopy(network)
         by_name = {site.name: site for site in sites}
         sums: dict[str, list[Sums | None]] = {}
@@ -314,13 +326,10 @@ class Refitter:
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
-            site, call = by_name[name], calls.get(name, 0)
-            calls[name] = call + 1
-            known = targets.get((site.source, piece), [])
-            if call >= len(known):
+            target = self._target(by_name[name], piece, calls)
+            if target is None:
                 return
-            target = known[call]
-            y = target.outputs if site.kept is None else target.outputs[:, site.kept.to(target.outputs.device)]
+            y = target.outputs
             x = input_rows(layer, value, target.rows, grid_of(layer, output))
             both = sums.setdefault(name, [None, None])
             part = int(self.calibration.held_out(piece))
