@@ -81,12 +81,16 @@ class Calibration:
         """Return the number of pieces."""
         return self.pieces
 
-    def inputs(self) -> Iterator[Inputs]:
-        """Yield the inputs of each piece, showing the progress if it takes long and a person may be watching."""
+    def inputs(self, share: float = 1.0) -> Iterator[Inputs]:
+        """Yield the inputs of each piece, showing the progress if it takes long and a person may be watching.
+
+        Args:
+            share: the share of the samples of each piece that is wanted; at least two of them are given.
+        """
         began, progress, task = time.monotonic(), None, None
         try:
             for index, piece in enumerate(self._pieces()):
-                yield map_tensors(lambda x: x.to(self.device), piece)
+                yield map_tensors(lambda x: x.to(self.device), piece if share == 1.0 else _narrowed(piece, share))
                 if progress is None and time.monotonic() - began > _PATIENCE and sys.stderr.isatty():
                     progress = Progress(console=Console(stderr=True), transient=True)
                     task = progress.add_task("calibration", total=self.pieces)
@@ -226,6 +230,14 @@ def _split(inputs: Inputs, most: int) -> list[Inputs]:
         return [inputs]
     bounds = [samples * i // parts for i in range(parts + 1)]
     return [map_tensors(lambda x: x[slice(*bound)], inputs) for bound in pairwise(bounds)]  # noqa: B023 (used at once)
+
+
+def _narrowed(inputs: Inputs, share: float) -> Inputs:
+    """Return the first samples of a piece; the whole of one that cannot be split."""
+    if not _splits(inputs):
+        return inputs
+    count = max(2, math.ceil(_samples(inputs) * share))
+    return map_tensors(lambda x: x[:count], inputs)
 
 
 def calibration_of(data: Iterable[Any], model: nn.Module, example_inputs: Example) -> Calibration:

@@ -18,58 +18,50 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pliant.calling import Example, eval_mode
+from pliant.calling import Example, Inputs, as_inputs, eval_mode, tensors_of
 from pliant.compression.base import Compressor
 from pliant.compression.batchnorm import estimating, normalises
 from pliant.compression.calibration import Calibration
 from pliant.compression.chain import Chain
-from pliant.compression.factored import FactoredConvolution, FactoredLinear
 from pliant.compression.fitting import Sums, fit
-from pliant.compression.moments import MAX_COLUMNS, call_on, rows_per_piece
+from pliant.compression.moments import LEAST_ROWS, MAX_COLUMNS, ROWS_PER_COLUMN, call_on, rows_per_piece
 from pliant.compression.observing import LinearMap, linear_map, map_names, observing, unfused
 from pliant.compression.plan import LayerFit, Plan, RefitRecord
 from pliant.compression.quantised import Int8
 from pliant.compression.rows import chosen_rows, grid_of, input_rows, output_rows
+from pliant.compression.sites import WIDE, Site
+from pliant.compression.sites import sites as sites_of
 from pliant.errors import BadInput
-from pliant.structure import obstacle, tied_parameters
 
 MOST_SWEEPS = 6
-_GAIN = 0.02  # share of its error that the network has to lose in a sweep to be worth another one
+_GAIN = 0.1  # share of its error that the network has to lose in a sweep to be worth another one
 _UNSEEN = "is not called on the calibration data, or its parent reads its weight without calling it"
 _BROKEN = "is hardly called on the calibration data, or reads NaN or infinity there"
 _EQUAL = 1e-12  # relative error of outputs below which nothing has been lost: that of float32 is 1e-14
 
 
 @dataclass(frozen=True, eq=False)
-class _Site:
-    """A map of the small network that can be fitted.
+class _Call:
+    """What a dense map did in one call.
 
     Args:
-        name: its name in the small network.
-        source: the name of the dense map whose outputs it has.
-        kept: which outputs of the dense map are left, int64; None for all.
+        rows, outputs: rows of the grid of its outputs, and their outputs (rows, filters).
+        places, inputs: for a wide convolution, rows of the grid of its inputs, and their channels (rows, channels).
     """
-
-    name: str
-    source: str
-    kept: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Target:
-    """Outputs of a dense map in one call: rows of the grid and their outputs (rows, filters)."""
 
     rows: Tensor
     outputs: Tensor
+    places: Tensor | None = None
+    inputs: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +135,7 @@ class Refitter:
         Raises:
             BadInput: a network cannot be called on a batch of the data.
         """
-        sites, unfitted = _sites(self.model, small, plan)
+        sites, unfitted = sites_of(self.model, small, plan)
         errors: dict[str, float] = {"cut": self.error(small)}
         if errors["cut"] <= _EQUAL:
             return small, replace(plan, refit=RefitRecord("cut", errors, self.calibration.samples))
@@ -166,7 +158,7 @@ class Refitter:
         return states[best], replace(plan, refit=record)
 
     def _sweeps(
-        self, network: nn.Module, seen: _Seen, sites: list[_Site], dense: nn.Module | None
+        self, network: nn.Module, seen: _Seen, sites: list[Site], dense: nn.Module | None
     ) -> tuple[nn.Module, float, dict[str, LayerFit]]:
         """Fit all maps, again and again while the outputs of the network get better.
 
@@ -185,11 +177,10 @@ class Refitter:
         cuts: dict[str, Tensor] = {}
         best, least = network, math.inf
         fits: dict[str, LayerFit] = {}
-        touched = {site.name for site in sites if self._is_cut(network, site)}
+        touched = [site for site in sites if self._is_cut(network, site)]
         for sweep in range(MOST_SWEEPS):
             fresh = copy.deepcopy(network)
-            names = touched if sweep == 0 and touched else set(seen.sums)
-            fits |= _fit_all(fresh, seen, cuts, dense, names)
+            fits |= _fit_all(fresh, seen, touched if sweep == 0 and touched else sites, cuts, dense)
             if not fits:
                 break
             network, seen = self._observe(fresh, sites, estimate=dense is None)
@@ -204,7 +195,7 @@ class Refitter:
             best, least = network, error
         return best, least, {site.name: fits[site.name] for site in sites if site.name in fits}
 
-    def _is_cut(self, small: nn.Module, site: _Site) -> bool:
+    def _is_cut(self, small: nn.Module, site: Site) -> bool:
         """Return whether the weight of a map is another one than in the dense network, apart from lost outputs."""
         now, before = linear_map(small, site.name), linear_map(self.model, site.source)
         if now is None or before is None or site.name != site.source or now.weight.dim() != before.weight.dim():
@@ -223,21 +214,22 @@ class Refitter:
             plan: the plan.
         """
         new = copy.deepcopy(network)
-        found = {site.name: (site, linear_map(new, site.name)) for site in _sites(self.model, network, plan)[0]}
+        found = {site.name: (site, linear_map(new, site.name)) for site in sites_of(self.model, network, plan)[0]}
         biases = {name: (site, each.bias) for name, (site, each) in found.items() if each and each.bias is not None}
         missed: dict[str, list[Tensor]] = {}
         calls: dict[str, int] = {}
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
-            target = self._target(biases[name][0], piece, calls)
-            if target is not None and not self.calibration.held_out(piece):
-                got = output_rows(layer, output, target.rows)
-                missed.setdefault(name, []).append((target.outputs - got).mean(0))
+            site = biases[name][0]
+            dense = self._call(site, piece, calls)
+            if dense is not None and not self.calibration.held_out(piece):
+                got = output_rows(layer, output, dense.rows)
+                missed.setdefault(name, []).append((_left(dense.outputs, site) - got).mean(0))
 
         probe = copy.deepcopy(network).eval()
         with observing(probe, biases, watch):
-            for piece, inputs in enumerate(self.calibration.inputs() if biases else ()):
+            for piece, inputs in self._pieces() if biases else ():
                 calls.clear()
                 call_on(probe, inputs, self.calibration.batch_of[piece])
         for name, means in missed.items():
@@ -248,51 +240,83 @@ class Refitter:
         return new
 
     @cached_property
-    def _reference(self) -> tuple[dict[tuple[str, int], list[_Target]], dict[int, list[Tensor]]]:
-        """The sampled outputs of every map in each piece, and the outputs of the network on pieces held out."""
+    def share(self) -> float:
+        """The share of each piece that is read: as much as gives every map of the dense network enough rows.
+
+        A map has a row for every position of every sample. One with a single position would want all of the data
+        whatever the others need, at the cost of the whole network: it gets a row for each of its columns.
+        """
+        maps = _maps(probe := copy.deepcopy(self.model).eval())
+        samples = len(tensors_of(as_inputs(self.example_inputs))[0])
+        several: list[float] = []  # the shares that maps of several positions need
+        single = [0.0]  # and those of one position
+
+        def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
+            positions = math.prod(grid_of(layer, output)) / samples
+            columns = maps[name].weight[0].numel()
+            if isinstance(layer, _ConvNd) and columns > WIDE:
+                columns = maps[name].weight.shape[1]
+            rows = max(LEAST_ROWS, ROWS_PER_COLUMN * columns) if positions > 1 else columns
+            (several if positions > 1 else single).append(rows / (positions * self.calibration.samples))
+
+        with observing(probe, maps, watch):
+            call_on(probe, as_inputs(self.example_inputs), 0)
+        return min(1.0, max(*several, *single)) if several else 1.0
+
+    def _pieces(self) -> Iterator[tuple[int, Inputs]]:
+        """Yield the number and the inputs of each piece."""
+        yield from enumerate(self.calibration.inputs(self.share))
+
+    @cached_property
+    def _reference(self) -> tuple[dict[tuple[str, int], list[_Call]], dict[int, list[Tensor]]]:
+        """What every map did in each piece, sampled, and the outputs of the network on pieces held out."""
         dense = copy.deepcopy(self.model).eval()
-        maps = {name: found for name in map_names(dense) if (found := linear_map(dense, name)) is not None}
-        targets: dict[tuple[str, int], list[_Target]] = {}
+        maps = _maps(dense)
+        calls: dict[tuple[str, int], list[_Call]] = {}
         outputs: dict[int, list[Tensor]] = {}
         piece = 0
+
+        def chosen(layer: nn.Module, value: Tensor, columns: int, name: str) -> tuple[Tensor, Tensor]:
+            rows = chosen_rows(grid_of(layer, value), rows_per_piece(columns, self.calibration.pieces), name, piece)
+            return rows, output_rows(layer, value, rows)
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
             if isinstance(layer, _ConvTransposeNd):
                 return
-            known = targets.setdefault((name, piece), [])
-            most = rows_per_piece(maps[name].weight[0].numel(), self.calibration.pieces)
-            rows = chosen_rows(grid_of(layer, output), most, f"{name} {len(known)}", piece)
-            known.append(_Target(rows, output_rows(layer, output, rows)))
+            known = calls.setdefault((name, piece), [])
+            columns = min(maps[name].weight[0].numel(), max(MAX_COLUMNS.values()))
+            call = _Call(*chosen(layer, output, columns, f"{name} {len(known)}"))
+            if isinstance(layer, _ConvNd) and layer.groups == 1 and columns > WIDE:
+                places, inputs = chosen(layer, value, layer.in_channels, f"{name} {len(known)} inputs")
+                call = replace(call, places=places, inputs=inputs)
+            known.append(call)
 
         with observing(dense, maps, watch):
-            for piece, inputs in enumerate(self.calibration.inputs()):
+            for piece, inputs in self._pieces():
                 result = call_on(dense, inputs, self.calibration.batch_of[piece])
                 if self.calibration.held_out(piece):
                     outputs[piece] = [x for x in result if x.is_floating_point()]
-        return targets, outputs
+        return calls, outputs
 
-    def _target(self, site: _Site, piece: int, calls: dict[str, int]) -> _Target | None:
-        """Return the dense outputs for the next call of a site in a piece, only those that are left; None if none.
+    def _call(self, site: Site, piece: int, counts: dict[str, int]) -> _Call | None:
+        """Return what the dense network did in the next call of a site in a piece; None if it made no such call.
 
         Args:
             site: the site.
             piece: number of the piece.
-            calls: site → its calls in this piece so far; this one is added.
+            counts: site → its calls in this piece so far; this one is added.
         """
-        call = calls.get(site.name, 0)
-        calls[site.name] = call + 1
+        call = counts.get(site.name, 0)
+        counts[site.name] = call + 1
         known = self._reference[0].get((site.source, piece), [])
-        if call >= len(known):
-            return None
-        y = known[call].outputs
-        return known[call] if site.kept is None else _Target(known[call].rows, y[:, site.kept.to(y.device)])
+        return known[call] if call < len(known) else None
 
     def error(self, small: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
         probe = copy.deepcopy(small).eval()
         missed = 0.0
         with unfused():
-            for piece, inputs in enumerate(self.calibration.inputs()):
+            for piece, inputs in self._pieces():
                 if not self.calibration.held_out(piece):
                     continue
                 got = [x for x in call_on(probe, inputs, self.calibration.batch_of[piece]) if x.is_floating_point()]
@@ -310,7 +334,7 @@ class Refitter:
             raise BadInput("the outputs of the dense network on the calibration data hold NaN")
         return energy
 
-    def _observe(self, network: nn.Module, sites: list[_Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
+    def _observe(self, network: nn.Module, sites: list[Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
         """Run a network on all pieces, and return what its sites have seen.
 
         Args:
@@ -326,11 +350,16 @@ class Refitter:
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
-            target = self._target(by_name[name], piece, calls)
-            if target is None:
+            site = by_name[name]
+            dense = self._call(site, piece, calls)
+            if dense is None:
                 return
-            y = target.outputs
-            x = input_rows(layer, value, target.rows, grid_of(layer, output))
+            if site.frame is not None and dense.places is not None and dense.inputs is not None:
+                x = output_rows(layer, value, dense.places).unsqueeze(0)
+                y = dense.inputs @ site.frame.root.to(dense.inputs.dtype)
+            else:
+                x = input_rows(layer, value, dense.rows, grid_of(layer, output))
+                y = _left(dense.outputs, site)
             both = sums.setdefault(name, [None, None])
             part = int(self.calibration.held_out(piece))
             new = Sums.of(x, y.unflatten(1, (len(x), -1)).transpose(0, 1))
@@ -341,7 +370,7 @@ class Refitter:
                 old.add(new)
 
         with observing(probe, by_name, watch) as absorbed, estimating(probe) if estimate else eval_mode(probe):
-            for piece, inputs in enumerate(self.calibration.inputs()):
+            for piece, inputs in self._pieces():
                 calls.clear()
                 call_on(probe, inputs, self.calibration.batch_of[piece])
         return probe, _Seen(sums, absorbed)
@@ -357,62 +386,6 @@ def _energy(outputs: Sequence[Tensor]) -> float:
     return centred or sum(float(y.square().sum()) for y in joined)
 
 
-def _sites(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[_Site], list[tuple[str, str]]]:
-    """Return the maps that can be fitted, and (name, reason) for the others."""
-    removals = kept_outputs(plan)
-    tied = tied_parameters(small)
-    modules = dict(small.named_modules())
-    sites: list[_Site] = []
-    unfitted: list[tuple[str, str]] = []
-    for source in map_names(model):
-        module = modules.get(source)
-        name = source
-        if isinstance(module, (FactoredLinear, FactoredConvolution)):
-            name = f"{source}.expand".lstrip(".")
-        found = None if module is None else linear_map(small, name)
-        dense = linear_map(model, source)
-        if found is None or dense is None:
-            unfitted.append((source, "has no weights that can be fitted"))
-            continue
-        kept = removals.get(source)
-        if name != source and name in removals:  # the factorised layer has lost outputs
-            kept = removals[name] if kept is None else kept[removals[name]]
-        reason = _unfit(found, tied)
-        if reason is None and len(found.weight) != len(dense.weight if kept is None else kept):
-            reason = "has other outputs than the dense layer"
-        if reason is None:
-            sites.append(_Site(name, source, kept))
-        else:
-            unfitted.append((source, reason))
-    return sites, unfitted
-
-
-def _unfit(found: LinearMap, tied: frozenset[int]) -> str | None:
-    """Return why a map cannot be fitted, or None."""
-    if isinstance(found.layer, _ConvTransposeNd):
-        return "is a transposed convolution"
-    if found.weight[0].numel() > MAX_COLUMNS["linear"]:
-        return f"has {found.weight[0].numel()} columns, more than {MAX_COLUMNS['linear']}"
-    if isinstance(found.layer, nn.MultiheadAttention):
-        shared = any(id(p) in tied for p in found.layer.parameters(recurse=False))
-        return "shares a parameter with another layer" if shared else None
-    return obstacle(found.layer, tied)
-
-
-def kept_outputs(plan: Plan) -> dict[str, Tensor]:
-    """Return which outputs of each layer are left after a plan, for layers that lose some; int64 (n,).
-
-    A layer whose channels are zeroed in place of removed has as many outputs as before, and is not in the result.
-    """
-    kept: dict[str, Tensor] = {}
-    for link in plan.links or (plan,):
-        for layer in link.layers:
-            if layer.outputs is not None and layer.params < layer.params_dense:
-                positions = torch.tensor(layer.outputs)
-                kept[layer.name] = kept[layer.name][positions] if layer.name in kept else positions
-    return kept
-
-
 def _between(a: nn.Module, b: nn.Module) -> nn.Module:
     """Return a network with the means of the parameters and floating-point buffers of two of the same shapes."""
     middle = copy.deepcopy(b)
@@ -424,36 +397,50 @@ def _between(a: nn.Module, b: nn.Module) -> nn.Module:
 
 
 def _fit_all(
-    network: nn.Module, seen: _Seen, cuts: dict[str, Tensor], dense: nn.Module | None, names: Collection[str]
+    network: nn.Module,
+    seen: _Seen,
+    sites: Collection[Site],
+    cuts: dict[str, Tensor],
+    dense: nn.Module | None,
 ) -> dict[str, LayerFit]:
     """Fit observed maps of a network in place.
 
     Args:
         network: the network.
         seen: what its maps have seen.
+        sites: the maps to fit.
         cuts: the weights that the first sweep found, which all sweeps are damped towards; filled by the first one.
         dense: a network with the dense BatchNorm statistics, if those stay: a mean that a layer without bias misses is
             then made up for in the statistics of the BatchNorm behind it.
-        names: the maps to fit.
     """
     fits: dict[str, LayerFit] = {}
-    for name, (fitted, held) in seen.sums.items():
-        found = linear_map(network, name) if name in names else None
+    for site in sites:
+        name, frame = site.name, site.frame
+        fitted, held = seen.sums.get(name, (None, None))
+        found = linear_map(network, name)
         if fitted is None or held is None or found is None or not (fitted.finite and held.finite):
             continue
         groups = len(fitted.xx)
-        now = _matrices(found, groups)
-        bias = None if found.bias is None else found.bias.double().unflatten(0, (groups, -1))
-        result = fit(fitted, held, cuts.setdefault(name, now), now, bias, centred=name in seen.absorbed)
+        now = _matrices(found, groups) if frame is None else frame.estimate(found.weight)
+        bias = None if found.bias is None or frame is not None else found.bias.double().unflatten(0, (groups, -1))
+        centred = name in seen.absorbed or found.bias is not None
+        result = fit(fitted, held, cuts.setdefault(name, now), now, bias, centred=centred)
+        missing = fitted.mean_y - (result.weight @ fitted.mean_x.unsqueeze(2)).squeeze(2)  # (groups, filters)
+        missing = missing.flatten() if frame is None else frame.outputs(missing)
         if result.damping is not None:
-            found.weight.copy_(result.weight.flatten(0, 1).reshape(found.weight.shape))
+            shape = found.weight.shape
+            weight = (
+                result.weight.flatten(0, 1).reshape(shape) if frame is None else frame.weights(result.weight, shape)
+            )
+            found.weight.copy_(weight)
             if found.bias is not None and result.bias is not None:
                 found.bias.copy_(result.bias.flatten())
-        if dense is not None and bias is None and name in seen.absorbed:
-            missing = fitted.mean_y - (result.weight @ fitted.mean_x.unsqueeze(2)).squeeze(2)  # (groups, filters)
-            norm, own = network.get_submodule(seen.absorbed[name]), dense.get_submodule(seen.absorbed[name])
-            if isinstance(norm.running_mean, Tensor) and isinstance(own.running_mean, Tensor):  # else of each batch
-                norm.running_mean.copy_(own.running_mean - missing.flatten())
+            elif found.bias is not None and frame is not None and frame.bias is not None:
+                found.bias.copy_(frame.bias + missing)
+        if dense is not None and found.bias is None and name in seen.absorbed:
+            norm, before = network.get_submodule(seen.absorbed[name]), dense.get_submodule(seen.absorbed[name])
+            if isinstance(norm.running_mean, Tensor) and isinstance(before.running_mean, Tensor):  # else of each batch
+                norm.running_mean.copy_(before.running_mean - missing)
         fits[name] = LayerFit(name, result.damping, result.error, result.error_before)
     return fits
 
@@ -461,3 +448,13 @@ def _fit_all(
 def _matrices(found: LinearMap, groups: int) -> Tensor:
     matrices: Tensor = found.weight.double().flatten(1).unflatten(0, (groups, -1))
     return matrices
+
+
+def _maps(model: nn.Module) -> dict[str, LinearMap]:
+    """Return all maps of a network by name."""
+    return {name: found for name in map_names(model) if (found := linear_map(model, name)) is not None}
+
+
+def _left(outputs: Tensor, site: Site) -> Tensor:
+    """Return those outputs of a dense map that a site has, (rows, filters)."""
+    return outputs if site.kept is None else outputs[:, site.kept.to(outputs.device)]
