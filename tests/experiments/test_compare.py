@@ -25,7 +25,7 @@ from pliant.jsonl import read_lines
 from pliant.records import Record, read_records
 
 CONTENT: dict[str, Any] = {
-    "settings": {"data": "digits", "model": "resnet8", "width": 0.25, "epochs": 1, "precision": "fp32"},
+    "settings": {"data": "digits", "model": "lenet5", "width": 0.5, "epochs": 1, "precision": "fp32"},
     "seeds": [0, 1],
     "families": {
         "filters": [{"compressor": "filters", "ratios": [0, 0.5]}],
@@ -373,19 +373,25 @@ def test_with_equal_time_a_slower_step_means_fewer_epochs(finished: Path, tmp_pa
 # --- on Ray ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_ray_gives_the_same_records(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[None]:
+    """Stop Ray after the tests that use it: its processes take longer to start than to work."""
     ray = pytest.importorskip("ray", reason="the extra pliant[ray] is not installed")
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else the other tests on this machine starve them
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # else the other tests on this machine starve them
+        yield
+        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cluster")
+def test_ray_gives_the_same_records(finished: Path, tmp_path: Path):
     small = {**CONTENT, "seeds": [0], "methods": {"ours": CONTENT["methods"]["ours"]}}
     small.pop("retraining")
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(small), encoding="utf-8")
-    try:
-        compare(str(file), out=str(tmp_path / "out"), ray="local")
-    finally:
-        ray.shutdown()
+    compare(str(file), out=str(tmp_path / "out"), ray="local")
 
     def told(found: list[Record]) -> dict[Any, Any]:
         return {(r.run, r.compressor, r.ratio): (r.top1, r.top1_raw, r.val_top1, r.params, r.weights) for r in found}
@@ -397,18 +403,13 @@ def test_ray_gives_the_same_records(finished: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_on_ray_jobs_of_one_training_take_turns(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    ray = pytest.importorskip("ray", reason="the extra pliant[ray] is not installed")
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else the other tests on this machine starve them
+@pytest.mark.usefixtures("_cluster")
+def test_on_ray_jobs_of_one_training_take_turns(finished: Path, tmp_path: Path):
     file = changed(finished, tmp_path, retraining={**CONTENT["retraining"], "schedules": ["FT", "SLR"]})
     out = tmp_path / "out"
     out.mkdir()
     for name in ("trials.jsonl", "records.jsonl"):  # what is shared of a comparison: the runs stay behind
         shutil.copy(finished / name, out)
-    try:
-        compare(file, out=str(out), methods="sgd", ray="local")
-    finally:
-        ray.shutdown()
+    compare(file, out=str(out), methods="sgd", ray="local")
     again = {(r.seed, r.config["retraining"]) for r in records(out) if r.config.get("retraining")}
     assert again == {(seed, schedule) for seed in (0, 1) for schedule in ("LLR", "FT", "SLR")}

@@ -15,6 +15,7 @@ from torch import nn
 import pliant
 from pliant import measuring
 from pliant.compression import FilterPruning, masked_twin
+from pliant.compression.refit import Refitter
 from pliant.compressor_names import ALONE
 from pliant.errors import BadInput, DamagedFile, Refused
 from pliant.experiments.compress import compress_run
@@ -264,6 +265,13 @@ def test_a_chain_that_looks_at_data_is_compressed_to_bytes(refit: bool, run: Pat
     assert 0.5 * limit < (out / "model.safetensors").stat().st_size <= limit
 
 
+@pytest.fixture
+def _not_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the refit to all images, which names of folders do not depend on."""
+    monkeypatch.setattr(Refitter, "apply", lambda self, compressor, plan, analysis, small: (small, plan))
+
+
+@pytest.mark.usefixtures("_not_refitted")
 def test_default_folder_is_named_after_the_size(run: Path) -> None:
     for options, name in (
         ({"compressor": "rank", "keep_macs": 0.9}, "lenet-rank-keep_macs0.9"),
@@ -275,6 +283,7 @@ def test_default_folder_is_named_after_the_size(run: Path) -> None:
         assert out == run.resolve().with_name(name)
 
 
+@pytest.mark.usefixtures("_not_refitted")
 def test_default_folder_tells_apart_all_options_that_make_another_network(run: Path) -> None:
     for options, name in (
         ({}, "lenet-rank-0.25"),

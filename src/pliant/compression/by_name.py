@@ -42,8 +42,10 @@ def check_names(compressor: str, allocation: str) -> None:
     """Raise BadInput for an unknown compressor or allocation, or an impossible chain."""
     links = compressor.split("+")
     what, known = ("compressor", ALONE) if len(links) == 1 else ("compressor in a chain", LINKS)
-    others = installed("compressor")
     for link in links:
+        if link in known:  # what is installed is looked for only where it matters, for that takes a while
+            continue
+        others = installed("compressor")
         if link in COMPRESSORS or (link not in others and ":" not in link):
             check_choice(what, link, [*known, *others])
         if "-" in link:

@@ -272,7 +272,7 @@ def _entrant(label: str, entry: object, families: Mapping[str, object]) -> Entra
 
 def _method(where: str, name: str) -> Method:
     """Return a method; raise a BadInput that says where it is named if there is none."""
-    if ":" not in name and name not in (known := names("method", METHODS)):
+    if name not in METHODS and ":" not in name and name not in (known := names("method", METHODS)):
         raise unknown(f"method of {where}", name, known)
     try:
         return find_method(name)
