@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.compression import FilterPruning, Magnitude, calibration, moments, sites
+from pliant.compression import FilterPruning, Magnitude, calibration, choosing, moments, refit, sites
 from pliant.compression.calibration import Calibration
-from pliant.compression.refit import Refitter
-from pliant.compression.sites import Frame
+from pliant.compression.fitting import DAMPINGS
+from pliant.compression.moments import moment_bytes
+from pliant.compression.reference import Reference, maps_of, rows_of
+from pliant.compression.refit import parts_of, sum_bytes
+from pliant.compression.sites import Frame, Site
 from tests.compression.test_refit import drawn, error, refitted
 
 
@@ -39,7 +42,7 @@ def test_a_wide_convolution_recovers_channels_that_others_determine(
     bias: bool, norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sites, "WIDE", 10)
-    monkeypatch.setattr("pliant.compression.refit.WIDE", 10)
+    monkeypatch.setattr("pliant.compression.reference.WIDE", 10)
     model = wide(bias, norm)
     x = drawn(60, 3, 6, 6) + 1.0
     compressor = FilterPruning(0.4, "uniform", importance="loss")
@@ -75,23 +78,23 @@ def convolutions(columns: int) -> nn.Module:
 
 def test_layers_of_many_positions_need_a_part_of_the_samples() -> None:
     model, x = convolutions(5), images(128, 16)
-    refitter = Refitter(model, x[:2], Calibration([x], model, x[:2]))
-    assert refitter.share == pytest.approx(moments.LEAST_ROWS / (128 * 16 * 16))
-    assert {len(piece[0]) for _, piece in refitter._pieces()} == {2}  # of 16
+    reference = Reference(model, x[:2], Calibration([x], model, x[:2]))
+    assert reference.share == pytest.approx(moments.LEAST_ROWS / (128 * 16 * 16))
+    assert {len(piece[0]) for _, piece in reference.pieces()} == {2}  # of 16
 
 
 def test_a_layer_of_one_position_gets_a_row_for_each_column() -> None:
     model, x = nn.Sequential(convolutions(40), nn.Linear(40, 3)).eval(), images(128, 16)
-    assert Refitter(model, x[:2], Calibration([x], model, x[:2])).share == 40 / 128
+    assert Reference(model, x[:2], Calibration([x], model, x[:2])).share == 40 / 128
 
 
 @pytest.mark.parametrize("few", [True, False])
 def test_all_of_the_data_is_read_where_it_is_needed(few: bool) -> None:
     model = convolutions(5) if few else nn.Sequential(nn.Flatten(), nn.Linear(27, 4)).eval()
     x = images(64, 4 if few else 3)
-    refitter = Refitter(model, x[:2], Calibration([x], model, x[:2]))
-    assert refitter.share == 1.0
-    assert sum(len(piece[0]) for _, piece in refitter._pieces()) == 64
+    reference = Reference(model, x[:2], Calibration([x], model, x[:2]))
+    assert reference.share == 1.0
+    assert sum(len(piece[0]) for _, piece in reference.pieces()) == 64
 
 
 def test_pieces_give_their_first_samples_whatever_they_are_made_of() -> None:
@@ -106,3 +109,25 @@ def test_pieces_give_their_first_samples_whatever_they_are_made_of() -> None:
         assert torch.equal(part["y"], full["y"][:3])
     ragged = Calibration([((x[:6], y[:5]), y[:6])], nn.Identity(), (x[:6], y[:5]))
     assert all(len(piece[0]) == 6 for piece in ragged.inputs(0.5))  # type: ignore[arg-type]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_transformer_of_a_hundred_million_parameters_takes_less_than_four_gibibytes() -> None:
+    with torch.device("meta"):
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True)
+        model = nn.Sequential(nn.Embedding(30_000, 768), nn.TransformerEncoder(layer, 12, enable_nested_tensor=False))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters > 1e8
+    maps = maps_of(model)
+    outputs = sum(4 * rows_of(found.layer, found.weight) * len(found.weight) for found in maps.values())
+    parts = parts_of(model, [Site(name, name, None) for name in maps])
+    sums = max(sum(sum_bytes(maps[site.name], site) for site in part) for part in parts)
+    assert len(parts) > 1
+    assert sums <= refit.MEMORY
+    columns = max(found.weight.shape[1] for found in maps.values())
+    solving = 8 * (4 * columns**2 + (len(DAMPINGS) + 2) * max(found.weight.numel() for found in maps.values()))
+    networks = 3 * 4 * parameters  # the best one, the one of the last sweep, and the one that is being fitted
+    assert outputs + sums + solving + networks < 4 * 2**30
+    assert choosing.MEMORY + max(moment_bytes(found.layer, found.weight) for found in maps.values()) < 2 * 2**30

@@ -17,51 +17,37 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
-from pliant.calling import Example, Inputs, as_inputs, eval_mode, tensors_of
+from pliant.calling import Example, eval_mode
 from pliant.compression.base import Compressor
 from pliant.compression.batchnorm import estimating, normalises
 from pliant.compression.calibration import Calibration
 from pliant.compression.chain import Chain
 from pliant.compression.fitting import Sums, fit
-from pliant.compression.moments import LEAST_ROWS, MAX_COLUMNS, ROWS_PER_COLUMN, call_on, rows_per_piece
-from pliant.compression.observing import LinearMap, linear_map, map_names, observing, unfused
+from pliant.compression.moments import call_on
+from pliant.compression.observing import LinearMap, linear_map, observing
 from pliant.compression.plan import LayerFit, Plan, RefitRecord
 from pliant.compression.quantised import Int8
-from pliant.compression.rows import chosen_rows, grid_of, input_rows, output_rows
-from pliant.compression.sites import WIDE, Site
+from pliant.compression.reference import Reference
+from pliant.compression.rows import grid_of, input_rows, output_rows
+from pliant.compression.sites import Site
 from pliant.compression.sites import sites as sites_of
 from pliant.errors import BadInput
 
 MOST_SWEEPS = 6
+MEMORY = 1 << 29  # bytes of sums; where all maps need more, a sweep fits one part of them after the other
 _GAIN = 0.1  # share of its error that the network has to lose in a sweep to be worth another one
 _UNSEEN = "is not called on the calibration data, or its parent reads its weight without calling it"
 _BROKEN = "is hardly called on the calibration data, or reads NaN or infinity there"
 _EQUAL = 1e-12  # relative error of outputs below which nothing has been lost: that of float32 is 1e-14
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What a dense map did in one call.
-
-    Args:
-        rows, outputs: rows of the grid of its outputs, and their outputs (rows, filters).
-        places, inputs: for a wide convolution, rows of the grid of its inputs, and their channels (rows, channels).
-    """
-
-    rows: Tensor
-    outputs: Tensor
-    places: Tensor | None = None
-    inputs: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +84,11 @@ class Refitter:
                 "compare fits, so give at least two batches, or refit=False"
             )
         self.model, self.example_inputs, self.calibration = model, example_inputs, calibration
+        self.reference = Reference(model, example_inputs, calibration)
+
+    def error(self, network: nn.Module) -> float:
+        """Return the error of a network's outputs on held-out data, relative to the energy of the dense ones."""
+        return self.reference.error(network)
 
     def apply(
         self, compressor: Compressor[Any], plan: Plan, analysis: Any, small: nn.Module | None = None
@@ -140,25 +131,25 @@ class Refitter:
         if errors["cut"] <= _EQUAL:
             return small, replace(plan, refit=RefitRecord("cut", errors, self.calibration.samples))
         states: dict[str, nn.Module] = {"cut": small}
-        network, seen = self._observe(small, sites, estimate=normalises(small))
+        parts = parts_of(small, sites)
+        network, seen = self._observe(small, parts[0], estimate=normalises(small))
         if normalises(small):
             states["reestimated"], errors["reestimated"] = network, self.error(network)
         # Where little was cut, the dense statistics are better than any estimate, and stay.
         dense = None if errors.get("reestimated", math.inf) < errors["cut"] else small
         if normalises(small) and dense is not None:
-            network, seen = self._observe(small, sites, estimate=False)
-        network, error, fits = self._sweeps(network, seen, sites, dense)
+            network, seen = self._observe(small, parts[0], estimate=False)
+        heard = set(seen.sums)
+        network, error, fits = self._sweeps(network, seen, parts, dense, heard)
         if fits:
             errors["refitted"], states["refitted"] = error, network
         best = min(errors, key=errors.__getitem__)
-        silent = [
-            (site.name, _BROKEN if site.name in seen.sums else _UNSEEN) for site in sites if site.name not in fits
-        ]
+        silent = [(site.name, _BROKEN if site.name in heard else _UNSEEN) for site in sites if site.name not in fits]
         record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
         return states[best], replace(plan, refit=record)
 
     def _sweeps(
-        self, network: nn.Module, seen: _Seen, sites: list[Site], dense: nn.Module | None
+        self, network: nn.Module, seen: _Seen, parts: list[list[Site]], dense: nn.Module | None, heard: set[str]
     ) -> tuple[nn.Module, float, dict[str, LayerFit]]:
         """Fit all maps, again and again while the outputs of the network get better.
 
@@ -167,9 +158,10 @@ class Refitter:
 
         Args:
             network: the network; not changed.
-            seen: what its maps have seen.
-            sites: the maps.
+            seen: what the maps of the first part have seen.
+            parts: the maps.
             dense: a network with the dense BatchNorm statistics, if these stay; None if they are estimated.
+            heard: the names of all maps that have seen anything, which are added to it.
 
         Returns:
             The best network, its error, and how its maps were fitted.
@@ -177,23 +169,28 @@ class Refitter:
         cuts: dict[str, Tensor] = {}
         best, least = network, math.inf
         fits: dict[str, LayerFit] = {}
-        touched = [site for site in sites if self._is_cut(network, site)]
+        touched = {site.name for part in parts for site in part if self._is_cut(network, site)}
         for sweep in range(MOST_SWEEPS):
             fresh = copy.deepcopy(network)
-            fits |= _fit_all(fresh, seen, touched if sweep == 0 and touched else sites, cuts, dense)
+            for index, part in enumerate(parts):
+                wanted = [site for site in part if sweep or not touched or site.name in touched]
+                if index and wanted:  # these maps see what the fits of the parts before have made of their inputs
+                    fresh, seen = self._observe(fresh, part, estimate=dense is None)
+                    heard |= set(seen.sums)
+                fits |= _fit_all(fresh, seen, wanted, cuts, dense)
             if not fits:
                 break
-            network, seen = self._observe(fresh, sites, estimate=dense is None)
+            network, seen = self._observe(fresh, parts[0], estimate=dense is None)
             error = self.error(network)
             if error > least:  # the layers have made up for too much together: go half of the way
-                network, seen = self._observe(_between(best, network), sites, estimate=dense is None)
+                network, seen = self._observe(_between(best, network), parts[0], estimate=dense is None)
                 error = self.error(network)
             if error > (1 - _GAIN) * least:
                 if error < least:
                     best, least = network, error
                 break
             best, least = network, error
-        return best, least, {site.name: fits[site.name] for site in sites if site.name in fits}
+        return best, least, {site.name: fits[site.name] for part in parts for site in part if site.name in fits}
 
     def _is_cut(self, small: nn.Module, site: Site) -> bool:
         """Return whether the weight of a map is another one than in the dense network, apart from lost outputs."""
@@ -217,19 +214,20 @@ class Refitter:
         found = {site.name: (site, linear_map(new, site.name)) for site in sites_of(self.model, network, plan)[0]}
         biases = {name: (site, each.bias) for name, (site, each) in found.items() if each and each.bias is not None}
         missed: dict[str, list[Tensor]] = {}
-        calls: dict[str, int] = {}
+        calls: Counter[str] = Counter()
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
             site = biases[name][0]
-            dense = self._call(site, piece, calls)
+            dense = self.reference.call(site.source, piece, calls[name])
+            calls[name] += 1
             if dense is not None and not self.calibration.held_out(piece):
                 got = output_rows(layer, output, dense.rows)
                 missed.setdefault(name, []).append((_left(dense.outputs, site) - got).mean(0))
 
         probe = copy.deepcopy(network).eval()
         with observing(probe, biases, watch):
-            for piece, inputs in self._pieces() if biases else ():
+            for piece, inputs in self.reference.pieces() if biases else ():
                 calls.clear()
                 call_on(probe, inputs, self.calibration.batch_of[piece])
         for name, means in missed.items():
@@ -238,101 +236,6 @@ class Refitter:
             shift = torch.stack(means).mean(0)
             bias += torch.where(shift.isfinite(), shift, 0.0)
         return new
-
-    @cached_property
-    def share(self) -> float:
-        """The share of each piece that is read: as much as gives every map of the dense network enough rows.
-
-        A map has a row for every position of every sample. One with a single position would want all of the data
-        whatever the others need, at the cost of the whole network: it gets a row for each of its columns.
-        """
-        maps = _maps(probe := copy.deepcopy(self.model).eval())
-        samples = len(tensors_of(as_inputs(self.example_inputs))[0])
-        several: list[float] = []  # the shares that maps of several positions need
-        single = [0.0]  # and those of one position
-
-        def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
-            positions = math.prod(grid_of(layer, output)) / samples
-            columns = maps[name].weight[0].numel()
-            if isinstance(layer, _ConvNd) and columns > WIDE:
-                columns = maps[name].weight.shape[1]
-            rows = max(LEAST_ROWS, ROWS_PER_COLUMN * columns) if positions > 1 else columns
-            (several if positions > 1 else single).append(rows / (positions * self.calibration.samples))
-
-        with observing(probe, maps, watch):
-            call_on(probe, as_inputs(self.example_inputs), 0)
-        return min(1.0, max(*several, *single)) if several else 1.0
-
-    def _pieces(self) -> Iterator[tuple[int, Inputs]]:
-        """Yield the number and the inputs of each piece."""
-        yield from enumerate(self.calibration.inputs(self.share))
-
-    @cached_property
-    def _reference(self) -> tuple[dict[tuple[str, int], list[_Call]], dict[int, list[Tensor]]]:
-        """What every map did in each piece, sampled, and the outputs of the network on pieces held out."""
-        dense = copy.deepcopy(self.model).eval()
-        maps = _maps(dense)
-        calls: dict[tuple[str, int], list[_Call]] = {}
-        outputs: dict[int, list[Tensor]] = {}
-        piece = 0
-
-        def chosen(layer: nn.Module, value: Tensor, columns: int, name: str) -> tuple[Tensor, Tensor]:
-            rows = chosen_rows(grid_of(layer, value), rows_per_piece(columns, self.calibration.pieces), name, piece)
-            return rows, output_rows(layer, value, rows)
-
-        def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
-            if isinstance(layer, _ConvTransposeNd):
-                return
-            known = calls.setdefault((name, piece), [])
-            columns = min(maps[name].weight[0].numel(), max(MAX_COLUMNS.values()))
-            call = _Call(*chosen(layer, output, columns, f"{name} {len(known)}"))
-            if isinstance(layer, _ConvNd) and layer.groups == 1 and columns > WIDE:
-                places, inputs = chosen(layer, value, layer.in_channels, f"{name} {len(known)} inputs")
-                call = replace(call, places=places, inputs=inputs)
-            known.append(call)
-
-        with observing(dense, maps, watch):
-            for piece, inputs in self._pieces():
-                result = call_on(dense, inputs, self.calibration.batch_of[piece])
-                if self.calibration.held_out(piece):
-                    outputs[piece] = [x for x in result if x.is_floating_point()]
-        return calls, outputs
-
-    def _call(self, site: Site, piece: int, counts: dict[str, int]) -> _Call | None:
-        """Return what the dense network did in the next call of a site in a piece; None if it made no such call.
-
-        Args:
-            site: the site.
-            piece: number of the piece.
-            counts: site → its calls in this piece so far; this one is added.
-        """
-        call = counts.get(site.name, 0)
-        counts[site.name] = call + 1
-        known = self._reference[0].get((site.source, piece), [])
-        return known[call] if call < len(known) else None
-
-    def error(self, small: nn.Module) -> float:
-        """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
-        probe = copy.deepcopy(small).eval()
-        missed = 0.0
-        with unfused():
-            for piece, inputs in self._pieces():
-                if not self.calibration.held_out(piece):
-                    continue
-                got = [x for x in call_on(probe, inputs, self.calibration.batch_of[piece]) if x.is_floating_point()]
-                for x, y in zip(got, self._reference[1][piece], strict=True):
-                    rest = torch.where(x == y, 0.0, x.double() - y.double())  # both are infinite in masked logits
-                    missed += float(rest.square().sum())
-        error = missed / self._energy if self._energy else missed
-        return error if math.isfinite(error) else sys.float_info.max
-
-    @cached_property
-    def _energy(self) -> float:
-        """The energy of the dense outputs on the held-out pieces."""
-        energy = sum(_energy(outputs) for outputs in zip(*self._reference[1].values(), strict=True))
-        if not math.isfinite(energy):
-            raise BadInput("the outputs of the dense network on the calibration data hold NaN")
-        return energy
 
     def _observe(self, network: nn.Module, sites: list[Site], *, estimate: bool) -> tuple[nn.Module, _Seen]:
         """Run a network on all pieces, and return what its sites have seen.
@@ -346,12 +249,13 @@ class Refitter:
         probe = copy.deepcopy(network)
         by_name = {site.name: site for site in sites}
         sums: dict[str, list[Sums | None]] = {}
-        calls: dict[str, int] = {}
+        calls: Counter[str] = Counter()
         piece = 0
 
         def watch(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
             site = by_name[name]
-            dense = self._call(site, piece, calls)
+            dense = self.reference.call(site.source, piece, calls[name])
+            calls[name] += 1
             if dense is None:
                 return
             if site.frame is not None and dense.places is not None and dense.inputs is not None:
@@ -370,20 +274,35 @@ class Refitter:
                 old.add(new)
 
         with observing(probe, by_name, watch) as absorbed, estimating(probe) if estimate else eval_mode(probe):
-            for piece, inputs in self._pieces():
+            for piece, inputs in self.reference.pieces():
                 calls.clear()
                 call_on(probe, inputs, self.calibration.batch_of[piece])
         return probe, _Seen(sums, absorbed)
 
 
-def _energy(outputs: Sequence[Tensor]) -> float:
-    """Return Σ (y − ȳ)² over one output in several pieces, Σ y² if that is zero; infinite numbers do not count."""
-    groups: dict[tuple[int, ...], list[Tensor]] = {}  # sequences may differ in length
-    for y in outputs:
-        groups.setdefault(tuple(y.shape[1:]), []).append(y.double().masked_fill(y.isinf(), 0.0).flatten(0, 0))
-    joined = [torch.cat(pieces) for pieces in groups.values()]
-    centred = sum(float((y - y.mean(0)).square().sum()) for y in joined if len(y))
-    return centred or sum(float(y.square().sum()) for y in joined)
+def parts_of(network: nn.Module, sites: list[Site]) -> list[list[Site]]:
+    """Return the maps in parts whose sums fit into the memory, one of them at least."""
+    parts: list[list[Site]] = [[]]
+    used = 0
+    for site in sites:
+        found = linear_map(network, site.name)
+        assert found is not None  # sites_of has looked
+        needed = sum_bytes(found, site)
+        if parts[-1] and used + needed > MEMORY:
+            parts.append([])
+            used = 0
+        parts[-1].append(site)
+        used += needed
+    return parts
+
+
+def sum_bytes(found: LinearMap, site: Site) -> int:
+    """Return the memory that the sums of a map take, over the rows to fit and over those held out."""
+    filters, columns = found.weight.flatten(1).shape
+    groups = found.layer.groups if isinstance(found.layer, _ConvNd) else 1
+    if site.frame is not None:
+        filters, columns = len(site.frame.root), found.weight.shape[1]
+    return 2 * 8 * (columns + 1) * (groups * (columns + 1) + filters)
 
 
 def _between(a: nn.Module, b: nn.Module) -> nn.Module:
@@ -448,11 +367,6 @@ def _fit_all(
 def _matrices(found: LinearMap, groups: int) -> Tensor:
     matrices: Tensor = found.weight.double().flatten(1).unflatten(0, (groups, -1))
     return matrices
-
-
-def _maps(model: nn.Module) -> dict[str, LinearMap]:
-    """Return all maps of a network by name."""
-    return {name: found for name in map_names(model) if (found := linear_map(model, name)) is not None}
 
 
 def _left(outputs: Tensor, site: Site) -> Tensor:
