@@ -10,7 +10,7 @@ BatchNorm's statistics were re-estimated on the calibration images; the test ima
 and "Hessian" read the labels of the calibration images, the others none. torch-pruning's networks have the share
 nearest to the wanted one, ours the nearest below it.
 
-``--only``, ``--kinds``, ``--families`` and ``--shares`` measure a part. Families that a newer pliant adds are measured
+``--only``, ``--kinds``, ``--families``, ``--costs`` and ``--shares`` measure a part. Families that a newer pliant adds are measured
 when the command runs again. Networks with weights from packages: see ``subjects.py``.
 """
 
@@ -98,7 +98,7 @@ def new_rows(thing: Subject, done: set[Key], arguments: argparse.Namespace) -> I
     for family in families(thing):
         if family.kind not in arguments.kinds.split(",") or not any(part in family.name for part in parts):
             continue
-        for cost in COSTS[family.kind]:
+        for cost in [cost for cost in COSTS[family.kind] if cost in arguments.costs.split(",")]:
             for share in arguments.shares:
                 row = {**base, "kind": family.kind, "cost": cost, "share": share, "family": family.name}
                 if key(row) not in done and (family.kind != "nm" or share == 0.5):
@@ -203,6 +203,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="networks, with commas")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--families", default="", help="parts of names of families, with commas")
+    parser.add_argument("--costs", default="params,macs,entries")
     parser.add_argument("--shares", type=lambda text: [float(s) for s in text.split(",")], default=list(SHARES))
     parser.add_argument("--images", type=int, default=1024, help="calibration images")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
