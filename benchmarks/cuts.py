@@ -10,8 +10,8 @@ BatchNorm's statistics were re-estimated on the calibration images; the test ima
 and "Hessian" read the labels of the calibration images, the others none. torch-pruning's networks have the share
 nearest to the wanted one, ours the nearest below it.
 
-``--only``, ``--kinds``, ``--families``, ``--costs`` and ``--shares`` measure a part. Families that a newer pliant adds are measured
-when the command runs again. Networks with weights from packages: see ``subjects.py``.
+``--only``, ``--kinds``, ``--families``, ``--costs`` and ``--shares`` measure a part. Families that a newer pliant adds
+are measured when the command runs again. Networks with weights from packages: see ``subjects.py``.
 """
 
 from __future__ import annotations
