@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.compression import FilterPruning, Magnitude, calibration, choosing, moments, refit, sites
+from pliant.compression import FilterPruning, Magnitude, calibration, choosing, moments, reference, refit, sites
 from pliant.compression.calibration import Calibration
 from pliant.compression.fitting import DAMPINGS
 from pliant.compression.moments import moment_bytes
@@ -76,25 +76,38 @@ def convolutions(columns: int) -> nn.Module:
     ).eval()
 
 
+@pytest.fixture
+def costly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CHEAP", 1.0)
+
+
+@pytest.mark.usefixtures("costly")
 def test_layers_of_many_positions_need_a_part_of_the_samples() -> None:
     model, x = convolutions(5), images(128, 16)
-    reference = Reference(model, x[:2], Calibration([x], model, x[:2]))
-    assert reference.share == pytest.approx(moments.LEAST_ROWS / (128 * 16 * 16))
-    assert {len(piece[0]) for _, piece in reference.pieces()} == {2}  # of 16
+    dense = Reference(model, x[:2], Calibration([x], model, x[:2]))
+    assert dense.share == pytest.approx(moments.LEAST_ROWS / (128 * 16 * 16))
+    assert {len(piece[0]) for _, piece in dense.pieces()} == {2}  # of 16
 
 
+@pytest.mark.usefixtures("costly")
 def test_a_layer_of_one_position_gets_a_row_for_each_column() -> None:
     model, x = nn.Sequential(convolutions(40), nn.Linear(40, 3)).eval(), images(128, 16)
     assert Reference(model, x[:2], Calibration([x], model, x[:2])).share == 40 / 128
 
 
+@pytest.mark.usefixtures("costly")
 @pytest.mark.parametrize("few", [True, False])
 def test_all_of_the_data_is_read_where_it_is_needed(few: bool) -> None:
     model = convolutions(5) if few else nn.Sequential(nn.Flatten(), nn.Linear(27, 4)).eval()
     x = images(64, 4 if few else 3)
-    reference = Reference(model, x[:2], Calibration([x], model, x[:2]))
-    assert reference.share == 1.0
-    assert sum(len(piece[0]) for _, piece in reference.pieces()) == 64
+    dense = Reference(model, x[:2], Calibration([x], model, x[:2]))
+    assert dense.share == 1.0
+    assert sum(len(piece[0]) for _, piece in dense.pieces()) == 64
+
+
+def test_all_of_the_data_is_read_where_it_costs_little() -> None:
+    model, x = convolutions(5), images(128, 16)
+    assert Reference(model, x[:2], Calibration([x], model, x[:2])).share == 1.0
 
 
 def test_pieces_give_their_first_samples_whatever_they_are_made_of() -> None:

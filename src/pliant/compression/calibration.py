@@ -121,8 +121,8 @@ class Calibration:
                     raise BadInput(f"calibration batch {len(sizes)} holds NaN or infinity")
             first = first or [(x[:1] if x.dim() else x).clone() for x in tensors]
             constant = constant and all(_repeats(x, y) for x, y in zip(tensors, first, strict=False))
-            samples += _samples(batch)
-            sizes.append(_samples(batch) if _splits(batch) else 1)
+            samples += samples_of(batch)
+            sizes.append(samples_of(batch) if _splits(batch) else 1)
             self._marks.append(_mark(tensors))
             used += sum(x.nbytes for x in tensors)
             if used > MEMORY:
@@ -191,7 +191,7 @@ class Calibration:
             raise BadInput(f"calibration batch {number}: {text}") from None
 
 
-def _samples(inputs: Inputs) -> int:
+def samples_of(inputs: Inputs) -> int:
     """Return the number of samples of a batch: the length of its first tensor."""
     first = tensors_of(inputs)[0]
     return len(first) if first.dim() else 1
@@ -213,7 +213,7 @@ def _mark(tensors: list[Tensor]) -> int:
 
 def _splits(inputs: Inputs) -> bool:
     """Return whether all tensors of a batch have the same length, that of the batch."""
-    samples = _samples(inputs)
+    samples = samples_of(inputs)
     return all(x.dim() > 0 and len(x) == samples for x in tensors_of(inputs))
 
 
@@ -224,7 +224,7 @@ def _parts(samples: int, most: int) -> int:
 
 def _split(inputs: Inputs, most: int) -> list[Inputs]:
     """Return a batch in at most ``most`` pieces of nearly equal size; in one if its tensors differ in length."""
-    samples = _samples(inputs) if _splits(inputs) else 1
+    samples = samples_of(inputs) if _splits(inputs) else 1
     parts = _parts(samples, most)
     if parts == 1:
         return [inputs]
@@ -236,7 +236,7 @@ def _narrowed(inputs: Inputs, share: float) -> Inputs:
     """Return the first samples of a piece; the whole of one that cannot be split."""
     if not _splits(inputs):
         return inputs
-    count = max(2, math.ceil(_samples(inputs) * share))
+    count = max(2, math.ceil(samples_of(inputs) * share))
     return map_tensors(lambda x: x[:count], inputs)
 
 

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from pliant import measuring
 from pliant.calling import Example, Inputs, as_inputs, tensors_of
-from pliant.compression.calibration import Calibration
+from pliant.compression.calibration import Calibration, samples_of
 from pliant.compression.moments import LEAST_ROWS, MAX_COLUMNS, ROWS_PER_COLUMN, call_on
 from pliant.compression.observing import LinearMap, linear_map, map_names, observing, unfused
 from pliant.compression.rows import chosen_rows, grid_of, output_rows
 from pliant.compression.sites import WIDE
 from pliant.errors import BadInput
+
+CHEAP = 1e11  # multiply-accumulates of a pass over the data: a second or so
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +59,12 @@ class Reference:
         """The share of each piece that is read: as much as gives every map of the dense network enough rows.
 
         A map has a row for every position of every sample. One with a single position would want all of the data
-        whatever the others need, at the cost of the whole network: it gets a row for each of its columns.
+        whatever the others need, at the cost of the whole network: it gets a row for each of its columns. Where all of
+        the data costs little, all of it is read.
         """
+        work = measuring.macs(self.model, self.example_inputs) * self.calibration.samples
+        if work <= CHEAP:
+            return 1.0
         maps = maps_of(probe := copy.deepcopy(self.model).eval())
         samples = len(tensors_of(as_inputs(self.example_inputs))[0])
         several: list[float] = []  # the shares that maps of several positions need
@@ -73,7 +80,12 @@ class Reference:
 
         with observing(probe, maps, watch):
             call_on(probe, as_inputs(self.example_inputs), 0)
-        return min(1.0, max(*several, *single)) if several else 1.0
+        return min(1.0, max(*several, *single, CHEAP / work)) if several else 1.0
+
+    @cached_property
+    def samples(self) -> int:
+        """The number of samples that are read."""
+        return sum(samples_of(inputs) for _, inputs in self.pieces())
 
     def pieces(self) -> Iterator[tuple[int, Inputs]]:
         """Yield the number and the inputs of each piece."""

@@ -129,7 +129,7 @@ class Refitter:
         sites, unfitted = sites_of(self.model, small, plan)
         errors: dict[str, float] = {"cut": self.error(small)}
         if errors["cut"] <= _EQUAL:
-            return small, replace(plan, refit=RefitRecord("cut", errors, self.calibration.samples))
+            return small, replace(plan, refit=RefitRecord("cut", errors, self.reference.samples))
         states: dict[str, nn.Module] = {"cut": small}
         parts = parts_of(small, sites)
         network, seen = self._observe(small, parts[0], estimate=normalises(small))
@@ -145,7 +145,7 @@ class Refitter:
             errors["refitted"], states["refitted"] = error, network
         best = min(errors, key=errors.__getitem__)
         silent = [(site.name, _BROKEN if site.name in heard else _UNSEEN) for site in sites if site.name not in fits]
-        record = RefitRecord(best, errors, self.calibration.samples, tuple(fits.values()), (*unfitted, *silent))
+        record = RefitRecord(best, errors, self.reference.samples, tuple(fits.values()), (*unfitted, *silent))
         return states[best], replace(plan, refit=record)
 
     def _sweeps(
