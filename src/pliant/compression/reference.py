@@ -82,23 +82,23 @@ class Reference:
             call_on(probe, as_inputs(self.example_inputs), 0)
         return min(1.0, max(*several, *single, CHEAP / work)) if several else 1.0
 
-    @cached_property
+    @property
     def samples(self) -> int:
         """The number of samples that are read."""
-        return sum(samples_of(inputs) for _, inputs in self.pieces())
+        return self._seen[2]
 
     def pieces(self) -> Iterator[tuple[int, Inputs]]:
         """Yield the number and the inputs of each piece."""
         yield from enumerate(self.calibration.inputs(self.share))
 
     @cached_property
-    def _seen(self) -> tuple[dict[tuple[str, int], list[Call]], dict[int, list[Tensor]]]:
-        """What every map did in each piece, sampled, and the outputs of the network on pieces held out."""
+    def _seen(self) -> tuple[dict[tuple[str, int], list[Call]], dict[int, list[Tensor]], int]:
+        """What every map did in each piece, sampled; the outputs on pieces held out; and the number of samples."""
         dense = copy.deepcopy(self.model).eval()
         maps = maps_of(dense)
         calls: dict[tuple[str, int], list[Call]] = {}
         outputs: dict[int, list[Tensor]] = {}
-        piece = 0
+        piece, samples = 0, 0
 
         def chosen(layer: nn.Module, value: Tensor, rows: int, name: str) -> tuple[Tensor, Tensor]:
             some = chosen_rows(grid_of(layer, value), math.ceil(rows / self.calibration.pieces), name, piece)
@@ -117,10 +117,11 @@ class Reference:
 
         with observing(dense, maps, watch):
             for piece, inputs in self.pieces():
+                samples += samples_of(inputs)
                 result = call_on(dense, inputs, self.calibration.batch_of[piece])
                 if self.calibration.held_out(piece):
                     outputs[piece] = [x for x in result if x.is_floating_point()]
-        return calls, outputs
+        return calls, outputs, samples
 
     def call(self, name: str, piece: int, index: int) -> Call | None:
         """Return what a map did in a piece when it was applied for the index-th time; None if it was not so often."""
