@@ -92,7 +92,7 @@ def test_layers_of_many_positions_need_a_part_of_the_samples() -> None:
 @pytest.mark.usefixtures("costly")
 def test_a_layer_of_one_position_gets_a_row_for_each_column() -> None:
     model, x = nn.Sequential(convolutions(40), nn.Linear(40, 3)).eval(), images(128, 16)
-    assert Reference(model, x[:2], Calibration([x], model, x[:2])).share == 40 / 128
+    assert Reference(model, x[:2], Calibration([x], model, x[:2])).share == 40 / 2 / 128
 
 
 @pytest.mark.usefixtures("costly")
@@ -134,7 +134,7 @@ def test_a_transformer_of_a_hundred_million_parameters_takes_less_than_four_gibi
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters > 1e8
     maps = maps_of(model)
-    outputs = sum(4 * rows_of(found.layer, found.weight) * len(found.weight) for found in maps.values())
+    outputs = sum(4 * rows_of(found.layer, found.weight, sites.WIDE) * len(found.weight) for found in maps.values())
     parts = parts_of(model, [Site(name, name, None) for name in maps])
     sums = max(sum(sum_bytes(maps[site.name], site) for site in part) for part in parts)
     assert len(parts) > 1

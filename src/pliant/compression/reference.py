@@ -55,15 +55,24 @@ class Reference:
         self.model, self.example_inputs, self.calibration = model, example_inputs, calibration
 
     @cached_property
+    def work(self) -> int:
+        """The multiply-accumulates of a pass over all of the data."""
+        return measuring.macs(self.model, self.example_inputs) * self.calibration.samples
+
+    @property
+    def most(self) -> int:
+        """The number of columns up to which a convolution that has lost channels is fitted in its columns."""
+        return WIDE if self.work <= CHEAP else WIDE // 2
+
+    @cached_property
     def share(self) -> float:
         """The share of each piece that is read: as much as gives every map of the dense network enough rows.
 
         A map has a row for every position of every sample. One with a single position would want all of the data
-        whatever the others need, at the cost of the whole network: it gets a row for each of its columns. Where all of
+        whatever the others need, at the cost of the whole network: it gets a row for every two columns. Where all of
         the data costs little, all of it is read.
         """
-        work = measuring.macs(self.model, self.example_inputs) * self.calibration.samples
-        if work <= CHEAP:
+        if self.work <= CHEAP:
             return 1.0
         maps = maps_of(probe := copy.deepcopy(self.model).eval())
         samples = len(tensors_of(as_inputs(self.example_inputs))[0])
@@ -74,13 +83,19 @@ class Reference:
             positions = math.prod(grid_of(layer, output)) / samples
             weight = maps[name].weight
             columns = weight[0].numel()
-            wide = isinstance(layer, _ConvNd) and columns > WIDE
-            rows = columns if positions <= 1 else _enough(weight.shape[1]) if wide else rows_of(layer, weight)
+            wide = isinstance(layer, _ConvNd) and columns > self.most
+            rows = (
+                columns / 2
+                if positions <= 1
+                else _enough(weight.shape[1])
+                if wide
+                else rows_of(layer, weight, self.most)
+            )
             (several if positions > 1 else single).append(rows / (positions * self.calibration.samples))
 
         with observing(probe, maps, watch):
             call_on(probe, as_inputs(self.example_inputs), 0)
-        return min(1.0, max(*several, *single, CHEAP / work)) if several else 1.0
+        return min(1.0, max(*several, *single, CHEAP / self.work)) if several else 1.0
 
     @property
     def samples(self) -> int:
@@ -109,8 +124,8 @@ class Reference:
                 return
             known = calls.setdefault((name, piece), [])
             weight = maps[name].weight
-            call = Call(*chosen(layer, output, rows_of(layer, weight), f"{name} {len(known)}"))
-            if isinstance(layer, _ConvNd) and layer.groups == 1 and weight[0].numel() > WIDE:
+            call = Call(*chosen(layer, output, rows_of(layer, weight, self.most), f"{name} {len(known)}"))
+            if isinstance(layer, _ConvNd) and layer.groups == 1 and weight[0].numel() > self.most:
                 places, inputs = chosen(layer, value, _enough(weight.shape[1]), f"{name} {len(known)} inputs")
                 call = replace(call, places=places, inputs=inputs)
             known.append(call)
@@ -167,14 +182,16 @@ def maps_of(model: nn.Module) -> dict[str, LinearMap]:
     return {name: found for name in map_names(model) if (found := linear_map(model, name)) is not None}
 
 
-def rows_of(layer: nn.Module, weight: Tensor) -> int:
-    """Return how many rows the fit of a map of the dense network needs."""
-    columns = weight[0].numel()
-    if isinstance(layer, _ConvNd):
-        return _enough(min(columns, WIDE))
-    # The rows of a linear layer are of as many samples or tokens, and tell more than the positions of an image do.
-    return max(LEAST_ROWS, ROWS_PER_COLUMN // 2 * min(columns, MAX_COLUMNS["linear"]))
+def rows_of(layer: nn.Module, weight: Tensor, most: int) -> int:
+    """Return how many rows the fit of a map of the dense network needs.
+
+    Args:
+        layer, weight: the map.
+        most: the number of columns up to which a convolution is fitted in its columns.
+    """
+    return _enough(min(weight[0].numel(), most if isinstance(layer, _ConvNd) else MAX_COLUMNS["linear"]))
 
 
 def _enough(columns: int) -> int:
-    return max(LEAST_ROWS, ROWS_PER_COLUMN * columns)
+    """Return the number of rows for so many columns: half of a moment's, for fits are damped towards the cut."""
+    return max(LEAST_ROWS, ROWS_PER_COLUMN // 2 * columns)

@@ -126,7 +126,7 @@ class Refitter:
         Raises:
             BadInput: a network cannot be called on a batch of the data.
         """
-        sites, unfitted = sites_of(self.model, small, plan)
+        sites, unfitted = sites_of(self.model, small, plan, self.reference.most)
         errors: dict[str, float] = {"cut": self.error(small)}
         if errors["cut"] <= _EQUAL:
             return small, replace(plan, refit=RefitRecord("cut", errors, self.reference.samples))
@@ -211,7 +211,10 @@ class Refitter:
             plan: the plan.
         """
         new = copy.deepcopy(network)
-        found = {site.name: (site, linear_map(new, site.name)) for site in sites_of(self.model, network, plan)[0]}
+        found = {
+            site.name: (site, linear_map(new, site.name))
+            for site in sites_of(self.model, network, plan, self.reference.most)[0]
+        }
         biases = {name: (site, each.bias) for name, (site, each) in found.items() if each and each.bias is not None}
         missed: dict[str, list[Tensor]] = {}
         calls: Counter[str] = Counter()

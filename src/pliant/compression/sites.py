@@ -1,6 +1,6 @@
 """The maps of a small network that can be fitted, and which map of the dense network each has to agree with.
 
-A convolution with more than :data:`WIDE` columns that has lost channels is fitted in its channels only: the channels of
+A convolution with many columns (:data:`WIDE`) that has lost channels is fitted in its channels only: the channels of
 the dense network that it would read are estimated from those that are left, x ≈ T x', and the weight becomes W T at
 every kernel position. The error of an estimate counts as much as the weight multiplies it,
 
@@ -99,13 +99,14 @@ class Site:
     frame: Frame | None = None
 
 
-def sites(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Site], list[tuple[str, str]]]:
+def sites(model: nn.Module, small: nn.Module, plan: Plan, wide: int = WIDE) -> tuple[list[Site], list[tuple[str, str]]]:
     """Return the maps that can be fitted, and (name, reason) for the others.
 
     Args:
         model: the dense network.
         small: the network that ``plan`` makes of it.
         plan: the plan.
+        wide: the number of columns up to which a convolution that has lost channels is fitted in its columns.
     """
     outputs, inputs = _kept(plan, "outputs"), _kept(plan, "inputs")
     tied = tied_parameters(small)
@@ -129,7 +130,7 @@ def sites(model: nn.Module, small: nn.Module, plan: Plan) -> tuple[list[Site], l
         if reason is None and len(now.weight) != len(dense.weight if kept is None else kept):
             reason = "has other outputs than the dense layer"
         frame = None
-        if reason is None and name == source and now.weight[0].numel() > WIDE:
+        if reason is None and name == source and now.weight[0].numel() > wide:
             frame = _frame(now, dense, kept, inputs.get(source))
         most = MAX_COLUMNS["convolution" if isinstance(now.layer, _ConvNd) else "linear"]
         if reason is None and frame is None and now.weight[0].numel() > most:
