@@ -94,14 +94,16 @@ class Ranks:
     Args:
         refused: (layer, reason) for each layer that is left alone.
         layers: the decomposition of each layer that may be cut.
-        starts: the cuts that the controls ask for in any case: index of the layer and its rank.
-        steps: the further cuts in order.
+        starts: how many of the steps are cuts that the controls ask for in any case.
+        steps: the cuts in order: index of the layer, and its rank afterwards.
+        losses: after each step, the sum of the shares of energy that the layers have lost.
     """
 
     refused: tuple[tuple[str, str], ...]
     layers: Mapping[str, Spectrum]
-    starts: tuple[tuple[int, int], ...]
+    starts: int
     steps: tuple[tuple[int, int], ...]
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -244,23 +246,32 @@ class LowRank(Controlled[Spectra]):
         """
         self._check_analysis(analysis)
         left, own = self.named(names := layer_names(model))
-        offers = analysis.curves_of(self, left, own).cuts
+        offered = analysis.curves_of(self, left, own).cuts
         settled = {}
         for name, spectra in analysis.layers.items():
-            counts = Counter(cut.spectrum.scheme for cut in offers.get(name, ()) if cut.rank)
+            counts = Counter(cut.spectrum.scheme for cut in offered.get(name, ()) if cut.rank)
             scheme = max(spectra, key=lambda spectrum: counts[spectrum.scheme]).scheme
             settled[name] = tuple(spectrum for spectrum in spectra if spectrum.scheme == scheme)
         curves = replace(analysis, layers=settled).curves_of(self, left, own)
-        ranks = [[cut.rank for cut in offer] for offer in curves.cuts.values()]
-        starts = [(layer, offer[0]) for layer, offer in enumerate(ranks) if offer[0]]
-        steps, at = [], [0] * len(ranks)
+        offers = list(curves.cuts.values())
+        steps = [(layer, offer[0]) for layer, offer in enumerate(offers) if offer[0].rank]
+        starts, at = len(steps), [0] * len(offers)
         for reduction in curves.reductions:
             # Where a reduction skips options of its layer, a ratio may end at one of them.
             skipped = range(at[reduction.layer] + 1, reduction.option + 1)
-            steps += [(reduction.layer, ranks[reduction.layer][option]) for option in skipped]
+            steps += [(reduction.layer, offers[reduction.layer][option]) for option in skipped]
             at[reduction.layer] = reduction.option
-        layers = {name: settled[name][0] for name in curves.cuts}
-        return Ranks(_refused(analysis, left, names), layers, tuple(starts), tuple(steps))
+        lost, losses = [0.0] * len(offers), []
+        for layer, cut in steps:
+            lost[layer] = cut.loss
+            losses.append(sum(lost))
+        return Ranks(
+            _refused(analysis, left, names),
+            {name: settled[name][0] for name in curves.cuts},
+            starts,
+            tuple((layer, cut.rank) for layer, cut in steps),
+            tuple(losses),
+        )
 
     def plan_ranks(self, model: nn.Module, known: Analysis, ranks: Mapping[str, tuple[Outline, int]]) -> Plan:
         """Return the plan of these ranks.
