@@ -322,6 +322,8 @@ def test_the_smallest_rung_is_the_smallest_size(folder: Folder, model: nn.Module
         (put_tensor("losses", lambda x: x[:-1]), "losses should have"),
         (put_tensor("losses", lambda x: -x), "losses should hold numbers of at least 0 that never fall"),
         (put_tensor("losses", lambda x: x.flip(0)), "losses should hold numbers of at least 0 that never fall"),
+        (put_tensor("strengths", lambda x: x[:-1]), "strengths should have"),
+        (put_tensor("strengths", lambda x: x * 0), "strengths should hold positive numbers"),
         (put_tensor("1.codes", lambda x: x[:-1]), "1.codes should have"),
         (put_tensor("0.vectors", lambda x: x[:-1]), "0.vectors should have"),
     ],

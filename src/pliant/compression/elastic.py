@@ -196,7 +196,7 @@ class Elastic:
         """Return the weights of a rung, given those of the next larger one."""
         assert point.codes is not None
         assert point.steps is not None
-        kept = self.path.kept(point.step)
+        kept, balance = self.path.kept(point.step), self.path.balance(point.step)
         shapes = {name: picked(value, kept.get(name, {})).shape for name, value in values.items()}
         codes = unpack(point.codes, sum(shape.numel() for shape in shapes.values()), point.bits)
         parts = codes.split([shape.numel() for shape in shapes.values()])
@@ -204,9 +204,8 @@ class Elastic:
         result = {}
         for (name, shape), part, scale in zip(shapes.items(), parts, steps, strict=True):
             base = picked(values[name], kept.get(name, {}))
-            result[name] = placed(
-                values[name], kept.get(name, {}), corrected(base, part.view(shape), scale, point.bits)
-            )
+            fixed = corrected(base, part.view(shape), scale, point.bits, balance.get(name))
+            result[name] = placed(values[name], kept.get(name, {}), fixed)
         return result
 
     def _replaced(self, values: dict[str, Tensor], point: Point) -> dict[str, Tensor]:
@@ -334,9 +333,16 @@ class Elastic:
                     raise DamagedFile(f"{i}.{kind} holds NaN or infinity")
 
 
-def corrected(base: Tensor, codes: Tensor, steps: Tensor, bits: int) -> Tensor:
-    """Return weights with their correction; those that are zero stay zero, so masks survive."""
-    return torch.where(base == 0, base, base + restored(codes, steps, bits))
+def corrected(base: Tensor, codes: Tensor, steps: Tensor, bits: int, balance: Tensor | None = None) -> Tensor:
+    """Return weights with their correction; those that are zero stay zero, so masks survive.
+
+    Args:
+        base: the weights (filters, ...).
+        codes, steps, bits: what ``quantise`` made of the correction, or of its product with ``balance``.
+        balance: how much the entries of a filter count; None for all the same.
+    """
+    correction = restored(codes, steps, bits)
+    return torch.where(base == 0, base, base + (correction if balance is None else correction / balance))
 
 
 def example_of(example_inputs: Example) -> tuple[tuple[str, tuple[int, ...], str], ...] | None:

@@ -40,6 +40,8 @@ LADDER = (0.7, 0.5, 0.3, 0.2, 0.1)
 GROWTH = 0.2
 """How much larger than the dense network's file everything may be; a long ladder in two bits may need more."""
 
+_POINT = 250  # bytes of JSON and of names that a point takes
+
 
 def make_elastic(
     model: nn.Module,
@@ -123,13 +125,13 @@ def _path_bytes(path: Path | RankPath) -> int:
 
 
 def _rung_bytes(path: RankPath, step: int) -> int:
-    """Return about how many bytes the corrections of a rung take in the fewest bits."""
-    kept, count = path.kept(step), 0
+    """Return how many bytes a rung and the vectors before it take at most in the fewest bits."""
+    kept, count = path.kept(step), 2 * _POINT
     for name, tensor in path.template().items():
         part = picked(tensor, kept.get(name, {}))
         if part.dim() <= 1:
-            count += 4 * part.numel()
-        elif name.endswith("expand.weight"):  # the others are hardly ever worth a correction
+            count += 2 * 4 * part.numel()
+        elif not name.endswith("reduce.weight"):
             count += packed_bytes(part.numel(), BITS[-1]) + 2 * len(part)
     return count
 
@@ -168,13 +170,15 @@ class _Maker:
             assert plan.refit is not None
             errors = plan.refit.errors
             state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-            kept = self.path.kept(step)
+            kept, balance = self.path.kept(step), self.path.balance(step)
             codes: list[Tensor] = []
             scales: list[Tensor] = []
             for name in weights:
                 base = picked(values[name], kept.get(name, {}))
-                code, scale = quantise(state[name].to(base.dtype) - base if name in state else base, bits)
-                values[name] = placed(values[name], kept.get(name, {}), corrected(base, code, scale, bits))
+                change = state[name].to(base.dtype) - base if name in state else base
+                code, scale = quantise(change * balance.get(name, 1.0), bits)
+                fixed = corrected(base, code, scale, bits, balance.get(name))
+                values[name] = placed(values[name], kept.get(name, {}), fixed)
                 codes.append(code.flatten())
                 scales.append(scale)
             own = {"cut": errors["cut"], "refitted": errors[plan.refit.result], "elastic": 0.0}  # measured below
@@ -248,7 +252,9 @@ class _Maker:
     def _bits(self, elastic: Elastic) -> list[int]:
         """Return how many bits a weight takes at each rung: fewer at the larger ones, until all fits the growth."""
         counts = []
-        fixed = len(json.dumps(elastic.to_dict(), separators=(",", ":"))) + 250 * (len(self.steps) + len(self.halves))
+        fixed = len(json.dumps(elastic.to_dict(), separators=(",", ":"))) + _POINT * (
+            len(self.steps) + len(self.halves)
+        )
         fixed += sum(tensor.nbytes for tensor in elastic.tensors().values())
         for step in (*self.steps, *self.halves.values()):
             kept = self.path.kept(step)

@@ -132,6 +132,10 @@ class Path:
             self._kept[step] = kept
         return self._kept[step]
 
+    def balance(self, step: int) -> dict[str, Tensor]:
+        """Return tensor name → by how much entries count more than others in a correction; none do."""
+        return {}
+
     @cached_property
     def _kept(self) -> dict[int, dict[str, dict[int, Tensor]]]:
         return {}

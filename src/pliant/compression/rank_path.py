@@ -42,6 +42,7 @@ from pliant.structure import untransposed
 BASIS_BITS = (8, 6, 4)
 """Bits per entry of a basis."""
 _RIDGE = 1e-8  # δ, as a share of the mean eigenvalue
+_WEAKEST = 1e-3  # strength of a direction
 _NULL = 1e-6  # singular values of F below which the columns of W span nothing
 _MOST = 1 - 2**-30  # the ratio of a plan is below 1
 
@@ -61,6 +62,7 @@ class RankPath:
         bits: bits per entry of the bases.
         codes: the entries of all V as codes, direction by direction, uint8.
         scales: the step of the codes of each direction, float16.
+        strengths: for each layer, the roots of the energies of its directions, relative to the largest one, float16.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class RankPath:
     bits: int
     codes: Tensor
     scales: Tensor
+    strengths: Tensor
 
     @classmethod
     def of(cls, model: nn.Module, compressor: LowRank, analysis: Spectra, bits: int = BASIS_BITS[0]) -> RankPath:
@@ -80,19 +83,23 @@ class RankPath:
         ranks = compressor.path(model, analysis)
         kind = with_options(LowRank, {**compressor.plan_options(), "ratio": 0.0, "whiten": analysis.whitened})
         codes, scales = [torch.zeros(0, dtype=torch.uint8)], [torch.zeros(0, dtype=torch.float16)]
+        strengths = [torch.zeros(0)]
         for (name, spectrum), most in zip(ranks.layers.items(), _tops(len(ranks.layers), ranks.steps), strict=True):
             basis = spectrum.basis[..., :most].double().cpu()
             weight = matrices(_factorable(model, name), spectrum.scheme).double().cpu()
             code, scale = quantise(_stored(weight, basis).mT.flatten(0, 1), bits)
             codes.append(code.flatten())
             scales.append(scale)
+            roots = spectrum.energies[:most].cpu().sqrt()
+            strengths.append((roots / roots.amax() if roots.any() else torch.ones_like(roots)).clamp(min=_WEAKEST))
         packed, scale = pack(torch.cat(codes), bits), torch.cat(scales)
         losses = torch.tensor(ranks.losses, dtype=torch.float32).cummax(0).values  # rounding must not turn them around
         layers = {
             name: Outline(x.scheme, x.groups, x.rows, x.columns, x.applied)  # a spectrum holds large tensors
             for name, x in ranks.layers.items()
         }
-        return cls(model, kind, ranks.refused, layers, ranks.starts, ranks.steps, losses, bits, packed, scale)
+        strong = torch.cat(strengths).half()
+        return cls(model, kind, ranks.refused, layers, ranks.starts, ranks.steps, losses, bits, packed, scale, strong)
 
     @property
     def counts_macs(self) -> bool:
@@ -171,6 +178,19 @@ class RankPath:
             self._kept[step] = kept
         return self._kept[step]
 
+    def balance(self, step: int) -> dict[str, Tensor]:
+        """Return tensor name → by how much entries count more than others in a correction, float32.
+
+        An error in a column of a second factor counts as much as its direction is strong.
+        """
+        balance = {}
+        parts = zip(self.layers, self.ranks(step), self.strengths.float().split(self._tops), strict=True)
+        for name, rank, strengths in parts:
+            if rank:
+                dims = _factorable(self.model, name).weight.dim()
+                balance[_in(name, "expand.weight")] = strengths[:rank].view(-1, *[1] * (dims - 2))
+        return balance
+
     @cached_property
     def _kept(self) -> dict[int, dict[str, dict[int, Tensor]]]:
         return {}
@@ -227,7 +247,12 @@ class RankPath:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the path, by names for safetensors."""
-        return {"basis.codes": self.codes, "basis.steps": self.scales, "losses": self.losses}
+        return {
+            "basis.codes": self.codes,
+            "basis.steps": self.scales,
+            "losses": self.losses,
+            "strengths": self.strengths,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the path as plain data for JSON, without the model and the tensors."""
@@ -280,7 +305,10 @@ class RankPath:
         losses = _tensor(tensors, "losses", torch.float32, len(steps))
         if bool((losses.diff(prepend=torch.zeros(1)) < 0).any()):
             raise DamagedFile("losses should hold numbers of at least 0 that never fall")
-        return cls(model, compressor, refused, layers, starts, steps, losses, bits, codes, scales)
+        strengths = _tensor(tensors, "strengths", torch.float16, sum(tops))
+        if not bool((strengths > 0).all()):
+            raise DamagedFile("strengths should hold positive numbers")
+        return cls(model, compressor, refused, layers, starts, steps, losses, bits, codes, scales, strengths)
 
 
 def _stored(weight: Tensor, basis: Tensor) -> Tensor:
