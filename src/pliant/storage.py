@@ -2,8 +2,8 @@
 
 FOLDER/model.safetensors    parameters and buffers
        plan.json            how the network was compressed, see :class:`~pliant.compression.Plan`
-       elastic.json         if the folder holds every size of the network, how channels leave it
-       elastic.safetensors  and what corrects the weights at each size
+       elastic.json         if the folder holds every size of the network, how channels or directions leave
+       elastic.safetensors  and what makes and corrects the weights at each size
 
 Nothing is pickled. :func:`rebuild` reads a network back: it compresses the result of the network's constructor
 according to the plan, and loads the weights. :func:`elastic` writes a network from which every size can be made.
@@ -119,7 +119,10 @@ def elastic(
 
     The folder holds the dense weights, the order in which channels leave, and small corrections: at every share of the
     ladder the weights that are left are refitted as by :func:`pliant.compress`, and what differs from the next larger
-    one is stored in two to four bits per weight. By default the folder has at most 1.2 times the bytes of the dense
+    one is stored in two to four bits per weight. For :class:`~pliant.LowRank` it holds the directions of every layer in
+    the order of their energies, in four to eight bits, up to the largest rank that makes the layer smaller; a size
+    takes the first ones, and the factors follow from these and the dense weights. A layer has one scheme for all its
+    ranks. By default the folder has at most 1.2 times the bytes of the dense
     network. Sizes between two shares are interpolated; there are none below the last one.
 
     Its elastic.json has the errors of the outputs at each of these sizes on data that was held out, next to those of a
@@ -128,7 +131,8 @@ def elastic(
 
     Args:
         model: a trained network; not changed.
-        compressor: :class:`~pliant.FilterPruning` or :class:`~pliant.HeadPruning`; its ratio is ignored.
+        compressor: :class:`~pliant.FilterPruning`, :class:`~pliant.HeadPruning` or :class:`~pliant.LowRank`; its ratio
+            is ignored.
         example_inputs: a tensor, a tuple of tensors or a dict of keyword arguments that the model takes. Limits on
             multiply-accumulates and latency count an example of this shape.
         folder: the folder to make.

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import pliant
 from pliant import measuring
-from pliant.compression import Chain, FilterPruning, HeadPruning, LowRank, Plan, skeleton
+from pliant.compression import Chain, FilterPruning, HeadPruning, LowRank, Magnitude, Plan, skeleton
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.budgets import Budget
 from pliant.compression.calibration import Calibration
-from pliant.compression.corrections import BITS, pack, packed_bytes, quantise, restored, unpack
-from pliant.compression.elastic import Elastic, picked, placed
+from pliant.compression.corrections import BITS, pack, packed_bytes, picked, placed, quantise, restored, unpack
+from pliant.compression.elastic import Elastic
 from pliant.compression.path import Path
 from pliant.compression.refit import Refitter
 from pliant.errors import BadInput, DamagedFile, PliantError, Refused
@@ -320,7 +320,7 @@ def test_the_smallest_rung_is_the_smallest_size(folder: Folder) -> None:
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compressor", [LowRank(), Chain(FilterPruning(), LowRank()), FilterPruning(mode="mask")])
+@pytest.mark.parametrize("compressor", [Magnitude(), Chain(FilterPruning(), LowRank()), FilterPruning(mode="mask")])
 def test_other_compressors_are_refused(compressor: Any, model: nn.Module, tmp_path: Folder) -> None:
     with pytest.raises(BadInput, match="elastic files are for FilterPruning and HeadPruning"):
         pliant.elastic(model, compressor, X, tmp_path / "out", DATA)
@@ -390,7 +390,7 @@ def put_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[
         (put("format", value="other"), "not an elastic network"),
         (put("version", value=2), "version 2"),
         (put("more", value=2), "'more'"),
-        (put("compressor", value="LowRank"), r"elastic.compressor should be one of"),
+        (put("compressor", value="Magnitude"), r"elastic.compressor should be one of"),
         (put("options", "mode", value="mask"), "options.mode"),
         (put("options", "allocation", value="best"), "options: unknown allocation"),
         (put("options", "banana", value=1), "options: unknown option"),

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pliant.compression import Chain, FilterPruning, LowRank, compress
 from pliant.compression.allocation import Options, allocate, energy_order, greedy_order, nearest, uniform_order
 from pliant.compression.factored import FactoredConvolution, factored, matrices
-from pliant.compression.rank import _cuts, _decompose, _truncate
+from pliant.compression.rank import _decompose, _truncate
+from pliant.compression.spectrum import cuts_of
 from pliant.errors import BadInput, Refused
 from pliant.experiments.models import MODELS, build_model
 from pliant.measuring import macs
@@ -224,7 +225,7 @@ def test_best_scheme_loses_no_more_than_either_at_any_size() -> None:
     x = torch.randn(1, 16, 9, 9)
     spectra = {scheme: LowRank(scheme=scheme).analyse(model, x).layers for scheme in ("channel", "spatial", "best")}
     for name, cost in itertools.product("012", ("params", "macs")):
-        curves = {scheme: _cuts(layers[name], cost) for scheme, layers in spectra.items()}
+        curves = {scheme: cuts_of(layers[name], cost) for scheme, layers in spectra.items()}
         best = curves.pop("best")
         assert [cut.cost for cut in best] == sorted({cut.cost for cut in best}, reverse=True)
         assert [cut.loss for cut in best] == sorted(cut.loss for cut in best)

@@ -61,6 +61,18 @@ def test_a_size_is_exported(folder: Path, tmp_path: Path, capsys: pytest.Capture
         pliant.load(out, keep_params=0.2)
 
 
+def test_ranks_from_one_folder(run: Path, tmp_path: Path) -> None:
+    out, small = tmp_path / "all", tmp_path / "small"
+    arguments = ["--elastic", "--compressor", "rank", "--ladder", "0.6,0.4", "--calibration", "1200"]
+    assert main(["compress", str(run), *arguments, "--out", str(out)]) == 0
+    dense = pliant.load(run)
+    torch.testing.assert_close(pliant.load(out).state_dict(), dense.state_dict(), rtol=0, atol=0)
+    assert main(["export", str(out), "--formats", "safetensors", "--keep_params", "0.5", "--out", str(small)]) == 0
+    again, direct = pliant.load(small), pliant.load(out, keep_params=0.5)
+    torch.testing.assert_close(again.state_dict(), direct.state_dict(), rtol=0, atol=0)
+    assert 0.4 < measuring.parameters(again) / measuring.parameters(dense) <= 0.5
+
+
 def test_without_a_size_the_dense_network_is_exported(folder: Path, run: Path, tmp_path: Path) -> None:
     assert main(["export", str(folder), "--formats", "safetensors", "--out", str(tmp_path / "dense")]) == 0
     assert (tmp_path / "dense" / WEIGHTS).read_bytes() == (run / WEIGHTS).read_bytes()
@@ -72,10 +84,6 @@ def test_without_a_size_the_dense_network_is_exported(folder: Path, run: Path, t
     [
         (["compress", "RUN", "--elastic", "--ratio", "0.5"], "--elastic holds every size: --ratio"),
         (["compress", "RUN", "--elastic", "--keep_macs", "0.5"], "--elastic holds every size: --keep_macs"),
-        (
-            ["compress", "RUN", "--elastic", "--compressor", "rank"],
-            "elastic files are for FilterPruning and HeadPruning",
-        ),
         (["compress", "RUN", "--elastic", "--compressor", "filters+int8"], "not for Chain"),
         (["compress", "RUN", "--elastic", "--compressor", "nm"], "elastic files are for"),
         (["compress", "RUN", "--elastic", "--ladder", "0.5,x"], "--ladder has shares"),

@@ -158,10 +158,11 @@ def test_plan_and_shape(name: str, small: Path) -> None:
         attempt()
 
 
-@pytest.fixture(scope="module")
-def every(run: Path) -> Path:
+@pytest.fixture(scope="module", params=["filters", "rank"])
+def every(run: Path, request: pytest.FixtureRequest) -> Path:
     images = 1200  # fewer give a warning
-    return compress_run(run, elastic=True, ladder=(0.6, 0.4), calibration=images, out=str(run.with_name("every")))
+    options = {"elastic": True, "ladder": (0.6, 0.4), "calibration": images, "compressor": request.param}
+    return compress_run(run, **options, out=str(run.with_name(f"every-{request.param}")))
 
 
 def test_a_network_of_every_size(every: Path) -> None:

@@ -1,10 +1,12 @@
-"""Corrections of weights in a few bits per entry.
+"""Corrections of weights in a few bits per entry, and the parts of a tensor that they are for.
 
 A correction d of a filter becomes codes c = 0, ..., 2^bits - 1 and a step s per filter: d ≈ (c - (2^bits - 1) / 2) · s.
 The step is the one, of a few tried, that loses least. Codes of all tensors follow each other without gaps.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy
 import torch
@@ -63,3 +65,20 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
 def packed_bytes(count: int, bits: int) -> int:
     """Return how many bytes so many codes take."""
     return -(-count * bits // 8)
+
+
+def picked(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Return a tensor with only the positions ``kept`` on each dim that is named."""
+    for dim, positions in kept.items():
+        tensor = tensor.index_select(dim, positions)
+    return tensor
+
+
+def placed(tensor: Tensor, kept: Mapping[int, Tensor], part: Tensor) -> Tensor:
+    """Return a copy of a tensor in which ``part`` is what :func:`picked` returns."""
+    if not kept:
+        return part
+    result = tensor.clone()
+    places = [kept.get(dim, torch.arange(size)) for dim, size in enumerate(tensor.shape)]
+    result[torch.meshgrid(*places, indexing="ij")] = part
+    return result

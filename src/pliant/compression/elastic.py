@@ -1,10 +1,12 @@
 """One network in every size: the dense weights, and what small corrections make of them at a few sizes.
 
-The sizes follow each other on a :class:`~pliant.compression.path.Path`. At some of them, the *rungs*, the network was
+The sizes follow each other on a :class:`~pliant.compression.path.Path` for channels and heads, or on a
+:class:`~pliant.compression.rank_path.RankPath` for directions. At some of them, the *rungs*, the network was
 refitted on data when it was made elastic (``ladder``), and the difference to the next larger rung is stored in a few
 bits per weight. Vectors, which are biases and the statistics of BatchNorm, are stored as they are, at the rungs and
-halfway between. Between two rungs weights and vectors are interpolated, by the number of parameters; channels that the
-smaller one has lost are those of the larger one.
+halfway between. Between two rungs weights and vectors are interpolated, by the number of parameters for channels and by
+the energy that layers have lost for directions; channels or directions that the smaller one has lost are those of the
+larger one.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from torch import Tensor, nn
 from pliant import measuring
 from pliant.calling import Example, as_inputs
 from pliant.compression.budgets import Budget
-from pliant.compression.corrections import BITS, packed_bytes, restored, unpack
+from pliant.compression.corrections import BITS, packed_bytes, picked, placed, restored, unpack
 from pliant.compression.fields import Fields, fields_of
 from pliant.compression.path import Path
 from pliant.compression.plan import Plan, RefitRecord
+from pliant.compression.rank_path import RankPath
 from pliant.errors import BadInput, DamagedFile, Refused, shown
 
 FORMAT, VERSION = "pliant.elastic", 1
@@ -69,7 +72,7 @@ class Elastic:
         example: name, shape and type of each input of the example; None if the example holds other things.
     """
 
-    path: Path
+    path: Path | RankPath
     weights: tuple[str, ...]
     vectors: tuple[str, ...]
     points: tuple[Point, ...]
@@ -104,10 +107,10 @@ class Elastic:
     def sized(self, model: nn.Module, step: int) -> tuple[nn.Module, Plan]:
         """Return the network of a size, and its plan."""
         plan = self.plan(step)
-        small = self.path.compressor.apply(model, plan)
         if not step:
-            return small, plan
-        dense = model.state_dict()
+            return self.path.cut(model, 0, {}), plan
+        dense = self.path.base(model)
+        small = self.path.cut(model, step, dense)
         rungs = [point for point in self.points if point.bits]
         values = self._between(step, rungs, {name: _wide(dense[name]) for name in self.weights}, self._corrected)
         values |= self._between(step, self.points, {name: _wide(dense[name]) for name in self.vectors}, self._replaced)
@@ -147,12 +150,11 @@ class Elastic:
             return lambda step: measuring.file_bytes(skeleton(step))
         if budget.kind == "max_drop":
             raise BadInput("max_drop needs data: give keep_params, keep_macs, max_bytes or max_latency_ms")
-        if budget.kind == "keep_macs" and all(group.kind != "heads" for group in self.path.groups):
+        if budget.kind == "keep_macs" and self.path.counts_macs:
             return lambda step: 1 - self.path.macs_removed(step) // self.batch / self.macs
         example = self._inputs(budget)
         if budget.kind == "max_latency_ms":
             return lambda step: 1e3 * measuring.latencies([skeleton(step)], example)[0]
-        # The products of attention are not those of weights.
         return lambda step: measuring.macs(skeleton(step), example) / self.macs
 
     def _inputs(self, budget: Budget) -> Example:
@@ -173,22 +175,28 @@ class Elastic:
         change: Callable[[dict[str, Tensor], Point], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Return tensors of dense shapes at a size, given those of the dense network and how they change at a point."""
-        params, last = self.path.params, 0
+        last = 0
         for point in points:
             smaller = change(values, point)
             if point.step >= step:
-                share = (params[last] - params[step]) / max(1, params[last] - params[point.step])
                 if point.step == step:
                     return smaller
+                share = self._share(last, step, point.step)
                 return {name: torch.lerp(value, smaller[name], share) for name, value in values.items()}
             values, last = smaller, point.step
         return values
+
+    def _share(self, above: int, step: int, below: int) -> float:
+        """Return how far a size lies on the way from one to another."""
+        places = self.path.places
+        whole = places[below] - places[above]
+        return (places[step] - places[above]) / whole if whole else float(step == below)
 
     def _corrected(self, values: dict[str, Tensor], point: Point) -> dict[str, Tensor]:
         """Return the weights of a rung, given those of the next larger one."""
         assert point.codes is not None
         assert point.steps is not None
-        kept = self.path.kept(point.step)
+        kept, balance = self.path.kept(point.step), self.path.balance(point.step)
         shapes = {name: picked(value, kept.get(name, {})).shape for name, value in values.items()}
         codes = unpack(point.codes, sum(shape.numel() for shape in shapes.values()), point.bits)
         parts = codes.split([shape.numel() for shape in shapes.values()])
@@ -196,9 +204,8 @@ class Elastic:
         result = {}
         for (name, shape), part, scale in zip(shapes.items(), parts, steps, strict=True):
             base = picked(values[name], kept.get(name, {}))
-            result[name] = placed(
-                values[name], kept.get(name, {}), corrected(base, part.view(shape), scale, point.bits)
-            )
+            fixed = corrected(base, part.view(shape), scale, point.bits, balance.get(name))
+            result[name] = placed(values[name], kept.get(name, {}), fixed)
         return result
 
     def _replaced(self, values: dict[str, Tensor], point: Point) -> dict[str, Tensor]:
@@ -212,11 +219,11 @@ class Elastic:
         }
 
     def _error(self, step: int) -> float:
-        """Return the error of the outputs at a size, interpolated by the number of parameters."""
-        params, last, error = self.path.params, 0, 0.0
+        """Return the error of the outputs at a size, interpolated."""
+        last, error = 0, 0.0
         for point in self.points:
             if point.step >= step:
-                share = (params[last] - params[step]) / max(1, params[last] - params[point.step])
+                share = self._share(last, step, point.step)
                 return error + share * (point.errors["elastic"] - error)
             last, error = point.step, point.errors["elastic"]
         return error
@@ -253,8 +260,8 @@ class Elastic:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of all points, by names for safetensors."""
-        result = {}
+        """Return the tensors of the path and of all points, by names for safetensors."""
+        result = self.path.tensors()
         for i, point in enumerate(self.points):
             result[f"{i}.vectors"] = point.vectors
             if point.codes is not None and point.steps is not None:
@@ -279,8 +286,9 @@ class Elastic:
         if data.get("version") != VERSION:
             raise DamagedFile(f"it has version {shown(data.get('version'))}, this program reads {VERSION}")
         fields = Fields(data, "elastic")
-        path = Path.from_fields(fields, model)
-        state = model.state_dict()
+        ranks = fields.data.get("compressor") == "LowRank"
+        path = RankPath.from_fields(fields, tensors, model) if ranks else Path.from_fields(fields, model)
+        state = path.template()
         names = {kind: tuple(fields.texts(kind)) for kind in ("weights", "vectors")}
         for kind, listed in names.items():
             for name in listed:
@@ -325,26 +333,16 @@ class Elastic:
                     raise DamagedFile(f"{i}.{kind} holds NaN or infinity")
 
 
-def corrected(base: Tensor, codes: Tensor, steps: Tensor, bits: int) -> Tensor:
-    """Return weights with their correction; those that are zero stay zero, so masks survive."""
-    return torch.where(base == 0, base, base + restored(codes, steps, bits))
+def corrected(base: Tensor, codes: Tensor, steps: Tensor, bits: int, balance: Tensor | None = None) -> Tensor:
+    """Return weights with their correction; those that are zero stay zero, so masks survive.
 
-
-def picked(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """Return a tensor with only the positions ``kept`` on each dim that is named."""
-    for dim, positions in kept.items():
-        tensor = tensor.index_select(dim, positions)
-    return tensor
-
-
-def placed(tensor: Tensor, kept: Mapping[int, Tensor], part: Tensor) -> Tensor:
-    """Return a copy of a tensor in which ``part`` is what :func:`picked` returns."""
-    if not kept:
-        return part
-    result = tensor.clone()
-    places = [kept.get(dim, torch.arange(size)) for dim, size in enumerate(tensor.shape)]
-    result[torch.meshgrid(*places, indexing="ij")] = part
-    return result
+    Args:
+        base: the weights (filters, ...).
+        codes, steps, bits: what ``quantise`` made of the correction, or of its product with ``balance``.
+        balance: how much the entries of a filter count; None for all the same.
+    """
+    correction = restored(codes, steps, bits)
+    return torch.where(base == 0, base, base + (correction if balance is None else correction / balance))
 
 
 def example_of(example_inputs: Example) -> tuple[tuple[str, tuple[int, ...], str], ...] | None:

@@ -4,6 +4,8 @@ From the largest rung of the ladder to the smallest, the dense network is cut an
 of its weights to those of the next larger rung, as they are stored, is quantised, so that errors do not add up; then
 the BatchNorm statistics are estimated again. The errors on held-out data are measured on what is stored.
 
+Of low rank, the second factors are refitted; the first ones follow from the dense weights at every size.
+
 The base is the dense network, not one set of weights that serves all sizes: it is there without any loss, and two to
 four bits per weight bring each rung nearer to its own refit than joint weights do.
 """
@@ -25,9 +27,11 @@ from pliant.calling import Example, as_inputs, tensors_of
 from pliant.compression.base import Compressor
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.calibration import Calibration, calibration_of
-from pliant.compression.corrections import BITS, pack, packed_bytes, quantise
-from pliant.compression.elastic import Elastic, Point, corrected, example_of, picked, placed
+from pliant.compression.corrections import BITS, pack, packed_bytes, picked, placed, quantise
+from pliant.compression.elastic import Elastic, Point, corrected, example_of
 from pliant.compression.path import KINDS, Path
+from pliant.compression.rank import LowRank
+from pliant.compression.rank_path import BASIS_BITS, RankPath
 from pliant.compression.refit import Refitter
 from pliant.errors import BadInput, Refused
 
@@ -35,6 +39,8 @@ LADDER = (0.7, 0.5, 0.3, 0.2, 0.1)
 """Shares of the parameters at which a network is refitted."""
 GROWTH = 0.2
 """How much larger than the dense network's file everything may be; a long ladder in two bits may need more."""
+
+_POINT = 250  # bytes of JSON and of names that a point takes
 
 
 def make_elastic(
@@ -48,7 +54,7 @@ def make_elastic(
 
     Args:
         model: the trained network; not changed.
-        compressor: FilterPruning or HeadPruning; its ratio is ignored.
+        compressor: FilterPruning, HeadPruning or LowRank; its ratio is ignored.
         example_inputs: what the model takes.
         calibration: batches of training data without augmentation.
         ladder: shares of the parameters at which the network is refitted, falling. The last one is the smallest size.
@@ -58,16 +64,23 @@ def make_elastic(
         Refused: nothing can be removed, or the smallest share is out of reach.
     """
     kept = check_ladder(ladder)
-    if type(compressor) not in KINDS.values() or compressor.mode != "remove":  # type: ignore[attr-defined]
-        name = type(compressor).__name__
-        raise BadInput(f"elastic files are for FilterPruning and HeadPruning that remove channels, not for {name}")
+    cuts = type(compressor) in KINDS.values() and compressor.mode == "remove"  # type: ignore[attr-defined]
+    if not cuts and type(compressor) is not LowRank:
+        raise BadInput(
+            "elastic files are for FilterPruning and HeadPruning that remove channels and for LowRank, "
+            f"not for {type(compressor).__name__}"
+        )
     data = calibration_of(calibration, model, example_inputs)
     was = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         analysis = compressor.analyse(model, example_inputs, data)
         compressor.at(0.5).plan(model, example_inputs, analysis=analysis)  # for its errors
-        path = Path.of(model, compressor, analysis)  # type: ignore[arg-type]
+        path: Path | RankPath
+        if isinstance(compressor, LowRank):
+            path = _rank_path(model, compressor, analysis, kept)
+        else:
+            path = Path.of(model, compressor, analysis)  # type: ignore[arg-type]
         return _Maker(model, path, example_inputs, data, _steps(path, kept)).make()
     finally:
         for module, mode in was:
@@ -85,7 +98,7 @@ def check_ladder(ladder: Sequence[float]) -> tuple[float, ...]:
     return shares
 
 
-def _steps(path: Path, ladder: Sequence[float]) -> list[int]:
+def _steps(path: Path | RankPath, ladder: Sequence[float]) -> list[int]:
     """Return the steps of the rungs: the largest sizes that do not have more than these shares of the parameters."""
     params = path.params
     least = params[path.sizes[-1]] / params[0]
@@ -97,18 +110,45 @@ def _steps(path: Path, ladder: Sequence[float]) -> list[int]:
     return sorted({next(n for n in path.sizes if n and params[n] <= share * params[0]) for share in ladder})
 
 
+def _rank_path(model: nn.Module, compressor: LowRank, analysis: Any, ladder: Sequence[float]) -> RankPath:
+    """Return the path of a network with bases in as many bits as leave room for the least corrections."""
+    room = GROWTH * measuring.file_bytes(model)
+    for bits in BASIS_BITS:
+        path = RankPath.of(model, compressor, analysis, bits)
+        if _path_bytes(path) + sum(_rung_bytes(path, step) for step in _steps(path, ladder)) <= room:
+            break
+    return path
+
+
+def _path_bytes(path: Path | RankPath) -> int:
+    return len(json.dumps(path.to_dict(), separators=(",", ":"))) + sum(x.nbytes for x in path.tensors().values())
+
+
+def _rung_bytes(path: RankPath, step: int) -> int:
+    """Return how many bytes a rung and the vectors before it take at most in the fewest bits."""
+    kept, count = path.kept(step), 2 * _POINT
+    for name, tensor in path.template().items():
+        part = picked(tensor, kept.get(name, {}))
+        if part.dim() <= 1:
+            count += 2 * 4 * part.numel()
+        elif not name.endswith("reduce.weight"):
+            count += packed_bytes(part.numel(), BITS[-1]) + 2 * len(part)
+    return count
+
+
 class _Maker:
     """Makes an elastic network, from the largest rung to the smallest."""
 
     def __init__(
-        self, model: nn.Module, path: Path, example_inputs: Example, data: Calibration, steps: Sequence[int]
+        self, model: nn.Module, path: Path | RankPath, example_inputs: Example, data: Calibration, steps: Sequence[int]
     ) -> None:
         self.model, self.path, self.data, self.steps = model, path, data, steps
         self.refitter = Refitter(model, example_inputs, data)
         self.example = example_of(example_inputs)
         self.batch = len(tensors_of(as_inputs(example_inputs))[0])
         self.macs = max(1, measuring.macs(model, example_inputs))
-        self.dense = {name: tensor.cpu() for name, tensor in measuring.state_tensors(model).items()}
+        tied = model.state_dict().keys() - measuring.state_tensors(model).keys()
+        self.dense = {name: tensor.cpu() for name, tensor in path.base(model).items() if name not in tied}
         normed = any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
         self.halves = self._halves() if normed else {}
 
@@ -117,7 +157,7 @@ class _Maker:
         fitted = {}
         for step in self.steps:
             plan = self.path.plan(step)
-            fitted[step] = self.refitter.refit(self.path.compressor.apply(self.model, plan), plan)
+            fitted[step] = self.refitter.refit(self.path.cut(self.model, step, self.dense), plan)
         differing = self._differing({step: network for step, (network, _) in fitted.items()})
         weights = tuple(name for name in differing if self.dense[name].dim() > 1)
         vectors = tuple(name for name in differing if self.dense[name].dim() <= 1)
@@ -130,13 +170,15 @@ class _Maker:
             assert plan.refit is not None
             errors = plan.refit.errors
             state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-            kept = self.path.kept(step)
+            kept, balance = self.path.kept(step), self.path.balance(step)
             codes: list[Tensor] = []
             scales: list[Tensor] = []
             for name in weights:
                 base = picked(values[name], kept.get(name, {}))
-                code, scale = quantise(state[name].to(base.dtype) - base, bits)
-                values[name] = placed(values[name], kept.get(name, {}), corrected(base, code, scale, bits))
+                change = state[name].to(base.dtype) - base if name in state else base
+                code, scale = quantise(change * balance.get(name, 1.0), bits)
+                fixed = corrected(base, code, scale, bits, balance.get(name))
+                values[name] = placed(values[name], kept.get(name, {}), fixed)
                 codes.append(code.flatten())
                 scales.append(scale)
             own = {"cut": errors["cut"], "refitted": errors[plan.refit.result], "elastic": 0.0}  # measured below
@@ -196,9 +238,13 @@ class _Maker:
         differing = []
         for name, dense in self.dense.items():
             for step, network in networks.items():
-                value = network.state_dict()[name].detach().cpu()
+                value = network.state_dict().get(name)  # a layer has other tensors when it is in factors
                 kept = self.path.kept(step).get(name, {})
-                if dense.is_floating_point() and not torch.equal(value, picked(dense, kept)):
+                if (
+                    value is not None
+                    and dense.is_floating_point()
+                    and not torch.equal(value.detach().cpu(), picked(dense, kept))
+                ):
                     differing.append(name)
                     break
         return differing
@@ -206,7 +252,10 @@ class _Maker:
     def _bits(self, elastic: Elastic) -> list[int]:
         """Return how many bits a weight takes at each rung: fewer at the larger ones, until all fits the growth."""
         counts = []
-        fixed = len(json.dumps(elastic.to_dict(), separators=(",", ":"))) + 250 * (len(self.steps) + len(self.halves))
+        fixed = len(json.dumps(elastic.to_dict(), separators=(",", ":"))) + _POINT * (
+            len(self.steps) + len(self.halves)
+        )
+        fixed += sum(tensor.nbytes for tensor in elastic.tensors().values())
         for step in (*self.steps, *self.halves.values()):
             kept = self.path.kept(step)
             shapes = {name: picked(self.dense[name], kept.get(name, {})).shape for name in self.dense}
@@ -224,5 +273,5 @@ class _Maker:
 
 
 def _flat(state: dict[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return tensors of a state in a row, float32."""
-    return torch.cat([torch.zeros(0), *(state[name].float().flatten() for name in names)])
+    """Return those tensors that a state has in a row, float32."""
+    return torch.cat([torch.zeros(0), *(state[name].float().flatten() for name in names if name in state)])

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pliant import measuring
-from pliant.compression.base import Analysis, parameter_shapes, with_options
+from pliant.compression.base import Analysis, Compressor, parameter_shapes, with_options
 from pliant.compression.fields import Fields, fields_of, pair_of
 from pliant.compression.filters import Channels, FilterPruning
 from pliant.compression.heads import HeadPruning
@@ -26,6 +26,9 @@ from pliant.errors import BadInput, DamagedFile, shown
 from pliant.structure import ChannelGroup, Slot, axes, axis_length, complement, positions, tensors_along
 
 KINDS: dict[str, type[FilterPruning]] = {"FilterPruning": FilterPruning, "HeadPruning": HeadPruning}
+COMPRESSORS = (*KINDS, "LowRank")
+"""The compressors that have a path, this one or that of ``rank_path``."""
+C = TypeVar("C", bound=Compressor[Any])
 _MOST = 1 - 2**-30  # the ratio of a plan is below 1
 
 
@@ -66,6 +69,11 @@ class Path:
         steps = (*starts, *removals.steps)
         return cls(model, kind, refused, analysis.applied, removals.groups, removals.orders, len(starts), steps)
 
+    @property
+    def counts_macs(self) -> bool:
+        """Whether :meth:`macs_removed` counts all that goes: the products of attention are not those of weights."""
+        return all(group.kind != "heads" for group in self.groups)
+
     @cached_property
     def sizes(self) -> list[int]:
         """The numbers of steps at which a size ends, ascending."""
@@ -81,6 +89,11 @@ class Path:
             removed[g] = stop
         dense = measuring.parameters(self.model)
         return [dense, *(dense - gone for gone in left)]
+
+    @cached_property
+    def places(self) -> list[float]:
+        """Where the network after 0, 1, ... steps lies between others: how many parameters have gone."""
+        return [float(self.params[0] - params) for params in self.params]
 
     def counts(self, step: int) -> list[int]:
         """Return how many channels each group has lost after so many steps."""
@@ -119,6 +132,10 @@ class Path:
             self._kept[step] = kept
         return self._kept[step]
 
+    def balance(self, step: int) -> dict[str, Tensor]:
+        """Return tensor name → by how much entries count more than others in a correction; none do."""
+        return {}
+
     @cached_property
     def _kept(self) -> dict[int, dict[str, dict[int, Tensor]]]:
         return {}
@@ -126,6 +143,28 @@ class Path:
     @cached_property
     def _layers(self) -> dict[str, nn.Module]:
         return dict(self.model.named_modules())
+
+    def template(self) -> dict[str, Tensor]:
+        """Return tensors with the names, shapes and types of :meth:`base`."""
+        return self.base(self.model)
+
+    def base(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors that all sizes begin with: those of the dense network ``model``."""
+        return dict(model.state_dict())
+
+    def cut(self, model: nn.Module, step: int, base: Mapping[str, Tensor]) -> nn.Module:
+        """Return the network of a size without any corrections.
+
+        Args:
+            model: the dense network with its weights; not changed.
+            step: its number of steps.
+            base: the tensors that :meth:`base` returns for it.
+        """
+        return self.compressor.apply(model, self.plan(step))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the path: none."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the path as plain data for JSON, without the model."""
@@ -161,18 +200,9 @@ class Path:
             DamagedFile: a field is not what it should be.
             BadInput: the path is for another model.
         """
-        name = fields.text("compressor")
-        if name not in KINDS:
-            raise DamagedFile(f"{fields.where}.compressor should be one of {', '.join(KINDS)}, not {shown(name)}")
-        try:
-            compressor = with_options(KINDS[name], fields.mapping("options"))
-        except (BadInput, TypeError) as error:
-            raise DamagedFile(f"{fields.where}.options: {error}") from None
+        compressor = compressor_from(fields, KINDS, model)
         if compressor.mode != "remove":
             raise DamagedFile(f"{fields.where}.options.mode should be 'remove', not {shown(compressor.mode)}")
-        expected, count = fields.count("parameters"), measuring.parameters(model)
-        if expected != count:
-            raise BadInput(f"the file is for another model: it should have {expected} parameters, not {count}")
         applied = fields.mapping("applied")
         if not all(type(times) is int and times >= 0 for times in applied.values()):
             raise DamagedFile(f"{fields.where}.applied should hold counts")
@@ -180,10 +210,7 @@ class Path:
         reader = _GroupReader(model)
         read = [reader.read(x, f"{fields.where}.groups[{i}]") for i, x in enumerate(fields.items("groups"))]
         groups, orders = tuple(group for group, _ in read), tuple(order for _, order in read)
-        steps = _steps(fields, groups)
-        starts = fields.count("starts")
-        if starts > len(steps):
-            raise DamagedFile(f"{fields.where}.starts should be at most {len(steps)}, not {starts}")
+        starts, steps = _steps(fields, groups)
         return cls(model, compressor, refused, applied, groups, orders, starts, steps)
 
 
@@ -242,15 +269,43 @@ class _GroupReader:
         return Slot(name, axis, tensors_along(module, name, axis), torch.tensor(listed).view(channels, width))
 
 
-def _steps(fields: Fields, groups: tuple[ChannelGroup, ...]) -> tuple[Step, ...]:
-    removed = [0] * len(groups)
-    steps = []
-    for i, step in enumerate(fields.items("steps")):
+def compressor_from(fields: Fields, kinds: Mapping[str, type[C]], model: nn.Module) -> C:
+    """Take the compressor of a path, and check that the model has as many parameters as the path's.
+
+    Raises:
+        DamagedFile: a field is not what it should be.
+        BadInput: the path is for another model.
+    """
+    name = fields.text("compressor")
+    if name not in kinds:
+        raise DamagedFile(f"{fields.where}.compressor should be one of {', '.join(COMPRESSORS)}, not {shown(name)}")
+    try:
+        compressor = with_options(kinds[name], fields.mapping("options"))
+    except (BadInput, TypeError) as error:
+        raise DamagedFile(f"{fields.where}.options: {error}") from None
+    expected, count = fields.count("parameters"), measuring.parameters(model)
+    if expected != count:
+        raise BadInput(f"the file is for another model: it should have {expected} parameters, not {count}")
+    return compressor
+
+
+def steps_from(fields: Fields, meaning: str) -> tuple[int, list[Step]]:
+    """Take how many steps are starts, and all steps; raise DamagedFile unless they are pairs of whole numbers."""
+    steps = fields.items("steps")
+    for i, step in enumerate(steps):
         if not (isinstance(step, list) and len(step) == 2 and all(type(x) is int for x in step)):
-            raise DamagedFile(f"{fields.where}.steps[{i}] should be a group and a count, not {shown(step)}")
-        g, stop = step
+            raise DamagedFile(f"{fields.where}.steps[{i}] should be {meaning}, not {shown(step)}")
+    starts = fields.count("starts")
+    if starts > len(steps):
+        raise DamagedFile(f"{fields.where}.starts should be at most {len(steps)}, not {starts}")
+    return starts, [(first, second) for first, second in steps]
+
+
+def _steps(fields: Fields, groups: tuple[ChannelGroup, ...]) -> tuple[int, tuple[Step, ...]]:
+    starts, steps = steps_from(fields, "a group and a count")
+    removed = [0] * len(groups)
+    for i, (g, stop) in enumerate(steps):
         if not 0 <= g < len(groups) or not removed[g] < stop < groups[g].channels:
-            raise DamagedFile(f"{fields.where}.steps[{i}] should remove channels of a group, not {shown(step)}")
+            raise DamagedFile(f"{fields.where}.steps[{i}] should remove channels of a group, not {shown([g, stop])}")
         removed[g] = stop
-        steps.append((g, stop))
-    return tuple(steps)
+    return starts, tuple(steps)

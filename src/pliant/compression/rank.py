@@ -13,9 +13,9 @@ subspace minimises the mean error of the outputs, see ``whitening``. Either way 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from pliant.compression.costs import ONCE, Applied, applications
 from pliant.compression.factored import Factorable, factored, matrices
 from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compression.rewiring import replace_modules, replaceable, unsound
+from pliant.compression.spectrum import Cut, Outline, Spectrum, cuts_of, dense_cut, ranks_of
 from pliant.compression.whitening import MAX_WIDTH, output_moments
 from pliant.compressor_names import ALLOCATIONS, SCHEME, SCHEMES
 from pliant.errors import BadInput, check_choice
@@ -42,55 +43,6 @@ _SAME_WEIGHTS = 1e-9
 # Share of W Wᵀ that is added to a whitened moment, to order the directions that the images never excite. It is
 # negligible compared with float32 outputs, whose energies have an error of 1e-14.
 _RIDGE = 1e-12
-
-Allowed = Callable[[int, int], Sequence[int]]
-
-
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """The decomposition of one layer under one scheme: matrices of shape (groups, m, n), s = min(m, n).
-
-    Args:
-        scheme: how the weight is read as matrices.
-        groups, rows, columns: the shape of the matrices.
-        basis: (groups, m, s), orthonormal columns, leading first, in the dtype of the weight.
-        coordinates: (groups, s, n), the weight in that basis; for rank r take the first r columns of ``basis`` and the
-            first r rows of ``coordinates``.
-        energies: float64 (s,), falling, summed over the groups: σ² of the weight, or of the outputs if whitened.
-        norm: ‖W‖.
-        applied: how often the layer's weight is applied in one forward pass of the example.
-    """
-
-    scheme: str
-    groups: int
-    rows: int
-    columns: int
-    basis: Tensor
-    coordinates: Tensor
-    energies: Tensor
-    norm: float
-    applied: Applied
-
-    def dense(self, cost: str) -> int:
-        """Return the entries of the weight, or the multiply-accumulates of the layer."""
-        return self.groups * self.rows * self.columns * (1 if cost == "params" else self.applied.whole)
-
-    def cost(self, rank: int, cost: str) -> int:
-        """Return the entries of the two factors, or their multiply-accumulates."""
-        if cost == "params":
-            return self.groups * rank * (self.columns + self.rows)
-        reducing = self.applied.tall if self.scheme == "spatial" else self.applied.whole
-        return self.groups * rank * (self.columns * reducing + self.rows * self.applied.whole)
-
-    @property
-    def full(self) -> int:
-        """The full rank."""
-        return min(self.rows, self.columns)
-
-    @property
-    def max_rank(self) -> int:
-        """The largest rank that makes the layer smaller in parameters and in multiply-accumulates; may be 0."""
-        return min((self.dense(cost) - 1) // self.cost(1, cost) for cost in COSTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +71,7 @@ class Spectra(Analysis):
         key = low.options_key()
         if key not in self._curves:
             cuts = {
-                name: _cuts(spectra, low.cost, low.allowed, own.get(name))
+                name: cuts_of(spectra, low.cost, low.allowed, own.get(name))
                 for name, spectra in self.layers.items()
                 if name not in left
             }
@@ -133,6 +85,25 @@ class Spectra(Analysis):
             ]
             self._curves[key] = _Curves(cuts, options, ORDERS[low.allocation](options))
         return self._curves[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The ranks of all ratios as one path: from one step to the next, a single layer loses directions.
+
+    Args:
+        refused: (layer, reason) for each layer that is left alone.
+        layers: the decomposition of each layer that may be cut.
+        starts: how many of the steps are cuts that the controls ask for in any case.
+        steps: the cuts in order: index of the layer, and its rank afterwards.
+        losses: after each step, the sum of the shares of energy that the layers have lost.
+    """
+
+    refused: tuple[tuple[str, str], ...]
+    layers: Mapping[str, Spectrum]
+    starts: int
+    steps: tuple[tuple[int, int], ...]
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -260,36 +231,86 @@ class LowRank(Controlled[Spectra]):
         compressible = {name: analysis.layers[name][0].dense(self.cost) for name in curves.cuts}
         target = (1 - self.ratio) * sum(compressible.values())
         chosen = allocate(curves.options, curves.reductions, target)
+        cuts = {}
+        for (name, offer), option in zip(curves.cuts.items(), chosen, strict=True):
+            cut = offer[option] if self.ratio else dense_cut(analysis.layers[name], self.cost)
+            cuts[name] = (cut.spectrum, cut.rank)
+        return replace(self, whiten=analysis.whitened).plan_ranks(
+            model, Analysis(analysis.shapes, _refused(analysis, left, names)), cuts
+        )
+
+    def path(self, model: nn.Module, analysis: Spectra) -> Ranks:
+        """Return the ranks of all ratios as one path.
+
+        A layer for which several schemes are considered gets the one that suits most of its ranks.
+        """
+        self._check_analysis(analysis)
+        left, own = self.named(names := layer_names(model))
+        offered = analysis.curves_of(self, left, own).cuts
+        settled = {}
+        for name, spectra in analysis.layers.items():
+            counts = Counter(cut.spectrum.scheme for cut in offered.get(name, ()) if cut.rank)
+            scheme = max(spectra, key=lambda spectrum: counts[spectrum.scheme]).scheme
+            settled[name] = tuple(spectrum for spectrum in spectra if spectrum.scheme == scheme)
+        curves = replace(analysis, layers=settled).curves_of(self, left, own)
+        offers = list(curves.cuts.values())
+        steps = [(layer, offer[0]) for layer, offer in enumerate(offers) if offer[0].rank]
+        starts, at = len(steps), [0] * len(offers)
+        for reduction in curves.reductions:
+            # Where a reduction skips options of its layer, a ratio may end at one of them.
+            skipped = range(at[reduction.layer] + 1, reduction.option + 1)
+            steps += [(reduction.layer, offers[reduction.layer][option]) for option in skipped]
+            at[reduction.layer] = reduction.option
+        lost, losses = [0.0] * len(offers), []
+        for layer, cut in steps:
+            lost[layer] = cut.loss
+            losses.append(sum(lost))
+        return Ranks(
+            _refused(analysis, left, names),
+            {name: settled[name][0] for name in curves.cuts},
+            starts,
+            tuple((layer, cut.rank) for layer, cut in steps),
+            tuple(losses),
+        )
+
+    def plan_ranks(self, model: nn.Module, known: Analysis, ranks: Mapping[str, tuple[Outline, int]]) -> Plan:
+        """Return the plan of these ranks.
+
+        Args:
+            model: the model.
+            known: shapes of its parameters, and layers that are left alone.
+            ranks: layer → its outline, and its rank or 0 to leave it dense.
+        """
         layers, floored = [], []
         removed = saved = 0
-        for (name, offer), option in zip(curves.cuts.items(), chosen, strict=True):
-            cut = offer[option] if self.ratio else _dense(analysis.layers[name], self.cost)
-            spectrum = cut.spectrum
-            if self.ratio and cut.rank == min(_ranks(spectrum, self.allowed), default=0):
+        for name, (outline, rank) in ranks.items():
+            if self.ratio and rank == min(ranks_of(outline, self.allowed), default=0):
                 floored.append(name)
             module = model.get_submodule(name)
             dense = measuring.parameters(module)
-            gone = spectrum.dense("params") - spectrum.cost(cut.rank, "params") if cut.rank else 0
+            gone = {cost: outline.dense(cost) - outline.cost(rank, cost) if rank else 0 for cost in COSTS}
             layers.append(
                 LayerPlan(
                     name=name,
                     kind=type(module).__name__,
-                    kept=cut.rank or spectrum.full,
-                    total=spectrum.full,
-                    params=dense - gone,
+                    kept=rank or outline.full,
+                    total=outline.full,
+                    params=dense - gone["params"],
                     params_dense=dense,
                     shape=weight_shape(module),
-                    scheme=spectrum.scheme if cut.rank else None,
+                    scheme=outline.scheme if rank else None,
                 )
             )
-            removed += compressible[name] - cut.cost
-            saved += gone
-        return replace(self, whiten=analysis.whitened).assemble(
+            removed += gone[self.cost]
+            saved += gone["params"]
+        return self.assemble(
             model,
-            replace(analysis, refused=with_reasons(analysis.refused, {name: KEPT for name in names if name in left})),
+            known,
             ratio=self.ratio,
             removed=removed,
-            compressible={f"{name}.weight" if name else "weight": cost for name, cost in compressible.items()},
+            compressible={
+                f"{name}.weight" if name else "weight": outline.dense(self.cost) for name, (outline, _) in ranks.items()
+            },
             layers=layers,
             params_after=measuring.parameters(model) - saved,
             floored=floored,
@@ -331,60 +352,17 @@ class LowRank(Controlled[Spectra]):
 
 
 @dataclass(frozen=True, eq=False)
-class _Cut:
-    """An option of a layer: a rank under a scheme, or rank 0 to leave it dense."""
-
-    cost: int
-    loss: float
-    rank: int
-    spectrum: Spectrum
-
-
-@dataclass(frozen=True, eq=False)
 class _Curves:
     """The options of each layer by name, their costs and losses, and the order of the reductions."""
 
-    cuts: Mapping[str, list[_Cut]]
+    cuts: Mapping[str, list[Cut]]
     options: Sequence[Options]
     reductions: Sequence[Reduction]
 
 
-def _dense(spectra: Sequence[Spectrum], cost: str) -> _Cut:
-    return _Cut(spectra[0].dense(cost), 0.0, 0, spectra[0])
-
-
-def _any(total: int, useful: int) -> Sequence[int]:
-    return range(total, 0, -1)
-
-
-def _ranks(spectrum: Spectrum, allowed: Allowed) -> list[int]:
-    """Return the allowed ranks that make a layer smaller, falling."""
-    return [rank for rank in allowed(spectrum.full, spectrum.max_rank) if rank <= spectrum.max_rank]
-
-
-def _cuts(spectra: Sequence[Spectrum], cost: str, allowed: Allowed = _any, own: float | None = None) -> list[_Cut]:
-    """Return what is allowed by falling cost: dense, then every rank that loses less than all cheaper ones.
-
-    Args:
-        spectra: the decompositions of the layer.
-        cost: what the options cost.
-        allowed: full rank, and the largest one that saves anything → the ranks that the layer may keep.
-        own: the ratio of this layer, which leaves only the nearest one; None if it has none.
-    """
-    dense = _dense(spectra, cost)
-    ranks = []
-    for spectrum in spectra:
-        kept = list(accumulate(spectrum.energies.tolist()))
-        for rank in _ranks(spectrum, allowed):
-            loss = max(0.0, 1.0 - kept[rank - 1] / kept[-1]) if kept[-1] else 0.0  # a zero weight loses nothing
-            ranks.append(_Cut(spectrum.cost(rank, cost), loss, rank, spectrum))
-    front: list[_Cut] = []
-    for cut in sorted(ranks, key=lambda c: (c.cost, c.loss)):
-        if not front or (cut.cost > front[-1].cost and (cut.loss < front[-1].loss or len(spectra) == 1)):
-            front.append(cut)
-    whole = not front or any(spectrum.full in allowed(spectrum.full, spectrum.max_rank) for spectrum in spectra)
-    offer = [*([dense] if whole else []), *reversed(front)]
-    return offer if own is None else [min(offer, key=lambda cut: abs(cut.cost - (1 - own) * dense.cost))]
+def _refused(analysis: Spectra, left: Collection[str], names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Return (layer, reason) for each layer that is left alone, those that are kept by name among them."""
+    return with_reasons(analysis.refused, {name: KEPT for name in names if name in left})
 
 
 def _factorised(model: nn.Module, plan: Plan) -> list[tuple[str, Factorable, int, str]]:

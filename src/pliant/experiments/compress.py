@@ -98,7 +98,8 @@ def compress_run(
         importance: how compressors choose what goes: by what the rest cannot make up for on the calibration images
             (auto, loss), or by the weights alone: l2 or l1 for filters and heads, bn for filters, magnitude for weights
             and nm.
-        elastic: write every size into one folder, for filters or heads; pliant.load and pliant export take sizes of it.
+        elastic: write every size into one folder, for filters, heads or rank; pliant.load and pliant export take sizes
+            of it.
         ladder: with elastic, the shares of the parameters at which the weights are refitted; by default
             0.7,0.5,0.3,0.2,0.1, of which the last is the smallest size.
         out: folder to make; by default RUN-COMPRESSOR-RATIO next to the run, with unusual options in between, as in
