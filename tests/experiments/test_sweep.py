@@ -159,9 +159,9 @@ def test_the_dense_network_is_run_once_for_all_sizes(run: Path, monkeypatch: pyt
 
     monkeypatch.setattr(FilterPruning, "analyse", counted)
     first = bench.measure(0.3)[1]
-    reference = bench._refitter._reference
+    seen = bench._refitter.reference._seen
     assert bench.measure(0.6)[1].refit is not None is not first.refit
-    assert bench._refitter._reference is reference
+    assert bench._refitter.reference._seen is seen
     assert len(looked) == 1
 
 
