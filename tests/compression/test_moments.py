@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pliant.compression import moments
 from pliant.compression.calibration import Calibration
 from pliant.compression.choosing import loss_curves
-from pliant.compression.moments import LEAST_ROWS, ROWS_PER_COLUMN, Moment, gram, input_moments, rows_per_piece
+from pliant.compression.moments import LEAST_ROWS, Moment, gram, input_moments, rows_per_piece
 from pliant.errors import BadInput
 from pliant.structure import coupled_channels
 from tests.compression.test_rows import CASES, columns
@@ -295,8 +295,8 @@ def test_few_samples_warn_once_and_say_how_many_would_do() -> None:
 
 
 def test_rows_of_all_pieces_together_are_enough() -> None:
-    for columns_, pieces in ((9, 8), (576, 8), (2304, 100), (4096, 3)):
-        enough = max(LEAST_ROWS, ROWS_PER_COLUMN * columns_)
+    for columns_, pieces, each in ((9, 8, 8), (576, 8, 8), (1152, 7, 8), (2304, 100, 4), (4096, 3, 4)):
+        enough = max(LEAST_ROWS, each * columns_)
         assert enough <= rows_per_piece(columns_, pieces) * pieces < enough + pieces
 
 

@@ -27,6 +27,7 @@ from pliant.errors import BadInput, PliantError, first_line
 
 MAX_COLUMNS = {"convolution": 2304, "linear": 4096}
 ROWS_PER_COLUMN = 8  # more rows hardly improve a moment; fewer give a noisy one
+MANY_COLUMNS = 1152  # from twice as many on half the rows per column do, where a row costs most
 LEAST_ROWS = 4096
 RIDGE = 1e-3  # share of the mean diagonal that is always added: directions that the data hardly excites count as noise
 
@@ -97,7 +98,8 @@ def moment_bytes(layer: nn.Module, weight: Tensor) -> int:
 
 def rows_per_piece(columns: int, pieces: int) -> int:
     """Return how many rows of each piece of the calibration data a map with so many columns needs."""
-    return math.ceil(max(LEAST_ROWS, ROWS_PER_COLUMN * columns) / pieces)
+    rows = max(ROWS_PER_COLUMN * min(columns, MANY_COLUMNS), ROWS_PER_COLUMN // 2 * columns)
+    return math.ceil(max(LEAST_ROWS, rows) / pieces)
 
 
 def input_moments(model: nn.Module, names: Iterable[str], calibration: Calibration) -> dict[str, Moment]:
