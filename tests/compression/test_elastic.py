@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pliant
 from pliant import measuring
-from pliant.compression import Chain, FilterPruning, HeadPruning, LowRank, Magnitude, Plan, skeleton
+from pliant.compression import Chain, Compressor, FilterPruning, HeadPruning, LowRank, Magnitude, Plan, skeleton
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.budgets import Budget
 from pliant.compression.calibration import Calibration
@@ -92,6 +92,15 @@ TOKENS = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
 SENTENCES = [torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 
 
+def written(model: nn.Module, compressor: Compressor[Any], out: Folder, ladder: tuple[float, ...]) -> Folder:
+    """Return the folder of a model, which must not change."""
+    before, mode = copy.deepcopy(model.state_dict()), model.training
+    folder = pliant.elastic(model, compressor, X, out, DATA, ladder)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.training == mode
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return made(Block, X)
@@ -99,11 +108,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    before, mode = copy.deepcopy(model.state_dict()), model.training
-    out = pliant.elastic(model, FilterPruning(), X, tmp_path_factory.mktemp("e") / "out", DATA, LADDER)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    assert model.training == mode
-    return out
+    return written(model, FilterPruning(), tmp_path_factory.mktemp("e") / "out", LADDER)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ what a larger one keeps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ KINDS: dict[str, type[FilterPruning]] = {"FilterPruning": FilterPruning, "HeadPr
 COMPRESSORS = (*KINDS, "LowRank")
 """The compressors that have a path, this one or that of ``rank_path``."""
 C = TypeVar("C", bound=Compressor[Any])
-_MOST = 1 - 2**-30  # the ratio of a plan is below 1
+MOST = 1 - 2**-30  # the ratio of a plan is below 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class Path:
     @cached_property
     def sizes(self) -> list[int]:
         """The numbers of steps at which a size ends, ascending."""
-        return [0, *(n for n in range(1, len(self.steps) + 1) if n >= self.starts)]
+        return ends(self.starts, self.steps)
 
     @cached_property
     def params(self) -> list[int]:
@@ -97,7 +97,7 @@ class Path:
 
     def counts(self, step: int) -> list[int]:
         """Return how many channels each group has lost after so many steps."""
-        return list({**dict.fromkeys(range(len(self.groups)), 0), **dict(self.steps[:step])}.values())
+        return latest(self.steps[:step], len(self.groups))
 
     def macs_removed(self, step: int) -> int:
         """Return how many multiply-accumulates of weights have gone after so many steps, over the whole example."""
@@ -113,7 +113,7 @@ class Path:
         counts = self.counts(step)
         costs = Size(self.model, self.groups) if self.compressor.cost == "params" else self._macs
         gone = costs.after({}) - costs.after(dict(enumerate(counts)))
-        ratio = min(gone / max(1, sum(costs.compressible.values())), _MOST)
+        ratio = min(gone / max(1, sum(costs.compressible.values())), MOST)
         known = Analysis(parameter_shapes(self.model), self.refused)
         planner = self.compressor.at(ratio)
         return planner.plan_counts(self.model, known, self.groups, self.orders, counts, costs)
@@ -267,6 +267,16 @@ class _GroupReader:
             raise DamagedFile(f"{where} should hold {count} different positions below {length}")
         places.update(listed)
         return Slot(name, axis, tensors_along(module, name, axis), torch.tensor(listed).view(channels, width))
+
+
+def ends(starts: int, steps: Sequence[Step]) -> list[int]:
+    """Return the numbers of steps at which a size ends, ascending: none ends among the starts."""
+    return [0, *(n for n in range(1, len(steps) + 1) if n >= starts)]
+
+
+def latest(steps: Sequence[Step], count: int) -> list[int]:
+    """Return the last number that the steps give to each of ``count`` parts, 0 if they give it none."""
+    return list({**dict.fromkeys(range(count), 0), **dict(steps)}.values())
 
 
 def compressor_from(fields: Fields, kinds: Mapping[str, type[C]], model: nn.Module) -> C:

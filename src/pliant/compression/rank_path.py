@@ -30,7 +30,7 @@ from pliant.compression.corrections import pack, packed_bytes, picked, quantise,
 from pliant.compression.costs import Applied
 from pliant.compression.factored import Factorable, factored, matrices
 from pliant.compression.fields import Fields, fields_of, pair_of
-from pliant.compression.path import compressor_from, steps_from
+from pliant.compression.path import MOST, compressor_from, ends, latest, steps_from
 from pliant.compression.plan import Plan
 from pliant.compression.rank import LowRank, Spectra
 from pliant.compression.removals import Step
@@ -44,7 +44,6 @@ BASIS_BITS = (8, 6, 4)
 _RIDGE = 1e-8  # δ, as a share of the mean eigenvalue
 _WEAKEST = 1e-3  # strength of a direction
 _NULL = 1e-6  # singular values of F below which the columns of W span nothing
-_MOST = 1 - 2**-30  # the ratio of a plan is below 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +108,7 @@ class RankPath:
     @cached_property
     def sizes(self) -> list[int]:
         """The numbers of steps at which a size ends, ascending."""
-        return [0, *(n for n in range(1, len(self.steps) + 1) if n >= self.starts)]
+        return ends(self.starts, self.steps)
 
     @cached_property
     def params(self) -> list[int]:
@@ -147,7 +146,7 @@ class RankPath:
 
     def ranks(self, step: int) -> list[int]:
         """Return the rank of each layer after so many steps, 0 for those that are dense."""
-        return list({**dict.fromkeys(range(len(self.layers)), 0), **dict(self.steps[:step])}.values())
+        return latest(self.steps[:step], len(self.layers))
 
     def plan(self, step: int) -> Plan:
         """Return the plan of the size after so many steps."""
@@ -156,7 +155,7 @@ class RankPath:
         gone = self.macs_removed(step) if cost == "macs" else self.params[0] - self.params[step]
         known = Analysis(parameter_shapes(self.model), self.refused)
         ranks = dict(zip(self.layers, zip(self.layers.values(), self.ranks(step), strict=True), strict=True))
-        return self.compressor.at(min(gone / max(1, total), _MOST)).plan_ranks(self.model, known, ranks)
+        return self.compressor.at(min(gone / max(1, total), MOST)).plan_ranks(self.model, known, ranks)
 
     def kept(self, step: int) -> dict[str, dict[int, Tensor]]:
         """Return tensor name → dim → the positions of it that are there after so many steps, int64, ascending.

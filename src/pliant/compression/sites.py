@@ -99,7 +99,7 @@ class Site:
     frame: Frame | None = None
 
 
-def sites(model: nn.Module, small: nn.Module, plan: Plan, wide: int = WIDE) -> tuple[list[Site], list[tuple[str, str]]]:
+def sites(model: nn.Module, small: nn.Module, plan: Plan, wide: int) -> tuple[list[Site], list[tuple[str, str]]]:
     """Return the maps that can be fitted, and (name, reason) for the others.
 
     Args:
