@@ -35,12 +35,14 @@ LIFTED_SHAPES: list[tuple[Lift, Shape, int]] = [
     (Rows, (4, 3, 2, 2), 4),
     (partial(Rows, dim=1), (2, 4), 4),
     (partial(Rows, dim=1), (3, 5, 2, 1), 5),
+    (partial(Rows, dim=(0, 1)), (2, 3, 4), 6),
     (Spectral, (1, 6), 1),
     (Spectral, (6, 1), 1),
     (Spectral, (4, 6), 4),
     (Spectral, (5, 3, 2, 2), 5),
     (partial(Spectral, dim=1), (3, 4, 2, 2), 4),
     (partial(Spectral, groups=2), (8, 3, 2, 1), 8),
+    (partial(Spectral, dim=(0, 2), groups=2), (2, 4, 3), 6),
     (partial(Spectral, spatial=True), (2, 4, 2, 3), 6),
     (partial(Spectral, dim=1, groups=2, spatial=True), (3, 4, 1, 2), 6),
     (blocks_of_4, (1, 8), 4),
@@ -65,7 +67,8 @@ def gaussian(shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float64) ->
 
 def unfolded(norm: Spectral, x: Tensor) -> Tensor:
     """Return the matrices (groups, rows, columns) whose singular values a spectral norm sees."""
-    moved = x.movedim(norm.dim, 0)
+    dims = norm.dim if isinstance(norm.dim, tuple) else (norm.dim,)
+    moved = x.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
     if norm.spatial:
         filters, channels, height, width = moved.shape
         moved = moved.movedim(3, 1).reshape(filters * width, channels * height)

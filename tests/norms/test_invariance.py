@@ -37,20 +37,22 @@ def orthogonal(count: int, n: int, seed: int) -> Tensor:
 def symmetry(norm: Norm, shape: Shape) -> Callable[[Tensor], Tensor]:
     """Return a random element of the largest group of linear maps of matrices that this family of norms ignores."""
 
-    def along(dim: int, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        # Let ``change`` see the matrix whose rows are counted by ``dim``.
+    def along(dims: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        # Let ``change`` see the matrix whose rows are counted by ``dims``.
         def move(x: Tensor) -> Tensor:
-            moved = x.movedim(dim, 0)
-            return change(moved.reshape(len(moved), -1)).reshape(moved.shape).movedim(0, dim)
+            moved = x.movedim(dims, tuple(range(len(dims))))
+            rows = math.prod(moved.shape[: len(dims)])
+            return change(moved.reshape(rows, -1)).reshape(moved.shape).movedim(tuple(range(len(dims))), dims)
 
         return move
 
     entries = math.prod(shape)
     match norm:
         case Rows(_, dim):  # any order of rows, each of them turned in its own way
-            n = shape[dim]
+            dims = dim if isinstance(dim, tuple) else (dim,)
+            n = math.prod(shape[d] for d in dims)
             turns = orthogonal(n, entries // n, 1)
-            return along(dim, lambda m: torch.einsum("rc,rcd->rd", m, turns)[permutation(n, 2)])
+            return along(dims, lambda m: torch.einsum("rc,rcd->rd", m, turns)[permutation(n, 2)])
         case Spectral(_, _, groups):  # any order of groups, each multiplied from both sides
             _, rows, columns = unfolded(norm, torch.empty(shape)).shape
             left, right = orthogonal(groups, rows, 1), orthogonal(groups, columns, 2)
@@ -216,6 +218,7 @@ def test_zero_gradient_gives_the_zero_vertex(norm: Norm, shape: Shape, dtype: to
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_removed_filters_stay_exactly_zero(norm: Norm, shape: Shape, dtype: torch.dtype) -> None:
     dim = norm.dim if isinstance(norm, Rows | Spectral) else 0
+    dim = dim if isinstance(dim, int) else dim[-1]
     g = gaussian(shape, dtype=dtype)
     g.movedim(dim, 0)[1 : 1 + shape[dim] // 2] = 0
     v = norm.lmo(g)
@@ -250,7 +253,9 @@ def atoms(norm: Norm, x: Tensor) -> Tensor:
     """Return how many magnitudes of x are not zero, for each block where the norm has blocks."""
     match norm:
         case Rows(_, dim):
-            return x.movedim(dim, 0).reshape(x.shape[dim], -1).any(dim=1).sum()
+            dims = dim if isinstance(dim, tuple) else (dim,)
+            moved = x.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
+            return moved.reshape(len(moved), -1).any(dim=1).sum()
         case Spectral():
             return (torch.linalg.svdvals(unfolded(norm, x)) > 1e-9).sum()
         case Blocks(_, size, dim):

@@ -248,8 +248,16 @@ class CoupledChannels(Protocol):
         """The producers of the channels: objects with ``tensors`` (name, dim) and ``indices`` (channels, width)."""
 
 
-def layout_of(owner: nn.Module) -> Layout:
-    """Return how the weight of a layer is read as a matrix.
+def layout_of(owner: nn.Module, weight: Tensor) -> Layout:
+    """Return how the weight of a layer is read as a matrix, or as several.
+
+    A weight of three dimensions that is no convolution's holds a matrix in each slice: the experts of a mixture, the
+    heads of an attention, the outputs of ``nn.Bilinear``. In slices, as in a linear layer, rows are outputs, unless the
+    layer says that they are transposed, as experts of transformers do (``is_transposed``).
+
+    Args:
+        owner: the layer.
+        weight: its weight.
 
     Raises:
         BadInput: the layer is a grouped transposed convolution.
@@ -257,11 +265,14 @@ def layout_of(owner: nn.Module) -> Layout:
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
         if owner.groups > 1:
             raise BadInput("grouped transposed convolutions have no layout yet: give them the rule (name, None)")
-        return Layout(dim=1)
+        return Layout(dim=1, inputs=0)
     if isinstance(owner, nn.modules.conv._ConvNd):
         return Layout(groups=owner.groups)
     if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
-        return Layout(dim=1)  # GPT-2's linear layer in transformers stores its weight as (in, out)
+        return Layout(dim=1, inputs=0)  # GPT-2's linear layer in transformers stores its weight as (in, out)
+    if weight.ndim == 3:
+        rows, inputs = (2, 1) if getattr(owner, "is_transposed", False) is True else (1, 2)
+        return Layout((0, rows), len(weight), inputs)
     return Layout()
 
 
@@ -269,7 +280,7 @@ def _make_ball(preset: Preset, name: str, parameter: Tensor, owner: nn.Module, p
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise BadInput(f"{name} has no shape yet: run the model once on an example before constraining it")
     try:
-        norm = preset.norm(parameter.shape, layout_of(owner) if preset.structured else Layout())
+        norm = preset.norm(parameter.shape, layout_of(owner, parameter) if preset.structured else Layout())
     except ValueError as error:
         raise BadInput(f"{name} of shape {tuple(parameter.shape)}: {error}") from None
     diameter = 2 * preset.radius * initial_norm(owner, name, parameter, pretrained)

@@ -21,12 +21,14 @@ class Layout:
     """How a weight is read as a matrix.
 
     Args:
-        dim: the dimension that counts the rows (outputs).
-        groups: the number of consecutive groups of rows, each a matrix of its own (grouped convolutions).
+        dim: the dimension that counts the rows (outputs), or those that count them together.
+        groups: the number of consecutive groups of rows, each a matrix of its own (grouped convolutions, experts).
+        inputs: the dimension of the input channels.
     """
 
-    dim: int = 0
+    dim: int | tuple[int, ...] = 0
     groups: int = 1
+    inputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def filters(k: float, radius: float = 10.0, *, vertices: Vertices = "support") -
     return Preset(norm, radius, coupled=lambda channels: _vector_norm(k, channels, vertices), orthogonal=orthogonal)
 
 
-def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support", spatial: bool = False) -> Preset:
+def rank(
+    k: float, radius: float = 10.0, *, vertices: Vertices = "support", spatial: bool = False, parts: int = 1
+) -> Preset:
     """Constrain to low rank: ``Spectral(KSupport(k))``.
 
     Args:
@@ -91,18 +95,23 @@ def rank(k: float, radius: float = 10.0, *, vertices: Vertices = "support", spat
         vertices: "support", "sparse" or a subclass of :class:`~pliant.norms.VectorNorm`, as in :func:`filters`.
         spatial: read 2-d convolutions so that they factor into k×1 and 1×k layers rather than k×k and 1×1
             (:class:`~pliant.Spectral`); it has no effect on kernels with one row or one column.
+        parts: in how many matrices of equally many rows the weight falls: 3 for queries, keys and values in one weight.
+            Their directions are counted together. :class:`pliant.LowRank` cuts the weight as one matrix all the same.
 
     Raises:
-        BadInput: an argument is out of range.
+        BadInput: an argument is out of range. :func:`~pliant.constrain` raises it for a weight whose rows do not fall
+            into the parts.
     """
     check_k(k)
     check_vertices(vertices)
     if not isinstance(spatial, bool):
         raise BadInput(f"spatial must be True or False, got {spatial!r}")
+    if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
+        raise BadInput(f"parts must be an integer >= 1, got {parts!r}")
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
         both_ways = len(shape) == 4 and min(shape[2:]) > 1
-        whole = Spectral(Lp(2), layout.dim, layout.groups, spatial and both_ways)
+        whole = Spectral(Lp(2), layout.dim, layout.groups * parts, spatial and both_ways)
         return replace(whole, inner=_vector_norm(k, whole.length(shape), vertices))
 
     return Preset(norm, radius)
@@ -135,8 +144,7 @@ def semi_structured(n: int = 2, m: int = 4, radius: float = 10.0, *, vertices: V
     check_vertices(vertices)
 
     def norm(shape: torch.Size, layout: Layout) -> Norm:
-        inputs = 1 if layout.dim == 0 else 0
-        pattern = Blocks(_vector_norm(n, m, vertices), m, inputs)
+        pattern = Blocks(_vector_norm(n, m, vertices), m, layout.inputs)
         pattern.length(shape)
         return pattern
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pliant.constraints.parameter_groups import Rule
 from pliant.constraints.presets import Preset
@@ -41,10 +42,11 @@ def transformer_rules(
         model: a transformer of the ``transformers`` package, an ``nn.TransformerEncoder``, or any other model whose
             blocks are in an ``nn.ModuleList`` or ``nn.Sequential`` and have attention with the usual names of
             projections.
-        linear: the preset for all linear layers in the blocks that neither ``heads`` nor ``neurons`` covers:
+        linear: the preset for all linear layers in the blocks that neither ``heads`` nor ``neurons`` covers, and for
+            the experts of a mixture, which one weight of three dimensions holds as a matrix in each slice:
             ``pliant.rank``, ``pliant.weights`` or ``pliant.semi_structured``. A weight that packs queries, keys and
-            values is one matrix, because compressors treat it as one. Layers outside the blocks, such as the
-            classifier, have no rule.
+            values is one matrix, because compressors treat it as one. Routers and layers outside the blocks, such as
+            the classifier, have no rule.
         heads: the preset for the layers that produce the heads of attention. With ``pliant.filters`` the ball holds all
             heads of a module, k counts them, and :class:`pliant.HeadPruning` removes the heads that become zero.
         neurons: the preset for the layers that produce the neurons of the MLPs, gates included; ``pliant.filters`` as
@@ -58,7 +60,7 @@ def transformer_rules(
             preset for embeddings is structured.
     """
     rules: list[Rule] = []
-    layers = frozenset(f"{name}.weight" for name in _block_layers(model))
+    layers = frozenset(_block_weights(model))
     if heads is not None:
         rules.append((_Part("heads", _made_by(coupled, "heads")), heads))
     if neurons is not None:
@@ -101,22 +103,32 @@ def _made_by(coupled: Sequence[ChannelGroup], kind: str) -> frozenset[str]:
     return frozenset(name for slot in slots for name, _ in slot.tensors if name.endswith("weight"))
 
 
-def _block_layers(model: nn.Module) -> Iterator[str]:
-    """Yield the names of the linear layers in the blocks."""
-    layers = [name for name, module in model.named_modules() if linear_width(module) is not None]
-    blocks = {_block(model, name, layers) for name, module in model.named_modules() if projections(module) is not None}
-    return (name for name in layers if any(name.startswith(f"{block}.") for block in blocks if block))
+def _block_weights(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the weights of linear layers and experts in the blocks."""
+    weights = [
+        *(f"{name}.weight" for name, module in model.named_modules() if linear_width(module) is not None),
+        *_stacked(model),
+    ]
+    blocks = {_block(model, name, weights) for name, module in model.named_modules() if projections(module) is not None}
+    return (name for name in weights if any(name.startswith(f"{block}.") for block in blocks if block))
 
 
-def _block(model: nn.Module, attention: str, layers: Sequence[str]) -> str | None:
+def _stacked(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the parameters of three dimensions that layers of their own multiply with."""
+    for name, module in model.named_modules():
+        if not isinstance(module, _ConvNd | nn.MultiheadAttention):
+            yield from (f"{name}.{own}" for own, p in module.named_parameters(recurse=False) if p.ndim == 3)
+
+
+def _block(model: nn.Module, attention: str, weights: Sequence[str]) -> str | None:
     """Return the innermost member of a list of modules that has this attention and an MLP; None if there is none."""
     projected = projections(model.get_submodule(attention))
     assert projected is not None
-    own = {f"{attention}.{child}" for child in (projected.query, projected.key, projected.value)}
+    own = {f"{attention}.{child}.weight" for child in (projected.query, projected.key, projected.value)}
     path = attention.split(".") if attention else []
     for end in range(len(path), 0, -1):
         name, parent = ".".join(path[:end]), model.get_submodule(".".join(path[: end - 1]))
-        others = [layer for layer in layers if layer.startswith(f"{name}.") and layer not in own]
+        others = [weight for weight in weights if weight.startswith(f"{name}.") and weight not in own]
         if isinstance(parent, nn.ModuleList | nn.Sequential) and len(others) > 1:  # attention alone has one: its output
             return name
     return None

@@ -193,12 +193,14 @@ class Norm(ABC):
         return shrunk[0] if isinstance(x, Tensor) else shrunk
 
     def to_spec(self) -> dict[str, Any]:
-        """Return this norm as plain data: strings, numbers and dicts (p = ∞ is the string "inf")."""
+        """Return this norm as plain data: strings, numbers, lists and dicts (p = ∞ is the string "inf")."""
         spec: dict[str, Any] = {"norm": type(self).__name__}
         for field in fields(self):  # type: ignore[arg-type]  # every final class is a dataclass
             value = getattr(self, field.name)
             if isinstance(value, Norm):
                 value = value.to_spec()
+            if isinstance(value, tuple):  # formats of plain data have lists only
+                value = list(value)
             spec[field.name] = "inf" if value == math.inf else value
         return spec
 
@@ -222,6 +224,7 @@ class Norm(ABC):
             arguments["inner"] = Norm.from_spec(arguments["inner"])
         if arguments.get("p") == "inf":
             arguments["p"] = math.inf
+        arguments = {field: tuple(value) if isinstance(value, list) else value for field, value in arguments.items()}
         try:
             return final(**arguments)
         except TypeError as error:

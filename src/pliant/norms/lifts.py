@@ -19,7 +19,18 @@ from pliant.errors import BadInput
 from pliant.linalg import divide_or_zero, long_norm, polar, vector_norm
 from pliant.norms.base import Norm
 from pliant.norms.projections import project_ksupport
-from pliant.norms.shapes import Rebuild, Shape, as_matrix, from_matrix, matrix_shape, shapes_of, without_vanished
+from pliant.norms.shapes import (
+    Rebuild,
+    RowDims,
+    Shape,
+    as_matrix,
+    check_row_dims,
+    from_matrix,
+    matrix_shape,
+    row_dims,
+    shapes_of,
+    without_vanished,
+)
 from pliant.norms.vector import KSparse, KSupport, Lp, VectorNorm
 
 
@@ -91,15 +102,17 @@ class Rows(Lift):
 
     Args:
         inner: the vector norm; a ``KSparse`` if ``orthogonal``.
-        dim: the dimension that counts the rows.
+        dim: the dimension that counts the rows, or several that count them together: (0, 1) for the rows of all slices
+            of a tensor (slices, rows, columns).
         orthogonal: whether the oracle orthogonalises the chosen rows.
     """
 
-    dim: int = 0
+    dim: RowDims = 0
     orthogonal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_row_dims("Rows", self.dim)
         _check_orthogonal(self.orthogonal, self.inner)
 
     def size_of(self, shape: Shape) -> int:
@@ -222,24 +235,28 @@ class Spectral(Lift):
 
     Args:
         inner: the vector norm.
-        dim: the dimension that counts the rows.
-        groups: in how many consecutive matrices the rows fall (grouped convolutions); they are read as one
-            block-diagonal matrix.
+        dim: the dimension that counts the rows, or several that count them together, as under ``Rows``.
+        groups: in how many consecutive matrices the rows fall; they are read as one block-diagonal matrix. Grouped
+            convolutions have one for each group, ``dim=(0, 1), groups=slices`` reads one for each slice of a tensor
+            (slices, rows, columns), and ``groups=3`` separates packed queries, keys and values.
         spatial: read the weight of a 2-d convolution as a matrix with a row for each filter and kernel column, and a
             column for each input channel and kernel row. With rank r the layer is then a k×1 convolution with r
             filters, followed by a 1×k one (Jaderberg et al. 2014); otherwise a k×k one, followed by a 1×1 one.
     """
 
-    dim: int = 0
+    dim: RowDims = 0
     groups: int = 1
     spatial: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_row_dims("Spectral", self.dim)
         if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
             raise ValueError(f"Spectral needs an integer groups >= 1, got {self.groups!r}")
         if not isinstance(self.spatial, bool):
             raise ValueError(f"Spectral needs spatial to be True or False, got {self.spatial!r}")
+        if self.spatial and len(row_dims(self.dim)) > 1:
+            raise ValueError(f"a spatial Spectral needs a single dimension of filters, got dim={self.dim}")
 
     def size_of(self, shape: Shape) -> int:
         """Return the number of singular values of all groups."""
@@ -325,7 +342,13 @@ class Spectral(Lift):
 
     def spatial_order(self) -> tuple[int, int, int, int]:
         """Return the dimensions of the filters, kernel columns, input channels and kernel rows."""
-        return self.dim, 3, 1 - self.dim, 2
+        (filters,) = row_dims(self.dim)
+        return filters, 3, 1 - filters, 2
+
+    @property
+    def row_dims(self) -> int:
+        """The number of dimensions that count the rows together."""
+        return 2 if self.spatial else len(row_dims(self.dim))
 
 
 @dataclass(frozen=True)

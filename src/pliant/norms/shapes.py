@@ -1,7 +1,8 @@
 """How norms read tensors: as matrices with one row per output, divided by a power of two, one or several at a time.
 
-**Row = filter.** A weight is read as a matrix with one row per output: ``x.movedim(dim, 0).flatten(1)``. A 1-D tensor
-of n entries is n×1.
+**Row = filter.** A weight is read as a matrix with one row per output: ``x.movedim(dim, 0).flatten(1)``. Where one
+tensor holds many matrices, such as those of the experts of a mixture, several dimensions count the rows together: with
+``dim=(0, 1)``, a tensor of shape (experts, rows, columns) has experts·rows rows. A 1-D tensor of n entries is n×1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pliant.linalg import accumulation_dtype, power_of_two_scale
 Tensors = Tensor | Sequence[Tensor]
 Shape = Sequence[int]
 Rebuild = Callable[[Tensor], Tensor]
+RowDims = int | tuple[int, ...]
+"""The dimension that counts the rows of a matrix, or those that count them together, the slowest first."""
 
 
 def scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
@@ -53,7 +56,20 @@ def shapes_of(shape: Shape | Sequence[Shape]) -> list[Shape]:
     return list(shape)  # type: ignore[arg-type]
 
 
-def matrix_shape(shape: Shape, dim: int) -> tuple[int, int]:
+def row_dims(dim: RowDims) -> tuple[int, ...]:
+    """Return the dimensions that count the rows."""
+    return (dim,) if isinstance(dim, int) else dim
+
+
+def check_row_dims(norm: str, dim: RowDims) -> None:
+    """Raise ValueError unless ``dim`` is a dimension >= 0, or a tuple of different ones."""
+    dims = row_dims(dim) if isinstance(dim, int | tuple) else ()
+    whole = all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in dims)
+    if not dims or not whole or len(set(dims)) < len(dims):
+        raise ValueError(f"{norm} needs dim to be a dimension >= 0 or a tuple of different ones, got {dim!r}")
+
+
+def matrix_shape(shape: Shape, dim: RowDims) -> tuple[int, int]:
     """Return (rows, columns) of a tensor of this shape read as a matrix.
 
     Raises:
@@ -61,19 +77,29 @@ def matrix_shape(shape: Shape, dim: int) -> tuple[int, int]:
     """
     if len(shape) < 2:
         return math.prod(shape), 1
-    if not 0 <= dim < len(shape):
-        raise ValueError(f"rows are counted by dimension {dim}, but the tensor has shape {tuple(shape)}")
-    return shape[dim], math.prod(shape) // shape[dim]
+    dims = row_dims(dim)
+    if not all(0 <= d < len(shape) for d in dims):
+        named = "dimension" if len(dims) == 1 else "dimensions"
+        raise ValueError(
+            f"rows are counted by {named} {', '.join(map(str, dims))}, but the tensor has shape {tuple(shape)}"
+        )
+    rows = math.prod(shape[d] for d in dims)
+    return rows, math.prod(shape) // rows
 
 
-def as_matrix(x: Tensor, dim: int) -> Tensor:
+def as_matrix(x: Tensor, dim: RowDims) -> Tensor:
     """Return a tensor as a matrix (rows, columns)."""
-    return x.reshape(-1, 1) if x.ndim < 2 else x.movedim(dim, 0).flatten(1)
+    if x.ndim < 2:
+        return x.reshape(-1, 1)
+    dims = row_dims(dim)
+    moved = x.movedim(dims, tuple(range(len(dims))))
+    return moved.reshape(matrix_shape(x.shape, dim)) if len(dims) > 1 else moved.flatten(1)
 
 
-def from_matrix(matrix: Tensor, shape: Shape, dim: int) -> Tensor:
+def from_matrix(matrix: Tensor, shape: Shape, dim: RowDims) -> Tensor:
     """Return the tensor of this shape whose matrix is ``matrix``, (rows, columns); the inverse of :func:`as_matrix`."""
     if len(shape) < 2:
         return matrix.reshape(tuple(shape))
-    moved = [shape[dim], *(n for i, n in enumerate(shape) if i != dim)]
-    return matrix.reshape(moved).movedim(0, dim)
+    dims = row_dims(dim)
+    moved = [shape[d] for d in dims] + [n for i, n in enumerate(shape) if i not in dims]
+    return matrix.reshape(moved).movedim(tuple(range(len(dims))), dims)

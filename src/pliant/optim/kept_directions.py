@@ -183,7 +183,7 @@ def resized(kept: Sequence[Tensor], count: int, start: Callable[[int], list[Tens
 def _write_products(factors: list[tuple[Tensor, Tensor]], norm: Spectral, out: Tensor) -> None:
     """Write first·secondᵀ of each group to its rows of ``out``."""
     view = rows_first(out, norm)
-    if norm.spatial:
+    if norm.row_dims > 1:
         products = torch.cat([first @ second.mT for first, second in factors], dim=1)
         view.copy_(products.view(view.shape))
         return

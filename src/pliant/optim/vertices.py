@@ -31,7 +31,7 @@ from pliant.linalg import (
     vector_norm,
 )
 from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Shape, Spectral
-from pliant.norms.shapes import without_vanished
+from pliant.norms.shapes import row_dims, without_vanished
 
 MANY = 32  # from this many singular directions on, finding a polar factor by products costs less than a decomposition
 LEAST = 1e-3  # the smallest length, relative to the mean, that a part of the weights counts with: 0 could never recover
@@ -118,7 +118,7 @@ def unit_vertices(
     """
     row_dim = None
     if isinstance(norm, Rows) and not norm.orthogonal and all(x.ndim > 2 for x in stacks):
-        row_dim = norm.dim
+        row_dim = norm.dim if isinstance(norm.dim, int) else None
     lengths, stacks, parts = well_scaled(stacks, row_dim)
     if isinstance(norm, Spectral) and _asks_for_polar_factors(norm, [x.shape[1:] for x in stacks]):
         return lengths, [Vertex(_polar_factors(x, norm), torch.ones_like(lengths[:1])) for x in stacks]
@@ -216,21 +216,23 @@ def on_the_sphere(stacks: Sequence[Tensor], parts: list[Tensor] | None = None) -
 def group_matrices(stack: Tensor, norm: Spectral) -> list[Tensor]:
     """Return the stack as matrices (L, rows, columns), one for each group of rows."""
     view = rows_first(stack, norm)
-    matrix = (view.flatten(1, 2) if norm.spatial else view).flatten(2)
+    matrix = view.flatten(1, norm.row_dims).flatten(2)
     return list(matrix.chunk(norm.groups, dim=1))
 
 
 def rows_first(stack: Tensor, norm: Spectral) -> Tensor:
     """Return the view (L, rows, …) of a stack, with the other dimensions in the order of memory.
 
-    Any order of the columns has the same singular values and left directions; this one needs no copy. For a spatial
-    matrix the view is (L, filters, kernel columns, input channels, kernel rows).
+    Any order of the columns has the same singular values and left directions; this one needs no copy. Where several
+    dimensions count the rows, these come first, one by one. For a spatial matrix the view is (L, filters, kernel
+    columns, input channels, kernel rows).
     """
     if norm.spatial:
         return stack.permute(0, *(d + 1 for d in norm.spatial_order()))
     strides = stack.stride()
-    others = sorted((d for d in range(1, stack.ndim) if d != norm.dim + 1), key=lambda d: (-strides[d], d))
-    return stack.permute(0, norm.dim + 1, *others)
+    rows = [d + 1 for d in row_dims(norm.dim)]
+    others = sorted((d for d in range(1, stack.ndim) if d not in rows), key=lambda d: (-strides[d], d))
+    return stack.permute(0, *rows, *others)
 
 
 def along(values: Tensor, stack: Tensor) -> Tensor:

@@ -86,14 +86,22 @@ def _matrix_groups(model: nn.Module, settings: Resolved) -> list[dict[str, Any]]
     """Return a parameter group for each matrix, with its layout and its k as a count, and one for the rest."""
     groups: list[dict[str, Any]] = []
     for name, module in matrix_layers(model).items():
-        layout = layout_of(module)
-        group = {"params": [(f"{name}.weight", module.weight)], "row_dim": layout.dim, "blocks": layout.groups}
+        row_dim, blocks = _row_dim_and_blocks(module)
+        group = {"params": [(f"{name}.weight", module.weight)], "row_dim": row_dim, "blocks": blocks}
         if settings.k is not None:
             group["k"] = _count(settings.k, group)
         groups.append(group)
     if not groups:
         raise _nothing_to_do(settings)
     return [*groups, *_rest(model, settings, {id(group["params"][0][1]) for group in groups})]
+
+
+def _row_dim_and_blocks(module: nn.Module) -> tuple[int, int]:
+    """Return the dimension that counts the rows of a convolution's or linear layer's weight, and its groups."""
+    assert isinstance(module.weight, Tensor)
+    layout = layout_of(module, module.weight)
+    assert isinstance(layout.dim, int)  # only weights that hold several matrices have more dimensions of rows
+    return layout.dim, layout.groups
 
 
 def _rest(model: nn.Module, settings: Resolved, matrices: set[int]) -> list[dict[str, Any]]:
@@ -153,7 +161,7 @@ def sfw(preset: Callable[[Resolved], Preset]) -> Build:
 def _constrained(model: nn.Module, settings: Resolved) -> Callable[[str, Tensor], bool]:
     """Return the predicate that is true of the weights with a ball."""
     # The dimension of the input channels of every matrix.
-    inputs = {f"{name}.weight": 1 - layout_of(module).dim for name, module in matrix_layers(model).items()}
+    inputs = {f"{name}.weight": 1 - _row_dim_and_blocks(module)[0] for name, module in matrix_layers(model).items()}
     m = 1 if settings.pattern is None else parse_pattern(settings.pattern)[1]
 
     def constrained(name: str, parameter: Tensor) -> bool:
@@ -209,9 +217,9 @@ def _untied(model: nn.Module, settings: Resolved) -> list[tuple[str, nn.Module]]
 def lorita(model: nn.Module, settings: Resolved, images: Tensor | None) -> Optimizer:
     """Replace weights by products of matrices, and build SGD over their factors."""
     for _, module in _untied(model, settings):
-        layout = layout_of(module)
+        row_dim, blocks = _row_dim_and_blocks(module)
         assert isinstance(module.weight, Tensor)
-        product = baselines.Composition(module.weight.shape, layout.dim, layout.groups, count=settings.factors)
+        product = baselines.Composition(module.weight.shape, row_dim, blocks, count=settings.factors)
         baselines.factorise(module, product)
     return sgd(model, settings, images)
 
@@ -221,12 +229,12 @@ def condlr(model: nn.Module, settings: Resolved, _: Tensor | None) -> Optimizer:
     groups: list[dict[str, Any]] = []
     condition = settings.condition
     for name, module in _untied(model, settings):
-        layout = layout_of(module)
+        row_dim, blocks = _row_dim_and_blocks(module)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        whole = {"params": [(f"{name}.weight", weight)], "row_dim": layout.dim, "blocks": layout.groups}
+        whole = {"params": [(f"{name}.weight", weight)], "row_dim": row_dim, "blocks": blocks}
         k = _count(settings.k, whole)
-        product = baselines.Conditioned(weight.shape, layout.dim, layout.groups, k=k, condition=condition)
+        product = baselines.Conditioned(weight.shape, row_dim, blocks, k=k, condition=condition)
         factors = [(f"{name}.{factor}", p) for factor, p in baselines.factorise(module, product)]
         groups.append({"params": factors, "condition": condition})
     in_groups = {id(p) for group in groups for _, p in group["params"]}
