@@ -11,6 +11,7 @@ from .compression import reestimate_batchnorm as reestimate_batchnorm
 from .compression import replay as replay
 from .compression.budgets import compress_to as compress_to
 from .constraints import constrain as constrain
+from .constraints import coverage as coverage
 from .constraints import filters as filters
 from .constraints import l2 as l2
 from .constraints import rank as rank

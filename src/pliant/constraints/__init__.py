@@ -3,9 +3,12 @@
 presets            balls in relative terms: filters, rank, weights, N:M patterns, L2
 parameter_groups   from rules for parameters to the parameter groups of the optimizer
 radius             the norm of weights at initialisation, the unit of radii
+coverage           which weights carry which ball, and what has none
 transformer_rules  rules for the parts of transformers
 """
 
+from pliant.constraints.coverage import Coverage as Coverage
+from pliant.constraints.coverage import coverage as coverage
 from pliant.constraints.parameter_groups import CoupledChannels as CoupledChannels
 from pliant.constraints.parameter_groups import Rule as Rule
 from pliant.constraints.parameter_groups import constrain as constrain

@@ -69,7 +69,7 @@ def constrain(
     for rule in rules:
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[1], Preset | None)):
             raise BadInput(f"a rule is a pair of a pattern or predicate and a preset or None, got {rule!r}")
-    trainable = _trainable(model)
+    trainable = trainable_parameters(model)
     if not trainable:
         raise BadInput("this model has no trainable parameter")
     used: set[int] = set()  # indices of rules
@@ -78,7 +78,7 @@ def constrain(
     rest = {p: names for p, names in trainable.items() if p not in taken}
     groups: dict[str, dict[str, Any]] = {}
     for parameter, (name, preset) in _presets(model, rules, default, rest, used).items():
-        ball = None if preset is None else _make_ball(preset, name, parameter, _owner(model, name), pretrained)
+        ball = None if preset is None else _make_ball(preset, name, parameter, owner_of(model, name), pretrained)
         # A group without a ball takes the optimizer's default of weight_decay.
         decay = {} if ball is None else {"weight_decay": 0.0}
         group = groups.setdefault(repr(ball), {"params": [], "param_names": [], "ball": ball, **decay})
@@ -131,7 +131,7 @@ def _presets(
             result[parameter] = choice[1], rules[choice[0]][1]
         elif default is _UNMATCHED:
             unmatched.append(names[0])
-        elif default is not None and default.structured and not _is_matrix(_owner(model, names[0]), parameter):
+        elif default is not None and default.structured and not _is_matrix(owner_of(model, names[0]), parameter):
             misfit.append(names[0])
         else:
             result[parameter] = names[0], default
@@ -177,7 +177,7 @@ def _coupled_group(
             "coupled, so that its layers get balls of their own"
         )
     norm = Channels(inner, channels.channels, dims.pop(), parts.pop(), preset.orthogonal)
-    lengths = [initial_norm(_owner(model, name), name, p, pretrained) for name, p, _, _ in members]
+    lengths = [initial_norm(owner_of(model, name), name, p, pretrained) for name, p, _, _ in members]
     diameter = 2 * preset.radius * math.hypot(*lengths)
     parameters = [p for _, p, _, _ in members]
     ball = NormBall(norm, diameter / norm.diameter([p.shape for p in parameters]))
@@ -207,12 +207,13 @@ def _choose(model: nn.Module, rules: Sequence[Rule], names: list[str], parameter
     for index, (selector, preset) in enumerate(rules):
         for name in names:
             matches = selector(name, parameter) if callable(selector) else fnmatch.fnmatchcase(name, selector)
-            if matches and (preset is None or not preset.structured or _is_matrix(_owner(model, name), parameter)):
+            if matches and (preset is None or not preset.structured or _is_matrix(owner_of(model, name), parameter)):
                 return index, name
     return None
 
 
-def _trainable(model: nn.Module) -> dict[Tensor, list[str]]:
+def trainable_parameters(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Return all names of every parameter that requires a gradient."""
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -220,7 +221,7 @@ def _trainable(model: nn.Module) -> dict[Tensor, list[str]]:
     return names
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
+def owner_of(model: nn.Module, name: str) -> nn.Module:
     """Return the layer that a parameter belongs to, even if parametrisations lie between the two."""
     return model.get_submodule(
         name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]

@@ -45,6 +45,10 @@ class Display:
         """Show the means of the epoch so far."""
         self._progress.update(self._task, advance=1, figures=f"loss {loss:.3f}  train {accuracy:.1%}{self._validation}")
 
+    def note(self, text: str) -> None:
+        """Show a line about the training as a whole."""
+        self._print(f"{self.title}  {text}")
+
     def epoch(self, entry: dict[str, Any], epochs: int) -> None:
         """Show an epoch's entry of the log."""
         gap = "" if entry["gap"] is None else f"  gap {entry['gap']:.3g}"
@@ -52,11 +56,10 @@ class Display:
         # Without a bar: the first and the last epoch, and about ten between.
         tenth = entry["epoch"] * 10 // epochs > (entry["epoch"] - 1) * 10 // epochs
         if entry["epoch"] == epochs or (not self._console.is_terminal and (tenth or entry["epoch"] == 1)):
-            self._console.print(
+            self._print(
                 f"{self.title}  epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.3f}  "
-                f"train {entry['train_top1']:.1%}{self._validation}  {entry['seconds']:.1f} s",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
-                emoji=False,
+                f"train {entry['train_top1']:.1%}{self._validation}  {entry['seconds']:.1f} s"
             )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pliant.calling import eval_mode
+from pliant.constraints import coverage
 from pliant.errors import BadInput, Diverged, one_line
 from pliant.experiments.baselines import merged
 from pliant.experiments.data.images import ImageData, load_data
@@ -110,6 +111,8 @@ class Session:
         log = Log(folder, keep=self.epoch, settings=settings) if main else None
         done = self.epoch * len(self.loader) + self.batches
         with Display(folder.name, self.steps, done=done, quiet=not main) as display, log or contextlib.nullcontext():
+            if isinstance(self.optimizer, SFW) and not done:
+                display.note(coverage(self.model, self.optimizer.param_groups).summary)
             for epoch in range(self.epoch, settings.epochs):
                 started = time.perf_counter()
                 loss, accuracy = self._train_epoch(network, optimizer, epoch, folder, display)
