@@ -42,7 +42,7 @@ from pliant.compression.sites import Site
 from pliant.compression.sites import sites as sites_of
 from pliant.errors import BadInput
 
-MOST_SWEEPS = 6
+MOST_SWEEPS = 4  # measured on trained networks: further ones take up to a tenth off the error, and no wrong answers
 MEMORY = 1 << 29  # bytes of sums; where all maps need more, a sweep fits one part of them after the other
 _GAIN = 0.1  # share of its error that the network has to lose in a sweep to be worth another one
 _UNSEEN = "is not called on the calibration data, or its parent reads its weight without calling it"
