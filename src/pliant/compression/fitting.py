@@ -16,6 +16,7 @@ outputs of the dense network.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from pliant.compression.moments import gram
 
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 """The λ that are tried, in units of the mean of E[x_i²] over the columns that are not zero."""
 _CONSTANT = 1e-7  # share of E[x_i²] below which the variance of x_i is taken for zero
 _ROUNDING = 1e-9  # a gain below this share of the outputs' energy may be rounding, and decides nothing
 _STEPS = 50  # of conjugate gradients: enough for float32 accuracy at the smallest damping that matters
+_SOLVED = 1e-7  # residual, as a share of the right side, at which these stop
 
 
 @dataclass(eq=False)
@@ -133,11 +135,6 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
     level = (second.diagonal(dim1=1, dim2=2).maximum(least) * used).sum(1) / used.sum(1).clamp(min=1)
     level = level.clamp(min=torch.finfo(torch.float32).tiny)  # (groups,)
     silent = None if bias is None else fixed.all(2) & (bias == 0)  # filters that a mask has removed
-    candidates: list[tuple[float | None, Tensor]] = [(None, now)]
-    for damping in DAMPINGS:
-        solution = _solve(second, cross, cut, damping * level, fixed)
-        if solution is not None:
-            candidates.append((damping, solution))
 
     def error(weight: Tensor, offset: Tensor | None) -> float:
         return _error(held, weight, offset, centred=centred and bias is None)
@@ -148,12 +145,22 @@ def fit(sums: Sums, held: Sums, cut: Tensor, now: Tensor, bias: Tensor | None, *
         return (sums.mean_y - (weight @ sums.mean_x.unsqueeze(2)).squeeze(2)).masked_fill(silent, 0.0)
 
     before = error(now, bias)
-    errors = [before, *(error(weight, offset_of(weight)) for _, weight in candidates[1:])]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    if errors[best] > before - _ROUNDING:
-        best = 0
-    chosen, weight = candidates[best]
-    return Fit(weight, bias if best == 0 else offset_of(weight), chosen, errors[best], before)
+    fits: list[tuple[float, float, Tensor]] = []  # error, damping, weight
+    scattered = _is_scattered(fixed)
+    start = cut
+    for damping in DAMPINGS:
+        solution = _solve(second, cross, cut, damping * level, fixed, start if scattered else None)
+        if solution is None:
+            continue
+        fits.append((error(solution, offset_of(solution)), damping, solution))
+        start = solution
+        # Each of these solutions takes many steps, from the one before, and less damping hardly turns worse to better.
+        if scattered and len(fits) > 1 and fits[-1][0] > fits[-2][0]:
+            break
+    missed, chosen, weight = min(fits, key=lambda each: each[:2], default=(math.inf, 0.0, now))
+    if missed > before - _ROUNDING:
+        return Fit(now, bias, None, before, before)
+    return Fit(weight, offset_of(weight), chosen, missed, before)
 
 
 def _error(held: Sums, weight: Tensor, bias: Tensor | None, *, centred: bool) -> float:
@@ -168,23 +175,34 @@ def _error(held: Sums, weight: Tensor, bias: Tensor | None, *, centred: bool) ->
     return float((missed / energy.clamp(min=limits.tiny)).clamp(max=limits.max))  # finite, for plans
 
 
-def _solve(second: Tensor, cross: Tensor, cut: Tensor, damping: Tensor, fixed: Tensor) -> Tensor | None:
+def _is_scattered(fixed: Tensor) -> bool:
+    """Return whether other entries are fixed than whole filters and columns."""
+    rows, columns = fixed.all(2), fixed.all(1)
+    return bool((fixed & ~rows.unsqueeze(2) & ~columns.unsqueeze(1)).any())
+
+
+def _solve(
+    second: Tensor, cross: Tensor, cut: Tensor, damping: Tensor, fixed: Tensor, start: Tensor | None
+) -> Tensor | None:
     """Return argmin_W tr(W A Wᵀ) − 2 tr(W B) + λ‖W − W_cut‖², with zeros where ``fixed``, (groups, m, n).
 
     None if the damping is too small for the rounding errors of A: covariances of few rows far from zero lose digits.
+
+    Args:
+        second, cross, cut, damping, fixed: A, B, W_cut, λ and where W is zero.
+        start: where iterations begin; None if only whole filters and columns are fixed, which takes none.
     """
     rows, columns = fixed.all(2), fixed.all(1)  # whole filters and columns that are zero are left out
-    scattered = bool((fixed & ~rows.unsqueeze(2) & ~columns.unsqueeze(1)).any())
     system = second.clone()
     system.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
     right = cross + damping[:, None, None] * cut.mT  # (groups, n, m)
-    if not scattered:
+    if start is None:
         system = system.masked_fill(columns.unsqueeze(1) | columns.unsqueeze(2), 0.0)
         system.diagonal(dim1=1, dim2=2).add_(columns.double())
         right = right.masked_fill(columns.unsqueeze(2) | rows.unsqueeze(1), 0.0)
         factor, failed = torch.linalg.cholesky_ex(system)
         return None if bool(failed.any()) else torch.cholesky_solve(right, factor).mT
-    return masked_solve(system, right.mT, cut, ~fixed)
+    return masked_solve(system, right.mT, start, ~fixed)
 
 
 def masked_solve(system: Tensor, right: Tensor, start: Tensor, mask: Tensor) -> Tensor:
@@ -202,6 +220,7 @@ def masked_solve(system: Tensor, right: Tensor, start: Tensor, mask: Tensor) -> 
     residual = (right * scale - w @ scaled) * mask
     direction = residual.clone()
     old = residual.square().sum(2, keepdim=True)
+    enough = (right * scale * mask).square().sum() * _SOLVED**2
     tiny = torch.finfo(old.dtype).tiny
     for _ in range(_STEPS):
         image = (direction @ scaled) * mask
@@ -211,4 +230,6 @@ def masked_solve(system: Tensor, right: Tensor, start: Tensor, mask: Tensor) -> 
         new = residual.square().sum(2, keepdim=True)
         direction = residual + new / old.clamp(min=tiny) * direction
         old = new
+        if new.sum() <= enough:
+            break
     return w * scale * mask
