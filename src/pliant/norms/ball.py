@@ -66,7 +66,7 @@ class NormBall:
     def contains(self, x: Tensors) -> Tensor:
         """Return whether norm(x) <= radius, up to the rounding of convex combinations; a boolean scalar tensor.
 
-        The relative error allowed is 16 eps of float32 or float64, 4 eps of half precision.
+        The relative error allowed is 32 eps of float32 or float64, 4 eps of half precision.
         """
         return self.reaches(self.norm(x), x)
 

@@ -47,7 +47,7 @@ def tolerance(x: Tensors) -> float:
     A norm of many entries in float32 or float64 gathers the rounding of each step; half precision is coarse enough.
     """
     tensors = [x] if isinstance(x, Tensor) else x
-    return max((16 if t.dtype == accumulation_dtype(t) else 4) * torch.finfo(t.dtype).eps for t in tensors)
+    return max((32 if t.dtype == accumulation_dtype(t) else 4) * torch.finfo(t.dtype).eps for t in tensors)
 
 
 def without_vanished(a: Tensor) -> Tensor:
