@@ -18,7 +18,15 @@ from pliant.optim import SFW, KSchedule
 from tests.instances import gaussian
 from tests.optimizer_cases import assert_equal, quiet_first_steps
 
-NORMS = [Lp(2), Lp(1), KSparse(4), Rows(KSupport(2)), Blocks(KSparse(1), 4), Spectral(KSupport(2)), Spectral(KSparse(2))]
+NORMS = [
+    Lp(2),
+    Lp(1),
+    KSparse(4),
+    Rows(KSupport(2)),
+    Blocks(KSparse(1), 4),
+    Spectral(KSupport(2)),
+    Spectral(KSparse(2)),
+]
 every_norm = pytest.mark.parametrize("norm", NORMS, ids=str)
 every_momentum = pytest.mark.parametrize("momentum", [0.0, 0.9])
 NAMES = ["first.weight", "second.weight", "free"]
@@ -183,7 +191,9 @@ def test_far_outside_warns_and_inside_is_silent() -> None:
     weights, opt = trained(Rows(KSupport(2)))
     grown(weights)
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
-    with pytest.warns(UserWarning, match=r"2 constrained parameters .* were shrunk, (first|second)\.weight by a factor"):
+    with pytest.warns(
+        UserWarning, match=r"2 constrained parameters .* were shrunk, (first|second)\.weight by a factor"
+    ):
         go(weights, opt, range(2, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

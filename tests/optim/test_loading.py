@@ -58,7 +58,11 @@ DIFFERENT: dict[str, tuple[Norm, Norm, str]] = {
     "p of singular values": (Spectral(Lp(1)), Spectral(Lp(math.inf)), r"with p=1, but .* with p=inf"),
     "dim": (Rows(KSparse(2)), Rows(KSparse(2), dim=1), r"with dim=0, but .* with dim=1"),
     "dim of a matrix": (Spectral(KSparse(2)), Spectral(KSparse(2), dim=1), r"with dim=0, but .* with dim=1"),
-    "orthogonal": (Rows(KSparse(2), orthogonal=True), Rows(KSparse(2)), r"with orthogonal=True, but .* orthogonal=False"),
+    "orthogonal": (
+        Rows(KSparse(2), orthogonal=True),
+        Rows(KSparse(2)),
+        r"with orthogonal=True, but .* orthogonal=False",
+    ),
     "groups": (Spectral(KSparse(2), groups=2), Spectral(KSparse(2)), r"with groups=2, but .* groups=1"),
     "block size": (Blocks(KSparse(1), 4), Blocks(KSparse(1), 2), r"with size=4, but .* size=2"),
     "block dim": (Blocks(KSparse(1), 4), Blocks(KSparse(1), 4, dim=0), r"with dim=1, but .* dim=0"),
@@ -429,7 +433,9 @@ def test_a_distributed_state_goes_on_also_when_restored_twice(
 def test_a_distributed_checkpoint_on_disk_goes_on(momentum: float, flat: bool, tmp_path: Path) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     net, opt = trained(3, momentum, PRESETS["filters"])
-    dcp.save({"net": net.state_dict(), "opt": get_optimizer_state_dict(net, opt, options=options)}, checkpoint_id=tmp_path)
+    dcp.save(
+        {"net": net.state_dict(), "opt": get_optimizer_state_dict(net, opt, options=options)}, checkpoint_id=tmp_path
+    )
     other, twin = trained(0, momentum, PRESETS["filters"])
     state = {"net": other.state_dict(), "opt": get_optimizer_state_dict(other, twin, options=options)}
     dcp.load(state, checkpoint_id=tmp_path)

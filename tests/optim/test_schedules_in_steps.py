@@ -269,7 +269,10 @@ def test_a_group_that_comes_later_takes_part(norm: Norm) -> None:
     assert k_of(opt, 2) == k_of(opt, 0)
     go([*weights, late], opt, range(3, STEPS), (threshold, anneal))
     assert k_of(opt, 2) == k_of(opt, 0) == norm.k
-    assert opt.param_groups[2]["soft_threshold"] == {**opt.param_groups[0]["soft_threshold"], "pending": pytest.approx(0)}
+    assert opt.param_groups[2]["soft_threshold"] == {
+        **opt.param_groups[0]["soft_threshold"],
+        "pending": pytest.approx(0),
+    }
     assert anneal.state_dict()["spans"] == [opt_span(norm), None, opt_span(norm)]
     twin = copy.deepcopy(opt)
     assert_same_state(twin.state_dict(), opt.state_dict())
