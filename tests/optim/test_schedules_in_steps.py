@@ -292,7 +292,7 @@ def test_a_later_group_without_a_k_does_not(ball: NormBall | None) -> None:
 
 
 def test_a_later_group_that_cannot_take_part_is_refused() -> None:
-    weights, opt = fresh()
+    _, opt = fresh()
     KSchedule(opt, 18, steps=STEPS)
     for shape, message in (((5, 24), "k=18"), ((20, 24), None)):
         late = nn.Parameter(gaussian(shape, 9) / 50)
@@ -307,7 +307,7 @@ def test_a_later_group_that_cannot_take_part_is_refused() -> None:
 
 
 def test_a_group_may_leave() -> None:
-    weights, opt, anneal, threshold = scheduled()
+    _, opt, anneal, threshold = scheduled()
     opt.add_param_group({"params": [nn.Parameter(gaussian((20, 24)))], "ball": NormBall(NORMS[1], 2.0)})
     del opt.param_groups[0]
     opt.step()

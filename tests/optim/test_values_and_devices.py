@@ -273,11 +273,12 @@ def test_the_default_device_does_not_matter(case: Case) -> None:
     assert_equal(expected, parameters)
 
 
+@pytest.mark.usefixtures("_meta_by_default")
 @pytest.mark.parametrize(
     "preset",
     [pliant.filters(k=0.5), pliant.rank(k=0.5), pliant.weights(k=0.5), pliant.l2(), pliant.semi_structured(2, 4)],
 )
-def test_radii_and_schedules_do_not_ask_the_default_device(preset: Any, _meta_by_default: None) -> None:
+def test_radii_and_schedules_do_not_ask_the_default_device(preset: Any) -> None:
     with torch.device("cpu"):
         model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 20))
         x = torch.ones(2, 32)
