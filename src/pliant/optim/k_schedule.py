@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from pliant.errors import BadInput
@@ -48,7 +49,7 @@ class KSchedule:
         courses = [new_course(as_ball(group["ball"]), group, start, end, steps) for group in groups]
         if not any(courses):
             raise BadInput("no group of this optimizer has a ball with a k to anneal")
-        if self._continues(start, end, steps):
+        if self._continues(courses, end):
             return
         for group, course in zip(groups, courses, strict=True):
             self._put(group, course)
@@ -120,16 +121,27 @@ class KSchedule:
         if changed is not None:
             group["ball"] = changed.to_spec()
 
-    def _continues(self, start: float, end: float | None, steps: int) -> bool:
-        """Return whether this is the schedule that a loaded state is in the middle of; warn if it is another one."""
+    def _continues(self, courses: Sequence[Course | None], end: float | None) -> bool:
+        """Return whether this is the schedule that a loaded state is in the middle of; warn if it is another one.
+
+        Args:
+            courses: those that this schedule would begin with.
+            end: as it was asked for; None agrees with any, for k is on its way.
+        """
         if not self.optimizer.claim(COURSE):
             return False
-        found = self._running
-        if (found["start"], found["steps"]) == (start, steps) and (found["end"] == end or end is None):
+        found = [group.get(COURSE) for group in self.optimizer.param_groups]
+        names = ("first", "steps") if end is None else ("first", "last", "steps")
+
+        def told(course: Course | None) -> list[Any] | None:
+            return None if course is None else [course[name] for name in names]
+
+        if all(told(old) == told(new) for old, new in zip(found, courses, strict=True)):
             return True
+        old, new = (next(course for course in each if course is not None) for each in (found, courses))
+        there, here = (", ".join(f"{name}={each[name]}" for name in ("start", "end", "steps")) for each in (old, new))
         warnings.warn(
-            f"the loaded state is at step {found['step']} of a schedule of k with start={found['start']}, "
-            f"end={found['end']}, steps={found['steps']}, but this one has start={start}, end={end}, steps={steps} and "
+            f"the loaded state is at step {old['step']} of a schedule of k with {there}, but this one has {here} and "
             "begins anew: make it with the arguments of the loaded one to continue that",
             stacklevel=3,
         )
