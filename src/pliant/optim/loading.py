@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,15 @@ from pliant.optim.thresholding import DEBT
 
 State = dict[str, Any]
 MAKE_IT = "make the optimizer with the balls that it was saved with"
+
+
+def after_hooks(hooks: Iterable[Callable[[Any, State], State | None]], optimizer: Any, state_dict: State) -> State:
+    """Return what the hooks before loading make of a state, a shallow copy of which they may change."""
+    state_dict = state_dict.copy()
+    for hook in hooks:
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict
 
 
 def check_state(groups: Sequence[Group], defaults: Group, state_dict: State) -> None:
@@ -55,7 +64,7 @@ def _check_kind(group: Group, saved: Group, ball: NormBall | None, name: str) ->
         raise ValueError(f"the state is one of {kinds[1]}, but the group of {name} has {kinds[0]}: {MAKE_IT}")
     if ball is None or own is None:
         return
-    theirs, ours = (_parameters(b.norm.to_spec()) for b in (ball, own))
+    theirs, ours = (_details(b.norm.to_spec()) for b in (ball, own))
     differing = [key for key in ours if theirs[key] != ours[key]]
     if len(group["params"]) > 1:
         theirs["joint"], ours["joint"] = bool(saved.get("joint", False)), bool(group["joint"])
@@ -76,11 +85,11 @@ def _kind(ball: NormBall | None) -> str:
     return f"a {lift} ball" if inner is None else f"a {lift}({type(inner).__name__}) ball"
 
 
-def _parameters(spec: State) -> State:
+def _details(spec: State) -> State:
     """Return all parameters in the spec of a norm but k, those of its inner norm included."""
     found = {key: value for key, value in spec.items() if key not in ("k", "norm") and not isinstance(value, dict)}
     for value in spec.values():
-        found |= _parameters(value) if isinstance(value, dict) else {}
+        found |= _details(value) if isinstance(value, dict) else {}
     return found
 
 

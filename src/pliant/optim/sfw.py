@@ -41,7 +41,7 @@ from pliant.optim.feasibility import (
     which_are_inside,
 )
 from pliant.optim.kept_directions import fit_directions
-from pliant.optim.loading import check_state, entries, keep_formats, only_makes_states, with_schedules
+from pliant.optim.loading import after_hooks, check_state, entries, keep_formats, only_makes_states, with_schedules
 from pliant.optim.momentum import direction
 from pliant.optim.moves import (
     constrained_step,
@@ -198,10 +198,7 @@ class SFW(Optimizer):
             ValueError: the state belongs to other tensors, to a ball that differs in more than k and radius, or to
                 another number of processes. It is raised before anything changes.
         """
-        state_dict = state_dict.copy()
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+        state_dict = after_hooks(self._optimizer_load_state_dict_pre_hooks.values(), self, state_dict)
         check_state(self.param_groups, self.defaults, state_dict)
         state_dict = with_schedules(self.param_groups, state_dict)
         claimed = {key: entries(self.param_groups, key) for key in (COURSE, DEBT) if key not in self._unclaimed}
