@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ def entries(groups: Sequence[Group], key: str) -> list[Any]:
     return [group.get(key) for group in groups]
 
 
-def keep_formats(groups: Sequence[Group], states: Mapping[Tensor, State], state_dict: State) -> None:
+def keep_formats(groups: Sequence[Group], states: MutableMapping[Tensor, State], state_dict: State) -> None:
     """Give a loaded state the number formats that it was saved in, where torch has cast it to those of the parameters.
 
     Singular directions keep their own precision, and so does a momentum in float32 of weights in half precision, whose
@@ -142,14 +142,17 @@ def keep_formats(groups: Sequence[Group], states: Mapping[Tensor, State], state_
     torch.distributed.checkpoint have, are dropped.
     """
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-    parameters = [p for group in groups for p in group["params"]]
-    for index, p in zip(saved, parameters, strict=True):
+    parameters = [(p, group) for group in groups for p in group["params"]]
+    for index, (p, group) in zip(saved, parameters, strict=True):
         given, own = state_dict["state"].get(index, {}), states.get(p)
         if own is None:
             continue
         for key, value in given.items():
             if value is None or (isinstance(value, dict) and not value):
                 own.pop(key, None)
+        if group["momentum"] and "momentum_buffer" not in own:
+            del states[p]  # no step has moved it
+            continue
         if isinstance(given.get("basis"), Tensor):
             own["basis"] = given["basis"].to(p.device, copy=True)
         if isinstance(given.get("quality"), Tensor):

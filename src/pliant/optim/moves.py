@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from pliant.optim.balls import Group
 from pliant.optim.checks import name_of
 from pliant.optim.kept_directions import keeps_directions, vertices_from_last_step
 from pliant.optim.local import Local
-from pliant.optim.momentum import accumulate
+from pliant.optim.momentum import accumulate, direction
 from pliant.optim.oracle import Oracle
 from pliant.optim.scratch import Scratch
 from pliant.optim.update import step_towards
@@ -121,6 +122,18 @@ def constrained_step(
     )
     if len(sets) > 1:
         torch._foreach_copy_([p for (p,) in sets], list(weights[0].unbind(0)))
+
+
+def gap_of(members: Sequence[Tensor], ball: NormBall, group: Group, states: Mapping[Tensor, Any]) -> Tensor:
+    """Return the gap of the tensors of one ball, in the scale of a gradient; NaN where a momentum is not finite."""
+    momentum = group["momentum"]
+    factor = (1 - momentum) / (1 - group["dampening"]) if momentum else 1.0
+    directions = [direction(p, states[p], group) for p in members]
+    pieces = [local_piece(p) for p in members]
+    try:
+        return factor * oracle_over(members, group).gap(ball, pieces, directions)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return torch.full((), math.nan, device=pieces[0].device)
 
 
 def settle(sets: Sequence[list[Tensor]], ball: NormBall, group: Group) -> None:

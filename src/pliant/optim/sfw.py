@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pliant.dtensors import local_piece
 from pliant.norms import NormBall
 from pliant.optim import annealing, thresholding
 from pliant.optim.annealing import COURSE
@@ -42,10 +41,9 @@ from pliant.optim.feasibility import (
 )
 from pliant.optim.kept_directions import fit_directions
 from pliant.optim.loading import after_hooks, check_state, entries, keep_formats, only_makes_states, with_schedules
-from pliant.optim.momentum import direction
 from pliant.optim.moves import (
     constrained_step,
-    oracle_over,
+    gap_of,
     scale_inside,
     sets_with_gradient,
     settle,
@@ -341,13 +339,8 @@ class SFW(Optimizer):
             ball = self._balls.of(group)
             if ball is None:
                 continue
-            momentum = group["momentum"]
-            factor = (1 - momentum) / (1 - group["dampening"]) if momentum else 1.0
             for members in balls_over([p for p in group["params"] if p in self.state], group):
-                directions = [direction(p, self.state[p], group) for p in members]
-                pieces = [local_piece(p) for p in members]
-                gap = oracle_over(members, group).gap(ball, pieces, directions)
-                total = total.to(members[0].device) + factor * gap
+                total = total.to(members[0].device) + gap_of(members, ball, group, self.state)
         return total
 
     @property

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pliant.dtensors import cut_as, whole
@@ -58,11 +59,18 @@ def count_step(ball: NormBall | None, group: Group, states: Mapping[Tensor, Any]
         debt["pending"] += debt["strength"] * min(1.0, float(group["lr"])) * length
         if debt["step"] % debt["every"] == 0:
             for tensors in balls_over([p for p in group["params"] if p in states], group):
-                shorter = ball.norm.soft_threshold([whole(p) for p in tensors], debt["pending"])
+                shorter = _shortened(ball, [whole(p) for p in tensors], debt["pending"])
                 for p, values in zip(tensors, shorter, strict=True):
                     p.copy_(cut_as(values, p))
             debt["pending"] = 0.0
     group[DEBT] = debt
+
+
+def _shortened(ball: NormBall, tensors: list[Tensor], amount: float) -> list[Tensor]:
+    try:
+        return ball.norm.soft_threshold(tensors, amount)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return tensors  # they are not finite, which the loss and the next step show
 
 
 def length_of_parts(ball: NormBall | None, group: Group) -> float | None:
