@@ -191,10 +191,10 @@ def test_far_outside_warns_and_inside_is_silent() -> None:
     weights, opt = trained(Rows(KSupport(2)))
     grown(weights)
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
-    with pytest.warns(
-        UserWarning, match=r"2 constrained parameters .* were shrunk, (first|second)\.weight by a factor"
-    ):
+    message = r"2 constrained parameters .* were shrunk, (first|second)\.weight by a factor"
+    with pytest.warns(UserWarning, match=message) as seen:
         go(weights, opt, range(2, 3))
+    assert [w.filename for w in seen] == [__file__]  # it points at the call of step
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
@@ -244,6 +244,7 @@ def test_bringing_inside_warns_about_what_was_far_outside() -> None:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             assert opt.bring_inside() == {"first.weight": pytest.approx(by)}
+        assert all(w.filename == __file__ for w in seen)
         assert [str(w.message).count("first.weight by a factor of 10") for w in seen] == [1] * far
 
 

@@ -498,3 +498,41 @@ def test_the_trainer_of_transformers_resumes_them(tmp_path: Path) -> None:
     assert anneal.last_step == again.last_step == 4
     assert k_of(opt) == 8
     torch.testing.assert_close(resumed.layer.weight, whole.layer.weight, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers
+def test_lightning_resumes_them_and_counts_accumulated_batches_once(tmp_path: Path) -> None:
+    import lightning
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Scored()
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return self.model(batch[0])["loss"]
+
+        def configure_optimizers(self) -> SFW:
+            opt = rows(self.model)
+            self.anneal, self.threshold = KSchedule(opt, 1.0, steps=STEPS), SoftThreshold(opt, 0.1, every=3)
+            return opt
+
+    loader = DataLoader(TensorDataset(torch.stack([gaussian((24,), i).float() for i in range(8)])), batch_size=2)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+    def fit(epochs: int, **options: Any) -> tuple[Module, Any]:
+        module = Module()
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", accumulate_grad_batches=2, default_root_dir=tmp_path, **off
+        )
+        trainer.fit(module, loader, **options)
+        return module, trainer
+
+    whole, _ = fit(2)
+    half, trainer = fit(1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(2, ckpt_path=tmp_path / "half.ckpt")
+    assert (half.anneal.last_step, whole.anneal.last_step, resumed.anneal.last_step) == (2, 4, 4)
+    assert resumed.threshold.state_dict() == whole.threshold.state_dict()
+    torch.testing.assert_close(resumed.model.layer.weight, whole.model.layer.weight, rtol=1e-6, atol=1e-7)
