@@ -466,6 +466,7 @@ def rows(model: Scored) -> SFW:
     return SFW([{"params": [model.layer.weight], "ball": NormBall(NORMS[1], 2.0)}], lr=0.05, rescale=None)
 
 
+@pytest.mark.slow
 def test_the_trainer_of_transformers_resumes_them(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
