@@ -89,8 +89,11 @@ def test_the_gap_of_an_optimizer_in_half_precision(norm: Norm, dtype: torch.dtyp
 
 
 @every_case
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((), torch.bfloat16), ((1,), torch.float32), ((1, 1), torch.float64), ((1, 1, 1, 1, 1), torch.float32)],
+    ids=str,
+)
 def test_a_tensor_of_one_element_is_a_learning_rate(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     number, tensor = weights(), weights()
     scalars = [nn.Parameter(torch.tensor(0.5, dtype=torch.float64)) for _ in range(2)]
