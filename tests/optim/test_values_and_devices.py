@@ -221,13 +221,15 @@ def test_gradients_may_be_views_of_the_negative_of_a_tensor(norm: Norm, momentum
 
 
 @pytest.mark.parametrize("norm", [Lp(1), KSparse(3), Rows(Lp(1)), Spectral(Lp(1)), Blocks(KSparse(2), 4)], ids=str)
-@pytest.mark.parametrize("lr", [0.3, 0.03, 0.003])
+@pytest.mark.parametrize("lr", [0.03, 0.01, 0.003])
 def test_rounding_of_steps_does_not_leave_the_ball(norm: Norm, lr: float) -> None:
-    p, ball = nn.Parameter(norm.lmo(gaussian((20, 24), 0, torch.float32))), NormBall(norm, 1.0)
+    random = torch.Generator().manual_seed(0)
+    p, ball = nn.Parameter(torch.randn(20, 24, generator=random)), NormBall(norm, 1.0)
+    p.data /= norm(p.data)
     opt = SFW([{"params": [p], "ball": ball}], lr=lr, momentum=0.0, rescale=None)
-    for step in range(60):
-        pull = torch.where(p.detach() == 0, 1e-3, p.detach().sign())
-        p.grad = -(gaussian((20, 24), step, torch.float32).abs() + 0.1) * pull  # along a face of the ball
+    signs = p.detach().sign()
+    for _ in range(60):
+        p.grad = -(torch.rand(20, 24, generator=random) + 0.1) * signs  # along a face of the ball of entries
         opt.step()
         assert ball.contains(p.detach())
 
