@@ -55,7 +55,9 @@ def main() -> None:
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM"))
     optimizers = make_optimizers(model, arguments.method)
-    anneal = [pliant.KSchedule(o, steps=arguments.steps // 2 + 1) for o in optimizers if isinstance(o, pliant.SFW)]
+    for optimizer in optimizers:
+        if isinstance(optimizer, pliant.SFW):
+            pliant.KSchedule(optimizer, steps=arguments.steps // 2 + 1)  # the optimizer advances it
     shape = {"total_steps": arguments.steps + 1, "pct_start": 0.02, "cycle_momentum": False}
     schedules = [OneCycleLR(o, [g["lr"] for g in o.param_groups], **shape) for o in optimizers]
     for step in range(arguments.steps):
@@ -64,7 +66,7 @@ def main() -> None:
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules, *anneal):
+        for part in (*optimizers, *schedules):
             part.step()
         if step % 100 == 99:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)

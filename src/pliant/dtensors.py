@@ -66,7 +66,7 @@ def gradient_piece(p: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(local_piece(p))
     if not is_sharded((p,)):
-        return p.grad
+        return p.grad.resolve_neg()  # the gradient itself, unless it is a view of the negative of another tensor
     from torch.distributed.tensor import DTensor
 
     gradient = p.grad
@@ -74,7 +74,7 @@ def gradient_piece(p: Tensor) -> Tensor:
     assert isinstance(gradient, DTensor)
     if gradient.placements != p.placements:
         gradient = gradient.redistribute(placements=p.placements)
-    return gradient.to_local()
+    return gradient.to_local().resolve_neg()
 
 
 def agreed(
@@ -123,7 +123,7 @@ def whole_copy(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
         memo[id(child)] = whole_copy(child, memo)
     for p in layer.parameters(recurse=False):
         if is_sharded((p,)):
-            memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+            memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), p.requires_grad)
     classes = type(layer).__mro__
     kind: Any = classes[classes.index(FSDPModule) + 1] if isinstance(layer, FSDPModule) else classes[0]
     copied = cast(nn.Module, kind.__new__(kind))

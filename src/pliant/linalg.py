@@ -152,14 +152,15 @@ def keep_largest(tensors: Sequence[Tensor], k: int, outs: Sequence[Tensor]) -> N
         k: how many entries are kept.
         outs: dense tensors of the same shapes and dtypes; may be the tensors themselves.
     """
-    flats = [_in_order_of_memory(x, out).flatten() for x, out in zip(tensors, outs, strict=True)]
+    # A view of the negative of a tensor has no array in NumPy.
+    flats = [_in_order_of_memory(x.detach().resolve_neg(), out).flatten() for x, out in zip(tensors, outs, strict=True)]
     flat_outs = [_in_order_of_memory(out, out).view(-1) for out in outs]
     if not all(readable(x) for x in tensors):
         masks = topk_mask(torch.cat(flats).abs(), k).split([len(x) for x in flats])
         for x, mask, out in zip(flats, masks, flat_outs, strict=True):
             torch.mul(x, mask, out=out)
         return
-    threshold, surplus = kth_largest([x.detach().numpy() for x in flats], k)
+    threshold, surplus = kth_largest([x.numpy() for x in flats], k)
     # Zero the last of the tied entries, so that exactly k remain. Ties at 0 need no choice: they are 0 either way.
     for x, out in zip(reversed(flats), reversed(flat_outs), strict=True):
         last = np.zeros(0, dtype=np.int64)
@@ -289,8 +290,8 @@ def starting_directions(matrices: Sequence[Tensor], size: int) -> list[Tensor]:
     Returns:
         For each matrix, (L, c_i, size).
     """
-    generator = torch.Generator().manual_seed(0)
-    starts = [torch.randn(1, a.shape[2], size, generator=generator, dtype=a.dtype) for a in matrices]
+    generator = torch.Generator("cpu").manual_seed(0)
+    starts = [torch.randn(1, a.shape[2], size, generator=generator, dtype=a.dtype, device="cpu") for a in matrices]
     # All members start alike, so that results do not depend on the batch a matrix is in.
     return [start.to(a.device).expand(len(a), -1, -1) for start, a in zip(starts, matrices, strict=True)]
 

@@ -341,7 +341,9 @@ def test_schedule_resumes(optimizer_first: bool, done: int) -> None:
         again.load_state_dict(opt.state_dict())
     resumed.load_state_dict(anneal.state_dict())
     assert torch.equal(resumed_model.weight, weight)
-    for schedule in (anneal, resumed):
+    for m, o, schedule in ((model, opt, anneal), (resumed_model, again, resumed)):
+        m.weight.grad = torch.ones(20, 20)
+        o.step()
         schedule.step()
     k, resumed_k = (NormBall.from_spec(o.param_groups[0]["ball"]).norm.k for o in (opt, again))
     assert k == resumed_k == {4: 13, 10: 6, 15: 6}[done]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,62 @@ def soft_thresholds_are_those_of_one_process(mesh: DeviceMesh, folder: Path) -> 
     take_steps(many, second, range(4), own_part(mesh), after=thresholds[1])
     assert_same_network(many, one, 1e-6)
     assert torch.equal(whole(many.unused.weight), unused)
+
+
+@case
+def weights_changed_by_others_are_brought_inside_on_all_processes(mesh: DeviceMesh, folder: Path) -> None:
+    one, many = make_net(), make_net(mesh)
+    first, second = make_optimizer(one), make_optimizer(many)
+    take_steps(one, first, range(2))
+    take_steps(many, second, range(2), own_part(mesh))
+    assert all(second.inside().values())
+    with torch.no_grad():
+        for net in (one, many):
+            net.wide.weight.mul_(1e3)
+            net.convolution.weight.mul_(1e3)
+    assert first.inside() == second.inside()
+    assert [name for name, inside in second.inside().items() if not inside] == ["convolution.weight", "wide.weight"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, shrunk = first.bring_inside(), second.bring_inside()
+    assert list(shrunk) == list(expected) == ["convolution.weight", "wide.weight"]
+    for name, factor in expected.items():
+        assert math.isclose(shrunk[name], factor, rel_tol=1e-6), name
+    assert all(second.inside().values())
+    assert_same_network(many, one, 1e-6)
+    with torch.no_grad():
+        if mesh.get_local_rank() == 0:
+            many.tall.weight.to_local()[0, 0] = math.nan
+    assert not second.inside()["tall.weight"]
+
+
+@case
+def a_flattened_state_goes_on_with_its_schedule(mesh: DeviceMesh, folder: Path) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    for momentum in (0.0, 0.9):
+        net, other = make_net(mesh), make_net(mesh)
+        opt, twin = (make_optimizer(each, momentum=momentum, rescale=None) for each in (net, other))
+        anneal, again = (pliant.KSchedule(each, start=0.5, steps=6) for each in (opt, twin))
+        # Without momentum, such a state does not tell which layers were used: their thresholds and balls may differ.
+        thresholds = [pliant.SoftThreshold(each, 0.1, every=3) for each in (opt, twin) if momentum]
+        take_steps(net, opt, range(2), own_part(mesh))
+        again.load_state_dict(anneal.state_dict())  # first: the state is as large as its k says
+        with torch.no_grad():
+            for p, q in zip(other.parameters(), net.parameters(), strict=True):
+                p.copy_(q)
+        for _ in range(2):
+            saved = copy.deepcopy(get_optimizer_state_dict(net, opt, options=options))
+            for key in [key for key in saved if key.startswith("state.unused")]:
+                del saved[key]
+            set_optimizer_state_dict(other, twin, saved, options=options)
+        assert again.state_dict() == anneal.state_dict()
+        assert len({str(threshold.state_dict()) for threshold in thresholds}) <= 1
+        take_steps(net, opt, range(2, 7), own_part(mesh))
+        take_steps(other, twin, range(2, 7), own_part(mesh))
+        assert again.last_step == anneal.last_step == 7
+        if not momentum:
+            del net.unused, other.unused
+        assert_same_network(other, net)
 
 
 @case

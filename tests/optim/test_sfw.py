@@ -210,7 +210,7 @@ def test_at_the_vertex_it_stays() -> None:
 def test_nan_gradients_are_not_hidden(norm: Norm, rescale: Rescale) -> None:
     p = nn.Parameter(torch.ones(3, 3) / 10)
     p.grad = torch.full((3, 3), math.nan)
-    SFW(group(p, NormBall(norm, 1.0)), rescale=rescale).step()
+    SFW(group(p, NormBall(norm, 1.0)), rescale=rescale, capturable=True).step()  # otherwise, on a CPU, it is refused
     assert p.isnan().any()
 
 

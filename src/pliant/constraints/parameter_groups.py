@@ -193,7 +193,8 @@ def _parts(group: str, name: str, rows: int, positions: Tensor) -> int:
     """
     count, width = positions.shape
     for parts in range(1, width + 1 if count * width == rows else 1):
-        runs = torch.arange(count * width).reshape(parts, count, -1) if width % parts == 0 else None
+        order = torch.arange(rows, device=positions.device)
+        runs = order.reshape(parts, count, -1) if width % parts == 0 else None
         if runs is not None and torch.equal(runs.transpose(0, 1).flatten(1), positions):
             return parts
     raise BadInput(

@@ -10,8 +10,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from pliant.linalg import common_dtype
 from pliant.norms.base import Norm
-from pliant.norms.shapes import Shape, Tensors
+from pliant.norms.shapes import Shape, Tensors, tolerance
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,28 @@ class NormBall:
             g: the gradient(s), of the shape(s) of x.
 
         Returns:
-            A scalar tensor.
+            A scalar tensor, float32 for half-precision input.
         """
-        pairs = [(x, g)] if isinstance(x, Tensor) and isinstance(g, Tensor) else zip(x, g, strict=True)
-        inner = torch.stack([torch.sum(a * b) for a, b in pairs]).sum()
+        pairs = [(x, g)] if isinstance(x, Tensor) and isinstance(g, Tensor) else list(zip(x, g, strict=True))
+        dtype = common_dtype([t for pair in pairs for t in pair])
+        inner = torch.stack([torch.sum(a.to(dtype) * b.to(dtype)) for a, b in pairs]).sum()
         return inner + self.radius * self.norm.dual(g)
 
     def contains(self, x: Tensors) -> Tensor:
-        """Return whether norm(x) <= radius, up to a relative error of 4 eps of x's dtype; a boolean scalar tensor."""
-        return self.norm(x) <= self.radius * (1 + 4 * _eps(x))
+        """Return whether norm(x) <= radius, up to the rounding of convex combinations; a boolean scalar tensor.
+
+        The relative error allowed is 32 eps of float32 or float64, 4 eps of half precision.
+        """
+        return self.reaches(self.norm(x), x)
+
+    def reaches(self, length: Tensor, like: Tensors) -> Tensor:
+        """Return :meth:`contains` for tensors whose norm is known.
+
+        Args:
+            length: the norm of the tensors, a scalar tensor.
+            like: tensor(s) of the same dtype(s), which set the tolerance.
+        """
+        return length <= self.radius * (1 + tolerance(like))
 
     @overload
     def scale_inside(self, x: Tensor) -> Tensor: ...
@@ -87,7 +101,7 @@ class NormBall:
             length: the norm of the tensors, a scalar tensor.
             like: tensor(s) of the same dtype(s), which set the tolerance.
         """
-        outside = length > self.radius * (1 + 4 * _eps(like))
+        outside = length > self.radius * (1 + tolerance(like))
         return torch.where(outside, length / self.radius, torch.ones_like(length))
 
     def project(self, x: Tensor) -> Tensor:
@@ -116,8 +130,3 @@ class NormBall:
         if not isinstance(spec, dict) or set(spec) != {"norm", "radius"} or not isinstance(spec["norm"], dict):
             raise ValueError(f"a ball's spec is {{'norm': {{...}}, 'radius': number}}, got {spec!r}")
         return NormBall(Norm.from_spec(spec["norm"]), float(spec["radius"]))
-
-
-def _eps(x: Tensors) -> float:
-    tensors = [x] if isinstance(x, Tensor) else x
-    return max(torch.finfo(t.dtype).eps for t in tensors)

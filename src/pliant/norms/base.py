@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pliant import extensions
 from pliant.errors import BadInput, shown
-from pliant.norms.shapes import Rebuild, Shape, Tensors, scaled, shapes_of
+from pliant.norms.shapes import Rebuild, Shape, Tensors, scaled, shapes_of, tolerance
 
 
 class Norm(ABC):
@@ -160,7 +160,7 @@ class Norm(ABC):
         nearest = scale * rebuild(self.nearest(magnitudes, radius / scale))
         # Rounding errors of singular vectors, or of one threshold for many entries, add up: shrink a point outside.
         nearest = nearest / (self(nearest) / radius).clamp_min(1)
-        inside = self(x) <= radius * (1 + 4 * torch.finfo(x.dtype).eps)
+        inside = self(x) <= radius * (1 + tolerance(x))
         return torch.where(inside, x, nearest.to(x.dtype))
 
     @overload

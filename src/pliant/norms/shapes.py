@@ -44,6 +44,15 @@ def scaled(x: Tensors) -> tuple[list[Tensor], Tensor]:
     return [t / scale for t in tensors], scale
 
 
+def tolerance(x: Tensors) -> float:
+    """Return the relative error of a norm that counts as rounding: of points inside a ball, and of their combinations.
+
+    A norm of many entries in float32 or float64 gathers the rounding of each step; half precision is coarse enough.
+    """
+    tensors = [x] if isinstance(x, Tensor) else x
+    return max((32 if t.dtype == accumulation_dtype(t) else 4) * torch.finfo(t.dtype).eps for t in tensors)
+
+
 def without_vanished(a: Tensor) -> Tensor:
     """Return row norms, with 0 for the tiniest: their squares underflow, so dividing by them would leave the ball."""
     return a.masked_fill(a < 8 * torch.finfo(a.dtype).tiny ** 0.5, 0)

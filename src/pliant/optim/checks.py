@@ -1,17 +1,21 @@
-"""The inputs that the optimizer refuses, before anything changes: options, balls, states and gradients."""
+"""The inputs that the optimizer refuses, before anything changes: options, balls and gradients."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import compress
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pliant.dtensors import agreed, gradient_piece, is_sharded
+from pliant.linalg import readable
 from pliant.norms import Channels, NormBall, Rows
-from pliant.optim.balls import Group, as_ball
+from pliant.optim.balls import Group, ParsedBalls, ball_shapes
+from pliant.optim.vertices import decomposes
 
 Rescale = Literal["gradient", "fast-gradient", "diameter"] | None
 RESCALES: tuple[Rescale, ...] = ("gradient", "fast-gradient", "diameter", None)
@@ -22,8 +26,10 @@ def check_options(group: Group, ball: NormBall | None) -> None:
     lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have one element, got shape {tuple(lr.shape)}")
-    if not isinstance(lr, Tensor) and not lr >= 0:
-        raise ValueError(f"lr must be >= 0, got {lr}")
+    if not isinstance(lr, Tensor) or _has_values(lr):
+        value = lr.item() if isinstance(lr, Tensor) else lr
+        if not 0 <= value < math.inf:
+            raise ValueError(f"lr must be >= 0 and finite, got {lr}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
     if not 0 <= group["dampening"] < 1:
@@ -65,87 +71,73 @@ def check_ball_fits(ball: NormBall | None, tensors: Sequence[Tensor], *, joint: 
         ball.norm.length(members)
 
 
-# --- states -----------------------------------------------------------------------------------------------------------
-
-
-def check_state(groups: Sequence[Group], state_dict: dict[str, Any]) -> None:
-    """Raise ValueError for a state of other tensors, of another kind of ball, or of another number of processes."""
-    sizes = [[len(g["params"]) for g in side] for side in (groups, state_dict["param_groups"])]
-    if sizes[0] != sizes[1]:
-        return  # torch refuses these itself
-    for group, saved in zip(groups, state_dict["param_groups"], strict=False):
-        kinds = [_kind(as_ball(g.get("ball"))) for g in (group, saved)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"the state is one of {kinds[1]}, but the group of {name_of(group['params'][0], group)} has "
-                f"{kinds[0]}: make the optimizer with the balls that it was saved with"
-            )
-        for index, p in zip(saved["params"], group["params"], strict=False):
-            buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
-            if buffer is not None:
-                _check_buffer(buffer, p, name_of(p, group))
-
-
-def _kind(ball: NormBall | None) -> str:
-    """Return the part of a ball that a schedule of k does not change: the names of its norms, without k and radius."""
-    if ball is None:
-        return "no ball"
-    lift, inner = type(ball.norm).__name__, getattr(ball.norm, "inner", None)
-    lift = f"spatial {lift}" if getattr(ball.norm, "spatial", False) else lift
-    return f"a {lift} ball" if inner is None else f"a {lift}({type(inner).__name__}) ball"
-
-
-def _check_buffer(buffer: Tensor, p: Tensor, name: str) -> None:
-    sharded, module = (is_sharded([buffer]), is_sharded([p])), "torch.distributed.checkpoint.state_dict"
-    if sharded == (True, False):
-        raise ValueError(
-            f"the state of {name} lies on many processes, the parameter does not: save it with {module}."
-            "get_optimizer_state_dict and the option full_state_dict=True"
-        )
-    if buffer.shape != p.shape:
-        hint = f", as a state of another number of processes is: save and load with {module}" if any(sharded) else ""
-        raise ValueError(f"the state of {name} has shape {tuple(buffer.shape)}, not {tuple(p.shape)}{hint}")
-    if sharded == (False, True):
-        raise ValueError(
-            f"the state of {name} is whole, the parameter lies on many processes: load it with {module}."
-            "set_optimizer_state_dict and the option full_state_dict=True"
-        )
-    if sharded == (True, True) and buffer.device_mesh != p.device_mesh:  # type: ignore[attr-defined]
-        raise ValueError(f"the state of {name} lies on other processes than the parameter: save and load with {module}")
-
-
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def check_gradients(groups: Sequence[Group]) -> None:
-    """Refuse gradients that no step can use.
+def check_gradients(groups: Sequence[Group], balls: ParsedBalls) -> None:
+    """Refuse gradients and learning rates that no step can use.
 
     Raises:
-        ValueError: a gradient is sparse or complex.
-        FloatingPointError: a gradient is NaN or infinite, in a group with ``check_finite``.
+        ValueError: a gradient is sparse or complex, or an lr is NaN or infinite.
+        FloatingPointError: a gradient is NaN or infinite, in a group with ``check_finite``, or of a tensor with a ball
+            where to know it costs no wait: on a CPU, and where the vertex is found by a decomposition, which waits.
         RuntimeError: a gradient exists on some processes only, in a group with ``check_finite``.
     """
     checked: list[tuple[Tensor, Group]] = []
+    bad: list[str] = []
     for group in groups:
+        if not isinstance(group["lr"], Tensor) and not math.isfinite(group["lr"]):
+            raise ValueError(f"lr must be finite, got {group['lr']}; the step was refused, nothing has changed")
+        waits = not group["check_finite"] and _waits_anyway(balls.of(group), group)
         for p in group["params"]:
             if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
                 kind = f"{p.grad.layout} {p.grad.dtype}"
                 raise ValueError(f"SFW needs dense, real gradients, got {kind} in {name_of(p, group)}")
-            if group["check_finite"]:
+            if group["check_finite"] or (waits and p.grad is not None and _has_values(p) and not readable(p.grad)):
                 checked.append((p, group))
-    # One reduction per tensor, but a single transfer to the host.
-    flags = [torch.isfinite(gradient_piece(p)).all() for p, _ in checked if p.grad is not None]
-    if is_sharded([p for p, _ in checked]):
-        finite = _finite_everywhere(checked, flags)
-    elif flags:
-        finite = iter(on_one_device(flags).tolist())
-    else:
-        return
-    bad = [name_of(p, group) for p, group in checked if p.grad is not None and not next(finite)]
+            elif _is_free_to_read(p, group) and not _is_finite(gradient_piece(p)):
+                bad.append(name_of(p, group))
+    bad += _not_finite(checked)
     if bad:
         raise FloatingPointError(
             f"NaN or infinite gradient in {_listed(bad)}; the step was refused, nothing has changed"
         )
+
+
+def _waits_anyway(ball: NormBall | None, group: Group) -> bool:
+    """Return whether a step waits for the device in any case to find the vertices of a group."""
+    parameters = group["params"]
+    if ball is None or group["capturable"] or is_sharded(parameters) or all(readable(p) for p in parameters):
+        return False
+    shapes = [ball_shapes(group)] if group["joint"] else [[p.shape] for p in group["params"]]
+    return any(decomposes(ball.norm, each) for each in shapes)
+
+
+def _is_free_to_read(p: Tensor, group: Group) -> bool:
+    """Return whether a gradient of a tensor with a ball can be looked at without a wait."""
+    constrained = group["ball"] is not None and not group["capturable"]
+    return constrained and p.grad is not None and readable(p) and readable(p.grad)
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    # A sum takes a single pass over memory; it is finite unless an entry is not, or the sum itself overflows.
+    return math.isfinite(gradient.sum().item()) or bool(torch.isfinite(gradient).all())
+
+
+def _not_finite(checked: Sequence[tuple[Tensor, Group]]) -> list[str]:
+    """Return the names of the parameters with a gradient that is not finite."""
+    # One reduction per tensor, but a single transfer to the host.
+    flags = [torch.isfinite(gradient_piece(p)).all() for p, _ in checked if p.grad is not None]
+    if is_sharded([p for p, _ in checked]):
+        finite = _finite_everywhere(checked, flags)
+    else:
+        finite = iter(on_one_device(flags).tolist() if flags else [])
+    return [name_of(p, group) for p, group in checked if p.grad is not None and not next(finite)]
+
+
+def _has_values(x: Tensor) -> bool:
+    """Return whether a tensor has values that can be read, be it with a wait: it is neither meta, fake nor compiled."""
+    return not x.is_meta and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
 
 
 def _finite_everywhere(checked: Sequence[tuple[Tensor, Group]], flags: Sequence[Tensor]) -> Iterator[bool]:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from pliant.linalg import leading_directions, polar, starting_directions
-from pliant.norms import KSparse, KSupport, Lp, Shape, Spectral
+from pliant.norms import KSparse, KSupport, Lp, NormBall, Shape, Spectral
 from pliant.optim.oracle import Oracle, State
-from pliant.optim.vertices import MANY, Vertex, along, group_matrices, l2_norms, rows_first
+from pliant.optim.vertices import MANY, SMALL, Vertex, along, group_matrices, l2_norms, rows_first
 
-SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
 AT_FIRST = 2  # additional iterations when no directions are kept yet
 # Every MEASURE_EVERY steps, first at step MEASURE_AT, MEASURE_BY further iterations measure the quality of the kept
 # directions: their share of ⟨direction, vertex⟩ after the further iterations. Below ENOUGH a tensor gets one more
@@ -77,7 +76,7 @@ def vertices_from_last_step(
             state["steps"] = state.get("steps", 0) + 1
             # Set these in the first step: a distributed checkpoint loads only entries that a state has already.
             state.setdefault("iterations", 1)
-            state.setdefault("quality", torch.tensor((ENOUGH + PLENTY) / 2))
+            state.setdefault("quality", torch.tensor((ENOUGH + PLENTY) / 2, device="cpu"))
     return vertices
 
 
@@ -178,6 +177,17 @@ def resized(kept: Sequence[Tensor], count: int, start: Callable[[int], list[Tens
     if missing <= 0:
         return [z[:, :, :count] for z in kept]
     return [torch.cat([z, new], dim=2) for z, new in zip(kept, start(missing), strict=True)]
+
+
+def fit_directions(state: State, ball: NormBall | None) -> None:
+    """Let the state of a tensor go on with another ball: drop the kept directions that it has no use for."""
+    if "basis" not in state:
+        return
+    if ball is None:
+        for name in ("basis", "steps", "iterations", "quality"):
+            state.pop(name, None)
+    elif isinstance(ball.norm, Spectral):
+        state["basis"] = state["basis"][:, : ball.norm.rank_of_vertices]
 
 
 def _write_products(factors: list[tuple[Tensor, Tensor]], norm: Spectral, out: Tensor) -> None:

@@ -66,6 +66,10 @@ class Local(Oracle):
         """Return the L2 norms, (L,), computed on scaled tensors."""
         return well_scaled(tensors)[0]
 
+    def norm(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the norm."""
+        return norm(tensors)
+
     def shrinkage(self, ball: NormBall, tensors: Sequence[Tensor]) -> Tensor:
         """Call :meth:`~pliant.NormBall.shrinkage`."""
         return ball.shrinkage(tensors)

@@ -34,8 +34,6 @@ def accumulate(
         gradients = list(torch._foreach_add(gradients, pieces, alpha=sign * weight_decay))
     momentum, weight = options["momentum"], sign * (1 - options["dampening"])
     if not momentum:
-        for state in states:
-            state["momentum_buffer"] = None  # the entry marks that p has been scaled into its ball
         return gradients if sign == 1 else list(torch._foreach_neg(gradients))
     old = [i for i, state in enumerate(states) if state.get("momentum_buffer") is not None]
     buffers, new = [local_piece(states[i]["momentum_buffer"]) for i in old], [gradients[i] for i in old]

@@ -88,6 +88,10 @@ class Oracle(ABC):
         """Return the L2 norm over all J stacks for each ball, (L,), safe from overflow and underflow."""
 
     @abstractmethod
+    def norm(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the norm of the J tensors of a single ball, a scalar tensor."""
+
+    @abstractmethod
     def shrinkage(self, ball: NormBall, tensors: Sequence[Tensor]) -> Tensor:
         """Return :meth:`~pliant.NormBall.shrinkage` of the J tensors of a single ball, a scalar tensor."""
 

@@ -31,7 +31,7 @@ class Scratch:
             sizes = [x.numel() for x in tensors]
             flat = self._flat.get(dtype)
             if flat is None or len(flat) < sum(sizes):
-                flat = self._flat[dtype] = torch.empty(sum(sizes), dtype=dtype)
+                flat = self._flat[dtype] = torch.empty(sum(sizes), dtype=dtype, device="cpu")
                 self._views = {k: views for k, views in self._views.items() if k[0] != dtype}
             parts = flat[: sum(sizes)].split(sizes)
             strides = [torch.empty_like(x, device="meta").stride() for x in tensors]

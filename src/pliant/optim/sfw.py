@@ -7,10 +7,10 @@ Per constrained tensor, with gradient g, momentum m and a ball of radius r:
     η ← clamp(lr · factor, 0, 1)
     θ ← (1 − η)·θ + η·v                  a convex combination: inside the ball if θ was
 
-The class holds options, groups and state. ``momentum.py`` computes the first line; an oracle (``oracle.py``) finds v,
-for tensors that are whole on this process (``local.py``) or in pieces on many (``sharded.py``); ``update.py`` computes
-the last two. (Pokutta, Spiegel, Zimmer 2020, Deep neural network training with Frank-Wolfe, arXiv 2010.07243; Zimmer,
-Spiegel, Pokutta 2022, arXiv 2205.11921.)
+The class holds options, groups and state; ``moves.py`` takes the steps. ``momentum.py`` computes the first line; an
+oracle (``oracle.py``) finds v, for tensors that are whole on this process (``local.py``) or in pieces on many
+(``sharded.py``); ``update.py`` computes the last two. (Pokutta, Spiegel, Zimmer 2020, Deep neural network training with
+Frank-Wolfe, arXiv 2010.07243; Zimmer, Spiegel, Pokutta 2022, arXiv 2205.11921.)
 
 Limiting cases, each of them tested: an L2 ball with "fast-gradient" is SGD with weight decay lr·‖m‖/r; ``Lp(inf)``
 without rescaling is sign-SGD with decay; ``Spectral(Lp(inf))`` without rescaling is Muon, whose polar factor is exact
@@ -19,38 +19,39 @@ for small matrices and within about 1 % from 32 directions on.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pliant.dtensors import is_sharded, local_piece
-from pliant.linalg import accumulation_dtype
-from pliant.norms import Channels, NormBall, Rows, Spectral
+from pliant.norms import NormBall
+from pliant.optim import annealing, thresholding
+from pliant.optim.annealing import COURSE
 from pliant.optim.balls import Group, ParsedBalls, as_ball, balls_over
-from pliant.optim.checks import (
-    Rescale,
-    check_ball_fits,
-    check_gradients,
-    check_options,
-    check_state,
-    name_of,
-    on_one_device,
+from pliant.optim.checks import Rescale, check_ball_fits, check_gradients, check_options
+from pliant.optim.feasibility import (
+    Scaled,
+    bring_all_inside,
+    bring_moving_tensors_inside,
+    warn_if_far,
+    which_are_inside,
 )
-from pliant.optim.kept_directions import keeps_directions, vertices_from_last_step
-from pliant.optim.local import Local
-from pliant.optim.momentum import accumulate, direction
-from pliant.optim.oracle import Oracle
+from pliant.optim.kept_directions import fit_directions
+from pliant.optim.loading import after_hooks, check_state, entries, keep_formats, only_makes_states, with_schedules
+from pliant.optim.moves import (
+    constrained_step,
+    gap_of,
+    scale_inside,
+    sets_with_gradient,
+    settle,
+    sgd_step,
+    side_by_side,
+)
 from pliant.optim.scratch import Scratch
-from pliant.optim.update import step_towards
-
-FAR_OUTSIDE = 2.0  # a first step that shrinks a parameter by more than this factor warns
-# Tensors of up to this many entries are stacked. A larger one keeps a device busy alone, and a stack would need memory;
-# on a CPU large tensors are faster one by one, in the cache, unless the number of operations dominates (Spectral).
-BATCHED, BATCHED_ON_CPU, BATCHED_SPECTRAL = 2**20, 2**15, 2**18
+from pliant.optim.thresholding import DEBT
 
 
 class SFW(Optimizer):
@@ -61,9 +62,11 @@ class SFW(Optimizer):
     step of ``torch.optim.SGD``, the limit of the L2 ball with gradient rescaling for radius → ∞.
 
     The constructor never touches weights. The first step of a constrained parameter scales it radially into its ball
-    and warns if that shrinks it by more than a factor of 2. Apart from that first step, and from ``check_finite``, a
-    step does not wait for the device. On CUDA, torch's own singular value decompositions do wait; ``Spectral`` balls
-    use them for matrices of up to 16 rows or columns, and for fewer than 32 directions of equal lengths (``KSparse``).
+    and warns if that shrinks it by more than a factor of 2. So does the first step after a state was loaded, or after
+    the ball of a group has changed. Weights that you change yourself, as by ``model.load_state_dict`` after a step, are
+    not looked at again: call :meth:`bring_inside`. Apart from those first steps, and from ``check_finite``, a step does
+    not wait for the device. On CUDA, torch's own singular value decompositions do wait; ``Spectral`` balls use them for
+    matrices of up to 16 rows or columns, and for fewer than 32 directions of equal lengths (``KSparse``).
 
     The state of a parameter is its ``momentum_buffer`` and, under a large ``Spectral`` ball, its ``basis`` of k
     columns. On a CPU the optimizer also keeps memory for one vertex (``scratch``), as large as the largest tensor with
@@ -77,7 +80,7 @@ class SFW(Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or groups, as for every optimizer; see :func:`pliant.constrain`.
-        lr: step size, a number or a scalar tensor; ``rescale`` determines its meaning.
+        lr: step size, a finite number >= 0 or a tensor with one element; ``rescale`` determines its meaning.
         momentum: μ in [0, 1).
         dampening: of the momentum, as in ``torch.optim.SGD``; without momentum it has no effect.
         weight_decay: L2 penalty, for groups without a ball only; a ball is the regulariser of its group.
@@ -86,7 +89,8 @@ class SFW(Optimizer):
             the convex weight. D is the L2 diameter of the ball.
         maximize: ascend instead of descend.
         check_finite: before a step changes anything, raise a FloatingPointError that names the parameters with a
-            NaN or infinite gradient (costs one host synchronisation).
+            NaN or infinite gradient (costs one host synchronisation). Where it costs none, gradients of tensors with a
+            ball are always checked: on a CPU, and where the vertex is found by a decomposition, which waits.
         power_iterations: block power iterations per step of ``Spectral`` balls, which keep their singular directions
             from step to step (small matrices are decomposed exactly). None: start with 1, and take more for a tensor if
             a measurement every 64 steps finds its vertices more than 2 % below what further iterations reach.
@@ -139,9 +143,11 @@ class SFW(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Drop what can be rebuilt: memory for vertices, and the balls parsed from specs."""
+        """Drop what can be rebuilt: memory for vertices, balls parsed from specs, which tensors are in their balls."""
         self._scratch = Scratch()
         self._balls = ParsedBalls()
+        self._scaled = Scaled()
+        self._unclaimed: set[str] = set()
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; its ``"ball"`` is checked, with errors as in the constructor, and kept as plain data."""
@@ -153,56 +159,124 @@ class SFW(Optimizer):
         if names is not None:
             group["params"] = list(zip(names, group["params"], strict=True))
         ball = as_ball(group.get("ball"))
-        group["ball"] = None if ball is None else ball.to_spec()
         check_options({**self.defaults, **group}, ball)
         tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
         check_ball_fits(ball, tensors, joint=group.get("joint", False))
+        whole = {**self.defaults, **group, "params": tensors, **({} if names is None else {"param_names": names})}
+        if COURSE not in group:
+            course = annealing.course_for_a_late_group(ball, whole, self.param_groups)
+            if ball is not None and course is not None:
+                group[COURSE] = course
+                ball = annealing.annealed(ball, {**whole, COURSE: course}) or ball
+        if DEBT not in group:
+            debt = thresholding.debt_of_a_late_group(ball, whole, self.param_groups)
+            group |= {} if debt is None else {DEBT: debt}
+        group["ball"] = None if ball is None else ball.to_spec()
         super().add_param_group(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+        # An option of torch's own optimizers that torch adds to all when it loads: no group must get it from here.
+        self.defaults.pop("differentiable", None)
         for group in self.param_groups:  # a state saved by another version, or by SGD, may lack options
+            group.pop("differentiable", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            self._unclaimed |= {COURSE, DEBT} & set(group)
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that ``state_dict`` returned; singular directions keep their own precision.
+        """Load a state that ``state_dict`` returned; what schedules have counted is part of it.
+
+        Hooks see it first, and what they make of it is checked. Singular directions keep their own precision, and so
+        does a float32 momentum of weights in half precision. The next step scales weights into the loaded balls.
 
         Raises:
-            ValueError: the state belongs to other tensors, another kind of ball or another number of processes. It is
-                raised before anything changes.
+            ValueError: the state belongs to other tensors, to a ball that differs in more than k and radius, or to
+                another number of processes. It is raised before anything changes.
         """
-        check_state(self.param_groups, state_dict)
-        super().load_state_dict(state_dict)
-        # torch casts every floating-point state to its parameter's dtype and device.
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, parameters, strict=True):
-            state = state_dict["state"].get(index, {})
-            if "basis" in state:
-                self.state[p]["basis"] = state["basis"].to(p.device, copy=True)
-            if "quality" in state:
-                self.state[p]["quality"] = state["quality"].to("cpu", copy=True)
-        for group in self.param_groups:
-            check_ball_fits(self._balls.of(group), group["params"], joint=group["joint"])
+        state_dict = after_hooks(self._optimizer_load_state_dict_pre_hooks.values(), self, state_dict)
+        check_state(self.param_groups, self.defaults, state_dict)
+        state_dict = with_schedules(self.param_groups, state_dict)
+        claimed = {key: entries(self.param_groups, key) for key in (COURSE, DEBT) if key not in self._unclaimed}
+        names = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
+        hooks = {name: getattr(self, name) for name in names}
+        vars(self).update({name: OrderedDict() for name in names})  # they run once, around all of this
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            vars(self).update(hooks)
+        keep_formats(self.param_groups, self.state, state_dict)
+        # What has gone out and in again, as when Accelerate prepares an optimizer, is still its schedule's.
+        self._unclaimed -= {key for key, old in claimed.items() if old == entries(self.param_groups, key)}
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def claim(self, key: str) -> bool:
+        """Return whether a loaded state has something under a key that no schedule has taken over; that ends here."""
+        found = key in self._unclaimed
+        self._unclaimed.discard(key)
+        return found
 
     @torch.no_grad()
-    def set_ball(self, group: Group, ball: NormBall) -> None:
+    def set_ball(self, group: Group, ball: NormBall | dict[str, Any] | None) -> None:
         """Give a group of this optimizer another ball: its weights are scaled inside, its momentum is kept.
 
-        The leading singular directions are kept, up to the number that the new ball needs. Errors are those of the
-        constructor.
+        The leading singular directions are kept, up to the number that the new ball needs. A :class:`~pliant.KSchedule`
+        goes on with the new ball if all its k fit there; else it ends for this group.
+
+        Args:
+            group: one of ``param_groups``.
+            ball: the ball or its spec; None for no ball.
+
+        Raises:
+            ValueError: the group is not one of this optimizer; else as in the constructor. Nothing has changed then.
         """
+        if not any(group is own for own in self.param_groups):
+            raise ValueError(
+                "set_ball needs a group of this optimizer, got another dict: take it from param_groups, in which "
+                "load_state_dict puts new ones"
+            )
+        ball = as_ball(ball)
         check_options(group, ball)
         check_ball_fits(ball, group["params"], joint=group["joint"])
-        group["ball"] = ball.to_spec()
+        if COURSE in group and not annealing.suits(group, ball):
+            del group[COURSE]
+        self._change_ball(group, ball)
+
+    def _change_ball(self, group: Group, ball: NormBall | None) -> None:
+        group["ball"] = None if ball is None else ball.to_spec()
         started = [p for p in group["params"] if p in self.state]
         for p in started:
-            if "basis" in self.state[p] and isinstance(ball.norm, Spectral):
-                self.state[p]["basis"] = self.state[p]["basis"][:, : ball.norm.rank_of_vertices]
+            fit_directions(self.state[p], ball)
+        if ball is None:
+            return
         for members in balls_over(started, group):
-            self._scale_inside(members, ball, group)
+            scale_inside(members, ball, group)
+            self._scaled.note(members, ball, group)
+
+    def inside(self) -> dict[str, bool]:
+        """Return for each tensor with a ball, by name, whether it is in its ball; on many processes, all must ask.
+
+        Tensors of a joint ball are inside together. A tensor with NaN or infinite entries is not inside.
+        """
+        with torch.no_grad():
+            return which_are_inside(self.param_groups, self._balls)
+
+    def bring_inside(self) -> dict[str, float]:
+        """Scale all tensors with a ball into it now; on many processes, all must call it.
+
+        Steps keep weights inside, and cannot see when others change them: call this after ``model.load_state_dict`` or
+        another change of weights that have taken steps. It warns as the first step does.
+
+        Returns:
+            The factor by which each tensor was shrunk, by name, for those that were outside.
+        """
+        with torch.no_grad():
+            shrunk = bring_all_inside(self.param_groups, self._balls, self._scaled)
+        warn_if_far(shrunk, stacklevel=3)
+        return shrunk
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -213,24 +287,44 @@ class SFW(Optimizer):
         """Take one step and return the closure's loss, None without a closure.
 
         Raises:
-            ValueError: a gradient is sparse or complex.
-            FloatingPointError: a gradient is NaN or infinite, in a group with ``check_finite``.
-            RuntimeError: likewise, a DTensor has a gradient on some processes only.
+            ValueError: a gradient is sparse or complex, or an lr is NaN or infinite.
+            FloatingPointError: a gradient is NaN or infinite, in a group with ``check_finite``, or of a tensor with a
+                ball where it costs no wait to know.
+            RuntimeError: under ``check_finite``, a DTensor has a gradient on some processes only.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients(self.param_groups)
-        self._start_new_parameters()
+        check_gradients(self.param_groups, self._balls)
+        counts = not only_makes_states(self.param_groups, self.state)
+        if counts:
+            bring_moving_tensors_inside(self.param_groups, self._balls, self.state, self._scaled)
         for group in self.param_groups:
             ball = self._balls.of(group)
             if ball is None:
-                self._sgd_step([p for p in group["params"] if p.grad is not None], group)
+                sgd_step([p for p in group["params"] if p.grad is not None], group, self.state)
                 continue
-            for sets in _side_by_side(_sets_with_gradient(group), ball, group, self.state):
-                self._constrained_step(sets, ball, group)
+            for sets in side_by_side(sets_with_gradient(group), ball, group, self.state):
+                constrained_step(sets, ball, group, self.state, self._scratch)
+                if counts:
+                    settle(sets, ball, group)
+        if counts and any(key in group for key in (COURSE, DEBT) for group in self.param_groups):
+            self._count_step()
         return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _count_step(self) -> None:
+        """Let what schedules keep in the groups count a step; replays of CUDA graphs are counted by the schedules."""
+        groups = [group for group in self.param_groups if not group["capturable"]]
+        for group in groups:
+            if DEBT in group:
+                thresholding.count_step(self._balls.of(group), group, self.state)
+        for group in groups:
+            if COURSE in group:
+                ball = annealing.count_step(self._balls.of(group), group)
+                if ball is not None:
+                    self._change_ball(group, ball)
 
     @torch.no_grad()
     def gap(self) -> Tensor:
@@ -240,139 +334,16 @@ class SFW(Optimizer):
         is NaN after ``zero_grad``. For full gradients and weights inside their balls the gap is >= 0 and certifies
         stationarity; with stochastic momentum it is an estimate. (Jaggi 2013, section 2.)
         """
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for group in self.param_groups:
             ball = self._balls.of(group)
             if ball is None:
                 continue
-            momentum = group["momentum"]
-            factor = (1 - momentum) / (1 - group["dampening"]) if momentum else 1.0
             for members in balls_over([p for p in group["params"] if p in self.state], group):
-                directions = [direction(p, self.state[p], group) for p in members]
-                pieces = [local_piece(p) for p in members]
-                gap = self._oracle([members], group).gap(ball, pieces, directions)
-                total = total.to(members[0].device) + factor * gap
+                total = total.to(members[0].device) + gap_of(members, ball, group, self.state)
         return total
 
     @property
     def scratch(self) -> list[Tensor]:
         """The memory that is kept from step to step in addition to the state; its values are meaningless."""
         return self._scratch.kept
-
-    # --- the two kinds of step ---
-
-    def _sgd_step(self, parameters: list[Tensor], group: Group) -> None:
-        lr = group["lr"]
-        for batch in [parameters] if group["foreach"] is not False else [[p] for p in parameters]:
-            if not batch:
-                return
-            states = [self.state[p] for p in batch]
-            directions = accumulate(batch, states, group, weight_decay=group["weight_decay"])
-            pieces = [local_piece(p) for p in batch]
-            if isinstance(lr, Tensor):
-                torch._foreach_sub_(pieces, [m * lr.to(m.device, m.dtype) for m in directions])
-            else:
-                torch._foreach_add_(pieces, directions, alpha=-lr)
-
-    def _constrained_step(self, sets: list[list[Tensor]], ball: NormBall, group: Group) -> None:
-        """Move the tensors of equal balls: L lists of J tensors, where L or J is 1, of equal shapes if L > 1."""
-        norm, oracle = ball.norm, self._oracle(sets, group)
-        states = [[self.state[p] for p in members] for members in sets]
-        momenta = [accumulate(members, own, group) for members, own in zip(sets, states, strict=True)]
-        # Both are J stacks (L, *shape).
-        directions, weights = oracle.stacks(momenta), oracle.stacks([[local_piece(p) for p in ps] for ps in sets])
-        if group["persistence"] and isinstance(norm, Rows | Channels):
-            directions = oracle.persistent(norm, directions, weights, group["persistence"])
-        memory = self._scratch.like(directions) if oracle.takes_memory(directions) else None
-        if isinstance(norm, Spectral) and keeps_directions(norm, oracle.shapes):
-            lengths, directions = oracle.well_scaled(directions)
-            vertices = vertices_from_last_step(oracle, norm, directions, states, group, memory)
-        else:
-            lengths, vertices = oracle.vertices(norm, directions, memory)
-        step_towards(
-            weights,
-            lengths,
-            vertices,
-            memory,
-            radius=ball.radius,
-            diameter=ball.diameter(oracle.shapes),
-            lr=group["lr"],
-            rescale=group["rescale"],
-            l2_norm=oracle.length,
-        )
-        if len(sets) > 1:
-            torch._foreach_copy_([p for (p,) in sets], list(weights[0].unbind(0)))
-        for members in sets:
-            if any(p.dtype != accumulation_dtype(p) for p in members):
-                # With a small η, large entries in half precision do not shrink, but small ones grow.
-                self._scale_inside(members, ball, group)
-
-    def _oracle(self, sets: Sequence[Sequence[Tensor]], group: Group) -> Oracle:
-        """Return the oracle over tensors, whole or sharded."""
-        members = sets[0]
-        if not is_sharded(members):
-            return Local([p.shape for p in members])
-        from pliant.optim.sharded import Sharded  # imported here: whole tensors need no torch.distributed
-
-        return Sharded(members, [name_of(p, group) for p in members])
-
-    def _scale_inside(self, members: Sequence[Tensor], ball: NormBall, group: Group) -> Tensor:
-        """Scale the tensors of one ball into it; return the factor that they were divided by, a scalar tensor."""
-        pieces = [local_piece(p) for p in members]
-        shrinkage = self._oracle([members], group).shrinkage(ball, pieces)
-        for piece in pieces:
-            piece.div_(shrinkage.to(piece.dtype))
-        return shrinkage
-
-    def _start_new_parameters(self) -> None:
-        """Scale parameters into their balls before their first step; warn once about those far outside."""
-        names, shrinkages = [], []
-        for group in self.param_groups:
-            ball = self._balls.of(group)
-            if ball is None or all(p in self.state for p in group["params"]):
-                continue
-            for members in _sets_with_gradient(group):
-                if any(p not in self.state for p in members):
-                    names.append(name_of(members[0], group))
-                    shrinkages.append(self._scale_inside(members, ball, group))
-        if not shrinkages or shrinkages[0].is_meta or any(group["capturable"] for group in self.param_groups):
-            return
-        factors = on_one_device(shrinkages).tolist()
-        far = [(factor, name) for factor, name in zip(factors, names, strict=True) if factor > FAR_OUTSIDE]
-        if far:
-            factor, name = max(far)
-            warnings.warn(
-                f"{len(far)} constrained parameters started outside of their balls and were shrunk, {name} by a factor "
-                f"of {factor:.3g}; if they were trained before, a larger radius keeps what they learned",
-                stacklevel=5,  # past step() and the wrappers torch puts around it
-            )
-
-
-def _side_by_side(
-    sets: Sequence[list[Tensor]], ball: NormBall, group: Group, states: Mapping[Tensor, Any]
-) -> list[list[list[Tensor]]]:
-    """Return the sets in batches: one batch for all sets that a step can handle side by side, in one stack."""
-    batches: dict[Any, list[list[Tensor]]] = {}
-    on_cpu = BATCHED_SPECTRAL if isinstance(ball.norm, Spectral) else BATCHED_ON_CPU
-    for index, members in enumerate(sets):
-        p = members[0]
-        most = on_cpu if p.device.type == "cpu" else BATCHED
-        alone = group["joint"] or group["foreach"] is False or p.numel() > most or is_sharded(members)
-        state = states.get(p, {})
-        width = state["basis"].shape[-1] if "basis" in state else None
-        pace = (width, state.get("iterations"), state.get("steps"))
-        key = index if alone else (p.shape, p.stride(), p.dtype, p.device, *pace)
-        batches.setdefault(key, []).append(members)
-    return list(batches.values())
-
-
-def _sets_with_gradient(group: Group) -> list[list[Tensor]]:
-    """Return the tensors that move together: single ones with a gradient, or all of a joint ball.
-
-    If only some tensors of a joint ball have gradients, all of them move, with missing gradients counting as 0: moving
-    only some would not be a convex combination.
-    """
-    parameters: list[Tensor] = group["params"]
-    if group["ball"] is not None and group["joint"]:
-        return [parameters] if any(p.grad is not None for p in parameters) else []
-    return [[p] for p in parameters if p.grad is not None]

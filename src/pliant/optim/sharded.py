@@ -225,7 +225,8 @@ class Sharded(Oracle):
 
     def gap(self, ball: NormBall, tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
         """Sum ⟨g, x − v⟩ over the pieces; if vertices are inexact, use the dual norm of the whole tensors instead."""
-        norm = ball.norm
+        norm, dtype = ball.norm, common_dtype([*tensors, *directions])
+        tensors, directions = ([x.to(dtype) for x in xs] for xs in (tensors, directions))
         turned = isinstance(norm, Rows | Channels) and norm.orthogonal
         if turned or (isinstance(norm, Spectral) and not self._is_frobenius(norm)):
             inner = [torch.sum(g * x) for g, x in zip(directions, tensors, strict=True)]
@@ -249,7 +250,7 @@ class Sharded(Oracle):
         rows = [vector_norm(as_matrix(x / or_one(scale), 0), dim=1) for x in tensors]
         if isinstance(norm, Rows):
             sent = [pad(r, (0, size - len(r))) for r, size in zip(rows, self.pieces.sizes, strict=True)]
-            starts = torch.tensor([0, *(shape[0] for shape in self.shapes)]).cumsum(0).tolist()
+            starts = torch.tensor([0, *(shape[0] for shape in self.shapes)], device="cpu").cumsum(0).tolist()
             places = [
                 torch.arange(start + first, start + last, device=device)
                 for start, (first, last) in zip(starts, self.pieces.spans, strict=False)

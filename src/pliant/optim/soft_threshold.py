@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from pliant.dtensors import cut_as, whole
 from pliant.errors import BadInput
-from pliant.norms import NormBall
-from pliant.optim.balls import Group, ParsedBalls, ball_shapes, balls_over
+from pliant.optim.balls import as_ball
 from pliant.optim.sfw import SFW
+from pliant.optim.thresholding import DEBT, Debt, count_step, new_debt
+from pliant.optim.wrapped import unwrapped
 
 
 class SoftThreshold:
@@ -27,80 +26,105 @@ class SoftThreshold:
     of the loss alone. It needs ``rescale=None``, so that η is the same for all tensors. Parameters that no step has
     moved are left unchanged.
 
-    Call :meth:`step` after each step of the optimizer, before the scheduler's. To resume, load the optimizer's state
-    and this one's.
+    The optimizer counts, as for :class:`~pliant.KSchedule`: what is pending is kept in its groups and in its state, and
+    each step that it takes ends with the threshold, before k changes. Skipped steps add nothing, and groups that are
+    added later take part. :meth:`step` may be called after each step or not. To resume, load the optimizer's state.
+    ``strength`` and ``every`` are those of the constructor, and may be set at any time.
 
     Args:
-        optimizer: an :class:`~pliant.SFW` with ``rescale=None``; weights in balls without parts, such as L2 balls, are
-            left unchanged.
+        optimizer: an :class:`~pliant.SFW` with ``rescale=None``, or a wrapper of one by Accelerate, Lightning and the
+            like; weights in balls without parts, such as L2 balls, are left unchanged.
         strength: from 0, which does nothing, to below 1.
         every: number of optimizer steps between thresholds; each threshold makes up for all of these steps. Under a
             spectral ball it decomposes the weights.
 
     Raises:
-        BadInput: an argument is out of range, ``rescale`` is not None, or no group has a ball with parts.
+        BadInput: an argument is out of range, there is no :class:`~pliant.SFW`, ``rescale`` is not None, or no group
+            has a ball with parts.
     """
 
     def __init__(self, optimizer: SFW, strength: float, *, every: int = 20) -> None:
-        if not 0 <= strength < 1:
-            raise BadInput(f"a soft threshold needs a strength from 0 to below 1, got {strength}")
-        if every < 1:
-            raise BadInput(f"a soft threshold needs every >= 1, got {every}")
-        for group in optimizer.param_groups:
-            if group["ball"] is not None and group["rescale"] is not None:
-                raise BadInput(f"a soft threshold needs an optimizer with rescale=None, got {group['rescale']!r}")
-        self._balls = ParsedBalls()
-        if all(_length_of_parts(self._balls.of(group), group) is None for group in optimizer.param_groups):
+        _check(strength, every)
+        self.optimizer = unwrapped(optimizer, "a soft threshold")
+        groups = self.optimizer.param_groups
+        debts = [new_debt(as_ball(group["ball"]), group, strength, every) for group in groups]
+        if not any(debts):
             raise BadInput("no group of this optimizer has a ball with parts: entries, filters, directions")
-        self.optimizer = optimizer
-        self.strength = strength
-        self.every = every
-        self.last_step = 0
-        self._pending = [0.0] * len(optimizer.param_groups)
+        goes_on = self.optimizer.claim(DEBT)
+        for group, debt in zip(groups, debts, strict=True):
+            before = group.pop(DEBT, None)
+            if debt is not None:
+                kept = {name: before[name] for name in ("step", "pending")} if goes_on and before else {}
+                group[DEBT] = {**debt, **kept}
 
     @torch.no_grad()
     def step(self) -> None:
-        """Add the threshold of one optimizer step to the pending amount; apply it every ``every`` steps."""
-        self.last_step += 1
-        for index, group in enumerate(self.optimizer.param_groups):
-            length = _length_of_parts(self._balls.of(group), group)
-            if length is None:
-                continue
-            self._pending[index] += self.strength * min(1.0, float(group["lr"])) * length
-            if self.last_step % self.every == 0:
-                self._apply(group, self._pending[index])
-                self._pending[index] = 0.0
+        """Do nothing: the optimizer counts its steps, and shortens the parts every ``every`` of them.
+
+        Groups with ``capturable`` are the exception. A CUDA graph runs no Python, so this counts for them: call it
+        after each replay.
+        """
+        for group in self.optimizer.param_groups:
+            if group["capturable"] and DEBT in group:
+                count_step(as_ball(group["ball"]), group, self.optimizer.state)
+
+    @property
+    def strength(self) -> float:
+        """The share of the vertices that a part needs to survive."""
+        return float(self._running["strength"])
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        _check(value, self.every)
+        self._set("strength", value)
+
+    @property
+    def every(self) -> int:
+        """The number of optimizer steps between thresholds."""
+        return int(self._running["every"])
+
+    @every.setter
+    def every(self, value: int) -> None:
+        _check(self.strength, value)
+        self._set("every", value)
+
+    @property
+    def last_step(self) -> int:
+        """How many steps of the optimizer are counted."""
+        return int(self._running["step"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain data."""
-        return {"last_step": self.last_step, "pending": list(self._pending)}
+        """Return the state as plain data; the optimizer's state holds it too."""
+        pending = [group[DEBT]["pending"] if DEBT in group else 0.0 for group in self.optimizer.param_groups]
+        return {"last_step": self.last_step, "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state.
+        """Continue from a saved state; states of optimizers hold it too, unless they were saved before they did.
 
         Raises:
             BadInput: the state is of an optimizer with another number of groups.
         """
-        if len(state["pending"]) != len(self._pending):
-            raise BadInput(
-                f"thresholds of {len(state['pending'])} groups cannot go on with {len(self._pending)} groups"
-            )
-        self.last_step, self._pending = state["last_step"], list(state["pending"])
+        groups, pending = self.optimizer.param_groups, state["pending"]
+        if len(pending) != len(groups):
+            raise BadInput(f"thresholds of {len(pending)} groups cannot go on with {len(groups)} groups")
+        for group, amount in zip(groups, pending, strict=True):
+            if DEBT in group:
+                group[DEBT] = {**group[DEBT], "step": state["last_step"], "pending": amount}
 
-    def _apply(self, group: Group, amount: float) -> None:
-        ball = self._balls.of(group)
-        assert ball is not None  # step() calls this only for balls with parts
-        moved = [p for p in group["params"] if self.optimizer.state.get(p)]
-        for tensors in balls_over(moved, group):
-            shorter = ball.norm.soft_threshold([whole(p) for p in tensors], amount)
-            for p, values in zip(tensors, shorter, strict=True):
-                p.copy_(cut_as(values, p))
+    @property
+    def _running(self) -> Debt:
+        """The debt of the first group that has one: all are at the same step."""
+        found = (group[DEBT] for group in self.optimizer.param_groups if DEBT in group)
+        return next(found, {"strength": 0.0, "every": 1, "step": 0})
+
+    def _set(self, name: str, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            if DEBT in group:
+                group[DEBT] = {**group[DEBT], name: value}
 
 
-def _length_of_parts(ball: NormBall | None, group: Group) -> float | None:
-    """Return the root mean square L2 length of the parts of a vertex; None for balls without parts."""
-    if ball is None:
-        return None
-    shapes = ball_shapes(group)
-    parts = ball.norm.parts_of_vertex(shapes)
-    return None if parts is None else ball.diameter(shapes) / 2 / math.sqrt(parts)
+def _check(strength: float, every: int) -> None:
+    if not 0 <= strength < 1:
+        raise BadInput(f"a soft threshold needs a strength from 0 to below 1, got {strength}")
+    if every < 1:
+        raise BadInput(f"a soft threshold needs every >= 1, got {every}")

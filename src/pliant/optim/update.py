@@ -57,6 +57,9 @@ def step_towards(
             reference = torch.full_like(lengths, diameter)
         case None:
             reference = torch.ones_like(lengths)
+    if isinstance(lr, Tensor):  # of any shape with one element, on the CPU or the device of the weights
+        lr = lr.reshape(())
+        lr = lr if lr.device.type == "cpu" else lr.to(lengths.device)
     eta = (lengths * lr / reference).clamp(0, 1)  # (L,)
     for w, d in zip(weights, differences, strict=True):
         step_sizes = along(eta.to(d.dtype), d)  # (L, 1, …, 1)

@@ -34,6 +34,7 @@ from pliant.norms import Blocks, Channels, KSparse, KSupport, Lp, Norm, Rows, Sh
 from pliant.norms.shapes import row_dims, without_vanished
 
 MANY = 32  # from this many singular directions on, finding a polar factor by products costs less than a decomposition
+SMALL = 16  # up to this many rows or columns a full decomposition costs no more than an iteration
 LEAST = 1e-3  # the smallest length, relative to the mean, that a part of the weights counts with: 0 could never recover
 SAFE = 2.0**40  # squares of numbers between 1/SAFE and SAFE, and their sums, neither overflow nor vanish in float32
 
@@ -193,6 +194,21 @@ def _asks_for_polar_factors(norm: Spectral, shapes: Sequence[Shape]) -> bool:
     """Return whether all singular values of a vertex are 1, and a matrix is too large to decompose in every step."""
     full = norm.inner == Lp(math.inf) or norm.inner == KSparse(norm.length(shapes))
     return full and any(min(norm.group_shape(shape)) >= MANY for shape in shapes)
+
+
+def decomposes(norm: Norm, shapes: Sequence[Shape]) -> bool:
+    """Return whether vertices of a ball over these shapes are found by a decomposition of torch.
+
+    On CUDA it waits for the device; anywhere it fails on NaN and infinite entries.
+    """
+    if not isinstance(norm, Spectral) or norm.inner == Lp(2) or norm.inner == KSupport(norm.length(shapes)):
+        return False
+    if _asks_for_polar_factors(norm, shapes):
+        return False
+    large = any(min(norm.group_shape(shape)) > SMALL for shape in shapes)
+    if large and (isinstance(norm.inner, KSupport) or norm.inner == Lp(1)):
+        return False
+    return not (large and isinstance(norm.inner, KSparse) and norm.inner.k >= MANY)
 
 
 def _polar_factors(stack: Tensor, norm: Spectral) -> Tensor:

@@ -42,7 +42,7 @@ def make_k_schedule(optimizer: Optimizer, settings: Resolved, steps: int) -> KSc
         steps: of the whole training.
 
     Returns:
-        The schedule to step beside the optimizer; None if k is constant, or the optimizer anneals it by itself.
+        The schedule, which SFW advances; None if k is constant, or the optimizer anneals it by itself.
     """
     start = settings.k_start
     if start is None:

@@ -92,6 +92,7 @@ class Session:
         images, _ = next(iter(Loader(self.data, "val", 2)))
         self.optimizer: Optimizer = make_optimizer(self.model, self.settings, images.to(self.accelerator.device))
         self.scheduler = LambdaLR(self.optimizer, factor)
+        # The optimizer advances both in its steps.
         self.k_schedule = make_k_schedule(self.optimizer, self.settings, self.steps)
         self.threshold = make_threshold(self.optimizer, self.settings)
         self.epoch = 0
@@ -183,11 +184,7 @@ class Session:
             optimizer.step()
         else:
             optimizer.step(functools.partial(self._second_pass, network, optimizer, images, labels))
-        if self.threshold is not None:
-            self.threshold.step()
         self.scheduler.step()
-        if self.k_schedule is not None:
-            self.k_schedule.step()
         return loss, correct
 
     def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
