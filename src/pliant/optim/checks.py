@@ -44,6 +44,8 @@ def check_options(group: Group, ball: NormBall | None) -> None:
     iterations = group["power_iterations"]
     if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1):
         raise ValueError(f"power_iterations must be None or an integer >= 1, got {iterations!r}")
+    if not isinstance(group["exact"], bool):
+        raise ValueError(f"exact must be True or False, got {group['exact']!r}")
     _check_persistence(group, ball)
     if group["rescale"] not in RESCALES:
         raise ValueError(f"rescale must be one of {RESCALES}, got {group['rescale']!r}")
@@ -110,7 +112,7 @@ def _waits_anyway(ball: NormBall | None, group: Group) -> bool:
     if ball is None or group["capturable"] or is_sharded(parameters) or all(readable(p) for p in parameters):
         return False
     shapes = [ball_shapes(group)] if group["joint"] else [[p.shape] for p in group["params"]]
-    return any(decomposes(ball.norm, each) for each in shapes)
+    return any(decomposes(ball.norm, each, exact=group["exact"]) for each in shapes)
 
 
 def _is_free_to_read(p: Tensor, group: Group) -> bool:

@@ -31,10 +31,15 @@ class Local(Oracle):
         return lengths, stacks
 
     def vertices(
-        self, norm: Norm, directions: Sequence[Tensor], memory: Sequence[Tensor] | None = None
+        self,
+        norm: Norm,
+        directions: Sequence[Tensor],
+        memory: Sequence[Tensor] | None = None,
+        *,
+        exact: bool = False,
     ) -> tuple[Tensor, list[Vertex]]:
         """Call :func:`~pliant.optim.vertices.unit_vertices`."""
-        return unit_vertices(norm, directions, memory)
+        return unit_vertices(norm, directions, memory, exact=exact)
 
     def leading_vertices(
         self,

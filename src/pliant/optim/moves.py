@@ -98,11 +98,11 @@ def constrained_step(
         directions = oracle.persistent(norm, directions, weights, group["persistence"])
     memory = scratch.like(directions) if oracle.takes_memory(directions) else None
     try:
-        if isinstance(norm, Spectral) and keeps_directions(norm, oracle.shapes):
+        if isinstance(norm, Spectral) and not group["exact"] and keeps_directions(norm, oracle.shapes):
             lengths, directions = oracle.well_scaled(directions)
             vertices = vertices_from_last_step(oracle, norm, directions, own, group, memory)
         else:
-            lengths, vertices = oracle.vertices(norm, directions, memory)
+            lengths, vertices = oracle.vertices(norm, directions, memory, exact=group["exact"])
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         names = ", ".join(name_of(p, group) for members in sets for p in members)
         raise FloatingPointError(

@@ -45,7 +45,12 @@ class Oracle(ABC):
 
     @abstractmethod
     def vertices(
-        self, norm: Norm, directions: Sequence[Tensor], memory: Sequence[Tensor] | None = None
+        self,
+        norm: Norm,
+        directions: Sequence[Tensor],
+        memory: Sequence[Tensor] | None = None,
+        *,
+        exact: bool = False,
     ) -> tuple[Tensor, list[Vertex]]:
         """Return the L2 norm of the directions of each ball, and the vertices of the unit balls for them.
 
@@ -53,6 +58,7 @@ class Oracle(ABC):
             norm: the norm of the balls.
             directions: J stacks (L, *shape); where one is 0, so is the vertex.
             memory: tensors of the shapes of the directions, for the carriers of the vertices; None: new memory.
+            exact: decompose large matrices, too, where products would find polar factors.
 
         Returns:
             The norms, (L,), and J vertices.

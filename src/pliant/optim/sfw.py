@@ -13,8 +13,8 @@ oracle (``oracle.py``) finds v, for tensors that are whole on this process (``lo
 Frank-Wolfe, arXiv 2010.07243; Zimmer, Spiegel, Pokutta 2022, arXiv 2205.11921.)
 
 Limiting cases, each of them tested: an L2 ball with "fast-gradient" is SGD with weight decay lr·‖m‖/r; ``Lp(inf)``
-without rescaling is sign-SGD with decay; ``Spectral(Lp(inf))`` without rescaling is Muon, whose polar factor is exact
-for small matrices and within about 1 % from 32 directions on.
+without rescaling is sign-SGD with decay; ``Spectral(Lp(inf))`` without rescaling is Muon, with the polar factor itself
+where ``exact`` asks for it and for matrices of fewer than 32 directions, otherwise with Newton-Schulz steps as Muon's.
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ class SFW(Optimizer):
             row or channel multiplied by (‖θᵢ‖ / their mean)^α. With 0, the momentum alone determines the parts of a
             vertex; with 1, it is ‖mᵢ‖·‖θᵢ‖, the importance of Molchanov et al. 2017 (arXiv 1611.06440), and successive
             vertices agree more. The result is a vertex of the ball, but not the best one for m; :meth:`gap` ignores α.
+        exact: find the vertices of ``Spectral`` balls by decompositions in float32 or wider, whatever the size of the
+            matrices. Without it, matrices of more than 16 rows and columns have approximate ones: kept directions, see
+            ``power_iterations``; and for balls whose vertices have full rank, from 32 directions on, seven
+            Newton-Schulz steps, which miss singular values far below the largest (docs/constraints.md has figures).
         foreach: None or True: many tensors at a time, with ``torch._foreach`` operations for tensors without a ball,
             and one batch for small tensors with equal balls and shapes; False: one by one.
         capturable: never read a value of a tensor, so that a step can be captured in a CUDA graph; this turns off the
@@ -121,6 +125,7 @@ class SFW(Optimizer):
         check_finite: bool = False,
         power_iterations: int | None = None,
         persistence: float = 0.0,
+        exact: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
     ) -> None:
@@ -134,6 +139,7 @@ class SFW(Optimizer):
             "check_finite": check_finite,
             "power_iterations": power_iterations,
             "persistence": persistence,
+            "exact": exact,
             "foreach": foreach,
             "capturable": capturable,
             "ball": None,

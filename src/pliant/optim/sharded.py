@@ -68,7 +68,12 @@ class Sharded(Oracle):
     # --- vertices ---
 
     def vertices(
-        self, norm: Norm, directions: Sequence[Tensor], memory: Sequence[Tensor] | None = None
+        self,
+        norm: Norm,
+        directions: Sequence[Tensor],
+        memory: Sequence[Tensor] | None = None,
+        *,
+        exact: bool = False,
     ) -> tuple[Tensor, list[Vertex]]:
         """Find the vertices without whole tensors where possible; ``memory`` is ignored."""
         dtype = common_dtype(directions)
@@ -91,13 +96,15 @@ class Sharded(Oracle):
             case Blocks() if self._has_blocks(norm):
                 lengths, local = self.pieces.well_scaled(local)
                 return lengths, self._block_vertices(norm, local)
-        return self.whole_vertices(norm, directions)
+        return self.whole_vertices(norm, directions, exact=exact)
 
-    def whole_vertices(self, norm: Norm, directions: Sequence[Tensor]) -> tuple[Tensor, list[Vertex]]:
+    def whole_vertices(
+        self, norm: Norm, directions: Sequence[Tensor], *, exact: bool = False
+    ) -> tuple[Tensor, list[Vertex]]:
         """Return the results of :meth:`vertices`, by putting the directions together on every process."""
         dtype = common_dtype(directions)
         lengths, vertices = unit_vertices(
-            norm, [x[None] for x in self.pieces.whole([d[0].to(dtype) for d in directions])]
+            norm, [x[None] for x in self.pieces.whole([d[0].to(dtype) for d in directions])], exact=exact
         )
         cut = self.pieces.cut_up([(v.factor * v.carrier)[0] for v in vertices])
         return lengths, [Vertex(x[None], v.factor.new_ones(1)) for x, v in zip(cut, vertices, strict=True)]

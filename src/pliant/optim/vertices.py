@@ -102,17 +102,18 @@ def l2_norms(stacks: list[Tensor], row_dim: int | None) -> tuple[Tensor, list[Te
 
 
 def unit_vertices(
-    norm: Norm, stacks: Sequence[Tensor], memory: Sequence[Tensor] | None = None
+    norm: Norm, stacks: Sequence[Tensor], memory: Sequence[Tensor] | None = None, *, exact: bool = False
 ) -> tuple[Tensor, list[Vertex]]:
     """Return the L2 norms of directions, and the vertices of the unit balls that minimise ⟨direction, ·⟩.
 
-    The vertices are exact, except polar factors of :data:`MANY` directions or more, which are inside the ball and
-    nearly optimal.
+    The vertices are exact, except polar factors of :data:`MANY` directions or more, unless ``exact``: these are inside
+    the ball, and nearly optimal for singular values that are not far apart (:func:`pliant.linalg.polar`).
 
     Args:
         norm: the norm of the balls.
         stacks: directions, one stack (L, *shape), or J stacks with L = 1 for a joint ball.
         memory: tensors of the shapes of the stacks, which the carriers are written to if L = 1; None: new memory.
+        exact: decompose matrices of any size.
 
     Returns:
         The norms, (L,), and a vertex for each stack.
@@ -121,7 +122,7 @@ def unit_vertices(
     if isinstance(norm, Rows) and not norm.orthogonal and all(x.ndim > 2 for x in stacks):
         row_dim = norm.dim if isinstance(norm.dim, int) else None
     lengths, stacks, parts = well_scaled(stacks, row_dim)
-    if isinstance(norm, Spectral) and _asks_for_polar_factors(norm, [x.shape[1:] for x in stacks]):
+    if isinstance(norm, Spectral) and not exact and _asks_for_polar_factors(norm, [x.shape[1:] for x in stacks]):
         return lengths, [Vertex(_polar_factors(x, norm), torch.ones_like(lengths[:1])) for x in stacks]
     if len(lengths) > 1:
         batched: Tensor = torch.vmap(norm.lmo)(stacks[0])
@@ -196,13 +197,15 @@ def _asks_for_polar_factors(norm: Spectral, shapes: Sequence[Shape]) -> bool:
     return full and any(min(norm.group_shape(shape)) >= MANY for shape in shapes)
 
 
-def decomposes(norm: Norm, shapes: Sequence[Shape]) -> bool:
+def decomposes(norm: Norm, shapes: Sequence[Shape], *, exact: bool = False) -> bool:
     """Return whether vertices of a ball over these shapes are found by a decomposition of torch.
 
     On CUDA it waits for the device; anywhere it fails on NaN and infinite entries.
     """
     if not isinstance(norm, Spectral) or norm.inner == Lp(2) or norm.inner == KSupport(norm.length(shapes)):
         return False
+    if exact:
+        return True
     if _asks_for_polar_factors(norm, shapes):
         return False
     large = any(min(norm.group_shape(shape)) > SMALL for shape in shapes)
