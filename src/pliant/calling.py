@@ -14,7 +14,7 @@ import contextlib
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ Item = TypeVar("Item")
 # The names in transformers for the keys and values that generating networks pass from step to step: before version
 # 5.24, and since.
 _CACHES = ("past_key_values", "cache")
+_PLAIN = (str, bytes, bool, int, float, complex, torch.dtype, torch.device, torch.Size)  # nothing to look into
 
 
 def as_inputs(example_inputs: Example) -> Inputs:
@@ -50,6 +51,38 @@ def as_inputs(example_inputs: Example) -> Inputs:
 def tensors_of(data: Any) -> list[Tensor]:
     """Return all tensors in nested tuples, lists, dicts and the output classes of transformers."""
     return [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
+
+
+def results_of(output: Any) -> list[Tensor]:
+    """Return all tensors in what a model returns, as :func:`tensors_of`, and those in data classes and other objects.
+
+    Caches of keys and values of generating networks are left out, see :func:`call`.
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()  # of the objects on the way, which may refer to each other
+
+    def look(value: Any) -> None:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif id(leaf) not in seen and not isinstance(leaf, (*_PLAIN, type, nn.Module)) and not callable(leaf):
+                seen.add(id(leaf))
+                for part in _parts(leaf):
+                    look(part)
+
+    look(output)
+    return found
+
+
+def _parts(leaf: Any) -> list[Any]:
+    """Return what a container holds that pytree does not know, or the attributes of an object."""
+    if isinstance(leaf, Mapping):
+        return [value for name, value in leaf.items() if name not in _CACHES]
+    if isinstance(leaf, (Sequence, Set)):
+        return list(leaf)
+    slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+    names = dict.fromkeys([*slots, *getattr(leaf, "__dict__", {})])
+    return [getattr(leaf, name) for name in names if name not in _CACHES and hasattr(leaf, name)]
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
@@ -85,7 +118,7 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     if isinstance(output, Mapping):
         output = {name: value for name, value in output.items() if name not in _CACHES}
-    return tensors_of(output)
+    return results_of(output)
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:

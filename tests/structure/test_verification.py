@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from pliant.errors import BadInput
 from pliant.experiments.models import MODELS, build_model
-from pliant.structure import ChannelGroup, Slot, coupled_channels
+from pliant.structure import ChannelGroup, Proof, Slot, coupled_channels
 from pliant.structure.layers import complement, keep_channels, zero_channels
 from pliant.structure.soundness import largest_sound
-from pliant.structure.verification import _fault, _randomise
+from pliant.structure.proof import _randomise
+from tests.structure.cutting import half_fault
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -372,15 +373,14 @@ def test_model_that_insists_on_float32_cannot_be_verified() -> None:
 def test_verification_sees_a_wrong_group_among_right_ones(name: str) -> None:
     model, x = shipped(name)
     groups = list(coupled_channels(model, x).groups)
-    _randomise(model.eval())
-    inputs = (x.double(),)
-    assert _fault(model, groups, inputs) is None
+    proof = Proof(model, (x,))
+    assert half_fault(proof, groups) is None
     for i, group in enumerate(groups[:3]):
         first, *others = group.consumers
         rolled = dataclasses.replace(first, indices=first.indices.roll(1, 0))
         missing = dataclasses.replace(group, consumers=tuple(others))
         for wrong in (dataclasses.replace(group, consumers=(rolled, *others)), missing):
-            assert _fault(model, [*groups[:i], wrong, *groups[i + 1 :]], inputs) is not None
+            assert half_fault(proof, [*groups[:i], wrong, *groups[i + 1 :]]) is not None
 
 
 def test_verification_does_not_trust_zero_weights() -> None:

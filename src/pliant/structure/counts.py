@@ -1,0 +1,111 @@
+"""How many channels of a group may stay: some networks run with multiples of four only, or with halves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pliant.structure.channel_groups import ChannelGroup
+from pliant.structure.layers import AxisName
+from pliant.structure.proof import Proof
+from pliant.structure.soundness import largest_sound
+
+STEPS = (2, 4, 8, 16, 32)
+"""The multiples that are tried where not every number works."""
+
+Fault = Callable[[Mapping[ChannelGroup, int]], str | None]
+
+
+def kept_fault(proof: Proof, kept: Mapping[ChannelGroup, int], *, training: bool | None = None) -> str | None:
+    """Return why a network fails if so many channels of some groups stay, None if it does not fail.
+
+    Args:
+        proof: the proof.
+        kept: group → number of channels that stay.
+        training: as for :meth:`Proof.fault`.
+    """
+    generator = torch.Generator().manual_seed(2)
+    gone = [torch.randperm(group.channels, generator=generator)[: group.channels - stay] for group, stay in kept.items()]
+    return proof.fault(positions(list(kept), gone), training=training)
+
+
+def positions(groups: Sequence[ChannelGroup], channels: Sequence[Tensor]) -> dict[tuple[str, AxisName], Tensor]:
+    """Return the positions on the axes of layers that belong to some channels of each group.
+
+    Args:
+        groups: the groups.
+        channels: for each group, int64 (n,), indices of channels.
+
+    Returns:
+        (layer, axis) → int64 (m,), the positions.
+    """
+    parts: dict[tuple[str, AxisName], list[Tensor]] = {}
+    for group, chosen in zip(groups, channels, strict=True):
+        for slot in group.slots:
+            parts.setdefault((slot.module, slot.axis), []).append(slot.indices[chosen].flatten())
+    return {place: torch.cat(indices) for place, indices in parts.items()}
+
+
+def with_counts(groups: Sequence[ChannelGroup], fault: Fault) -> list[ChannelGroup]:
+    """Return the groups, each with the numbers of channels that may stay.
+
+    Two trials suffice for a network that runs with any number: one with numbers that are multiples of nothing, and one
+    with a single channel of each group.
+
+    Args:
+        groups: groups that are sound together with half of their channels.
+        fault: returns why the network fails with so many channels of some groups.
+    """
+    odd = {group: _odd(group.channels) for group in groups}
+    single = dict.fromkeys(groups, 1)
+    sound, failed = largest_sound(list(groups), lambda some: fault({group: odd[group] for group in some}))
+    counts: dict[ChannelGroup, tuple[int, ...] | None] = dict.fromkeys(sound)
+    limits: dict[ChannelGroup, str] = {}
+    for group, why in failed:
+        others = {other: odd[other] for other in sound}
+        counts[group], text = _counts(group, lambda stay, group=group, others=others: fault({**others, group: stay}))
+        limits[group] = f"keeps {text}: with {odd[group]} {why}"
+        single[group] = min(counts[group] or (group.channels // 2,))
+    _, failed = largest_sound(list(groups), lambda some: fault({group: single[group] for group in some}))
+    for group, why in failed:
+        known = counts[group] or tuple(range(1, group.channels))
+        stay = single[group]
+        while stay < group.channels // 2:
+            stay = min(2 * stay, group.channels // 2)
+            if stay in known and fault({group: stay}) is None:
+                break
+        counts[group] = tuple(count for count in known if count >= stay)
+        limits.setdefault(group, f"keeps at least {stay} channels: with {single[group]} {why}")
+    return [
+        dataclasses.replace(group, counts=counts[group], limit=limits[group]) if group in limits else group
+        for group in groups
+    ]
+
+
+def larger_counts(kept: int, channels: int) -> list[int]:
+    """Return numbers of channels above ``kept`` to try in its place, ascending: the next multiples, and halves."""
+    multiples = {-(-kept // step) * step for step in STEPS}
+    halves = {channels >> shift for shift in range(1, channels.bit_length())}
+    return sorted(count for count in multiples | halves if kept < count < channels)
+
+
+def _counts(group: ChannelGroup, fault: Callable[[int], str | None]) -> tuple[tuple[int, ...], str]:
+    """Return the numbers of channels with which a network runs, and in words which these are."""
+    for step in STEPS:
+        stay = step * _odd(group.channels // step)
+        if stay < group.channels and fault(stay) is None:
+            return tuple(range(step, group.channels, step)), f"a multiple of {step} channels"
+    halves = [group.channels >> shift for shift in range(1, group.channels.bit_length())]
+    good = [halves[0], *(stay for stay in halves[1:] if fault(stay) is None)]
+    return tuple(sorted(set(good))), f"{' or '.join(map(str, good))} channels"
+
+
+def _odd(channels: int) -> int:
+    """Return a prime below about three quarters of a number, so that it is a multiple of nothing else; or 1."""
+    for number in range(3 * channels // 4, 1, -1):
+        if all(number % divisor for divisor in range(2, int(number**0.5) + 1)) and number > 2:
+            return number
+    return 1
