@@ -6,7 +6,7 @@ their channels. Its groups are converted to plain data here, or to a reason why 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,21 +32,21 @@ from pliant.structure.tracing import Traced, is_opaque
 
 
 def channel_candidates(
-    model: nn.Module, inputs: Inputs, calls: Counter[nn.Module]
+    model: nn.Module, inputs: Inputs, training: Sequence[tuple[Inputs, int]] = ()
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Return the groups that torch-pruning proposes and that can be converted, and a reason for each other layer.
 
     Args:
         model: the model in eval mode; not changed.
         inputs: the inputs to call it on.
-        calls: the result of :func:`~pliant.calling.count_calls` on this model.
+        training: inputs and draws for training mode, if it calls more than eval mode.
     """
     try:
-        traced = Traced(model, inputs)
+        traced = Traced(model, inputs, training)
     except Exception as error:  # torch-pruning's tracing raises any kind of error
         return [], {name: f"the model cannot be traced: {first_line(error)}" for name, _ in weighted_layers(model)}
     graph = traced.graph
-    reader = _Reader(model, traced, calls)
+    reader = _Reader(model, traced)
     attentions = [name for name, module in model.named_modules() if is_opaque(module)]
     groups: list[ChannelGroup] = []
     reasons: dict[str, str] = {}
@@ -82,6 +82,8 @@ def channel_candidates(
     for name, module in weighted_layers(model):
         inside = any(name.startswith(f"{attention}.") for attention in attentions)
         hidden = "belongs to attention, of which only heads can leave" if inside else ""
+        if name not in traced.called:
+            hidden = "is not reached through its forward"
         hidden = hidden or "nothing that has a gradient depends on it: call it, and keep its output a tensor"
         reasons.setdefault(name, obstacle_to_cutting(module, reader.tied) or hidden)
     return groups, reasons
@@ -137,8 +139,8 @@ def _members(graph: Any, module: nn.Module) -> list[_Member]:
 class _Reader:
     """The conversion of torch-pruning's groups to slots."""
 
-    def __init__(self, model: nn.Module, traced: Traced, calls: Counter[nn.Module]) -> None:
-        self.graph, self.calls, self.names = traced.graph, calls, traced.names
+    def __init__(self, model: nn.Module, traced: Traced) -> None:
+        self.graph, self.names, self.dropped = traced.graph, traced.names, traced.dropped
         self.modules = dict(model.named_modules())
         self.tied = tied_parameters(model)
         self.free = {id(p): name for name, p in traced.model.named_parameters()}
@@ -163,13 +165,16 @@ class _Reader:
                     reasons.append(slot)
             elif type(module).__name__ == "_OutputOp":
                 at_end = True
+        ends = "its channels are outputs of the model"
+        if any(member.node.grad_fn in self.dropped for member in members):
+            ends = "its outputs are dropped, or only read where no gradient follows, as by argmax or NumPy"
         if at_end:  # the last reason to give: torch-pruning takes a convolution by a free parameter for one that
             # hands on its channels
-            reasons.append("its channels are outputs of the model")
+            reasons.append(ends)
         if len({len(slot.indices) for slot in slots}) > 1:
             reasons.append("its channels do not map one to one to those of the layers that share them")
         if not any(slot.axis == "inputs" for slot in slots):
-            reasons.append("its channels are outputs of the model")
+            reasons.append(ends)
         return slots, reasons[0] if reasons else None
 
     def _slot(self, module: nn.Module, axis: AxisName, channels: dict[int, int]) -> Slot | str | None:
@@ -182,8 +187,6 @@ class _Reader:
             kind = "grouped convolution" if grouped else type(module).__name__
             return f"the {kind} {name!r} does not treat its channels one by one"
         problem = obstacle_to_cutting(module, self.tied)
-        if problem is None and not self.calls[module]:
-            problem = "is not called through its forward"
         if problem is not None:
             return f"{name!r} {problem}"
         rows: dict[int, list[int]] = {}

@@ -47,6 +47,10 @@ class SameDraws(TorchDispatchMode):
         """Carry out an operation; PyTorch calls this for each one."""
         if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
             return func(*args, **(kwargs or {}))
+        with self:  # in inference mode, dropout comes as one step: its draw comes back here
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         aten = torch.ops.aten
         if func is aten.rrelu_with_noise.default or func is aten.rrelu_with_noise_.default:
             kwargs = {}  # its noise is as wide as the input: take the mean slope, as eval mode does

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,19 +55,26 @@ class Proof:
         model: the copy with random weights.
         problem: why nothing can be compared, or None.
         untrained: why training mode cannot be compared, or None.
-        unread: names of the parameters that no trial reads.
+        training_only: inputs and seeds of :class:`SameDraws` for which training mode reads parameters that eval mode
+            does not.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.problem: str | None = None
         self.untrained: str | None = None
+        self.training_only: list[tuple[Inputs, int]] = []
+        self._read: set[str] = set()
         self.model, given, self._everything = self._start(model, inputs)
         _drop_nothing(self.model)
         self._eval = _Trial(given)
         self._train: list[_Trial] = []
-        self.unread: set[str] = set()
         if self.problem is None:
             self._try_training(given)
+
+    @property
+    def unread(self) -> list[str]:
+        """The names of the parameters that no trial reads."""
+        return sorted({name for name, _ in self.model.named_parameters()} - self._read)
 
     def fault(self, removed: Removed, *, training: bool | None = None) -> str | None:
         """Remove positions and return None if the network equals its masked twin, else why not.
@@ -112,10 +119,9 @@ class Proof:
                 probe = copy.deepcopy(model).eval().double()
                 (_randomise if redraw else _shake)(probe)
                 first = first or (probe, given)
-                tried = copy.deepcopy(probe)
                 try:
                     with in_double(everything=everything), seeded(0):
-                        outputs = _run(tried, given)
+                        outputs, read = _reading(copy.deepcopy(probe), lambda tried: _run(tried, given))  # noqa: B023
                 except Exception as error:  # a user's forward may raise anything
                     text = f"cannot be verified, the network does not run in float64: {first_line(error)}"
                     self.problem = self.problem or text
@@ -123,57 +129,50 @@ class Proof:
                 if any(bool(x.isnan().any()) for _, x in outputs):
                     self.problem = self.problem or "cannot be verified, the network gives NaN on the example in float64"
                     continue
-                self.problem = None
+                self.problem, self._read = None, read
                 return probe, given, everything
         assert first is not None
         return *first, False
 
     def _try_training(self, inputs: Inputs) -> None:
-        """Find out whether training mode can be compared, with which draws, and what parameters nothing reads."""
-        everything = {id(p): name for name, p in self.model.named_parameters(remove_duplicate=False)}
-        read = {everything[i] for i in self._reads(self._eval) if i in everything}
-        trial = None
+        """Find out whether the network runs in training mode, and with which draws it reads further parameters."""
+        names = {name for name, _ in self.model.named_parameters()}
+        in_eval = self._read
         for given in (_two(inputs), inputs):  # BatchNorm needs more than one value in training mode
-            if given is None:
-                continue
-            trial = _Trial(given, 0)
-            try:
-                with self._conditions():
-                    once = self._train_run(copy.deepcopy(self.model), trial, {})[0]
-                    again = self._train_run(copy.deepcopy(self.model), trial, {})[0]
-            except Exception as error:  # its forward may want labels, or raise anything else
-                self.untrained = self.untrained or first_line(error)
-                continue
-            if _difference(again, once, whole=True) is None:
-                self.untrained = None
-                self._train = [trial]
-                break
-            self.untrained = self.untrained or "two passes in it differ"
-        if self._train:
-            assert trial is not None
-            names = set(everything.values())
-            for seed in range(_SEEDS):
-                with contextlib.suppress(Exception):  # other draws may fail; the first ones did not
-                    new = {everything[i] for i in self._reads(_Trial(trial.inputs, seed)) if i in everything} - read
-                    read |= new
-                    if new and seed:
-                        self._train.append(_Trial(trial.inputs, seed))
-                if not names - read:
+            for seed in range(_SEEDS) if given is not None else ():
+                assert given is not None
+                trial = _Trial(given, seed)
+                try:
+                    read = self._parameters_read(trial)
+                except Exception as error:  # its forward may want labels, or raise anything else
+                    self.untrained = self.untrained or first_line(error)
                     break
-        self.unread = {name for i, name in everything.items() if name not in read}
+                if not seed or read - self._read:
+                    self._train.append(trial)
+                    if read - in_eval:
+                        self.training_only.append((given, seed))
+                self._read = self._read | read
+                if not names - self._read:
+                    break
+            if self._train:
+                self.untrained = None
+                return
 
-    def _reads(self, trial: _Trial) -> set[int]:
-        """Return the ids of the model's parameters that a trial reads."""
-        probe = copy.deepcopy(self.model)
-        own = {id(p): name for name, p in probe.named_parameters(remove_duplicate=False)}
-        ids = {name: id(p) for name, p in self.model.named_parameters(remove_duplicate=False)}
-        seen = _Reads()
-        with self._conditions(), seen:
-            if trial.seed is None:
-                _run(probe, trial.inputs)
-            else:
-                self._train_run(probe, trial, {})
-        return {ids[own[i]] for i in seen.ids if i in own}
+    def _parameters_read(self, trial: _Trial) -> set[str]:
+        with self._conditions():
+            return _reading(copy.deepcopy(self.model), lambda tried: self._train_run(tried, trial, {}))[1]
+
+    def repeats(self) -> bool:
+        """Return whether the network computes the same in training mode twice; if not, that mode tells nothing."""
+        for trial in self._train:
+            runs = []
+            for _ in range(2):
+                with self._conditions():
+                    runs.append(self._train_run(copy.deepcopy(self.model), trial, {})[0])
+            if _difference(*runs, whole=True) is not None:
+                self.untrained, self._train = "two passes in it differ", []
+                return False
+        return True
 
     # --- comparing ----------------------------------------------------------------------------------------------------
 
@@ -257,7 +256,7 @@ def _small(small: nn.Module, compute: Any) -> Any:
 
 
 class _Reads(TorchFunctionMode):
-    """Notes the ids of all parameters that operations get."""
+    """Notes the ids of all parameters that tensors are computed from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,8 +266,17 @@ class _Reads(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Carry out an operation; PyTorch calls this for each one."""
-        self.ids.update(id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):  # shapes and devices do not count
+            self.ids.update(id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter))
+        return result
+
+
+def _reading(model: nn.Module, compute: Callable[[nn.Module], Any]) -> tuple[Any, set[str]]:
+    """Return what a function of a model returns, and the names of the parameters that operations get meanwhile."""
+    with _Reads() as seen:
+        result = compute(model)
+    return result, {name for name, p in model.named_parameters() if id(p) in seen.ids}
 
 
 _Results = list[tuple[str, Tensor]]

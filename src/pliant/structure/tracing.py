@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from pliant.calling import Inputs, call, map_tensors, quiet, run, tensors_of
 from pliant.structure.attention import is_conv1d, projections
+from pliant.structure.draws import SameDraws, seeded
 from pliant.structure.layers import axis_length, own_forward, weighted_layers
 
 _CORE = "pliant_core"
@@ -41,14 +42,17 @@ class Traced:
     Args:
         model: the model, in eval mode; not changed.
         inputs: the inputs to call it on.
+        training: further inputs, and seeds of :class:`~pliant.structure.draws.SameDraws`, to call it on in training mode.
 
     Attributes:
         graph: torch-pruning's graph.
         model: the copy that it was made of. Its layers have the names of the model's.
+        called: names of the modules that were called.
         names: layer of the copy → its name; a core has the name of its layer.
+        dropped: the nodes of the autograd graph whose results are not returned, and which none that has a gradient reads.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, training: Sequence[tuple[Inputs, int]] = ()) -> None:
         import torch_pruning  # its import takes a second, and only this function needs it
 
         self.model = _readable(model)
@@ -56,10 +60,12 @@ class Traced:
         cores = _add_cores(self.model, inputs)
         self.names = {module: name for name, module in self.model.named_modules()}
         self.names |= {core: self.names[layer] for layer, core in cores.items()}
-        trace = _Trace(self.model, cores)
+        trace = _Trace(self.model, cores, training)
+        self.called: set[str] = set()
         hidden = [m for m in self.model.modules() if is_opaque(m)]
         handles = [m.register_forward_pre_hook(trace.enter) for m in hidden]
         handles += [m.register_forward_hook(trace.hide, with_kwargs=True) for m in hidden]
+        handles += [m.register_forward_pre_hook(lambda m, _: self.called.add(self.names[m])) for m in self.names]
         try:
             with quiet(), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([]):
                 self.graph: Any = torch_pruning.DependencyGraph().build_dependency(
@@ -68,6 +74,7 @@ class Traced:
         finally:
             for handle in handles:
                 handle.remove()
+        self.dropped = trace.dropped
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """Return (name, layer) of all convolutions and linear layers of the copy, cores in place of their layers."""
@@ -173,12 +180,16 @@ class _Opaque(torch.autograd.Function):
 class _Trace(TorchFunctionMode):
     """A context in which gradients cannot be switched off, and all results are known."""
 
-    def __init__(self, model: nn.Module, cores: dict[nn.Module, _Core]) -> None:
+    def __init__(
+        self, model: nn.Module, cores: dict[nn.Module, _Core], training: Sequence[tuple[Inputs, int]]
+    ) -> None:
         super().__init__()
+        self.training = training
         self.cores = {id(layer._parameters["weight"]): core for layer, core in cores.items()}
         self.parameters = {id(p) for p in model.parameters()}
         self.results: list[Tensor] = []
         self.marks: list[int] = []
+        self.dropped: set[Any] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -198,6 +209,10 @@ class _Trace(TorchFunctionMode):
         """Call the model, and return its results and those that it computes by further parameters, but drops."""
         with self, _no_inference_mode():
             roots = [x for x in call(model, inputs) if x.requires_grad]
+            for further, seed in self.training:
+                with SameDraws(seed, {}), seeded(seed):
+                    roots += [x for x in call(model.train(), further) if x.requires_grad]
+        model.eval()
         seen: set[Any] = set()
         for root in roots:
             _reach(root.grad_fn, seen)
@@ -206,6 +221,7 @@ class _Trace(TorchFunctionMode):
                 new = _reach(result.grad_fn, seen)
                 if any(id(getattr(node, "variable", None)) in self.parameters for node in new):
                     roots.append(result)
+                    self.dropped.add(result.grad_fn)
         return roots
 
     def enter(self, module: nn.Module, args: Any) -> None:

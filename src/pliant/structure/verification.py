@@ -61,17 +61,18 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
     calls = _calls(probe, inputs)
     inputs = _first_two(probe, inputs)
     sites, headless = attention_sites(probe, calls)
-    candidates, reasons = channel_candidates(probe, inputs, calls)
     proof = Proof(probe, inputs)
+    candidates, reasons = channel_candidates(probe, inputs, _as_given(proof.training_only, inputs))
     heads, stuck = _sound_heads(proof, sites)
     places = {place for group in heads for place in _places(group)}
     apart = [group for group in candidates if not places & _places(group)]
     channels, failed = largest_sound(apart, lambda groups: _fault(proof, [*heads, *groups], training=False))
     trained, unfit = largest_sound([*channels, *heads], lambda groups: _fault(proof, groups, training=True))
+    if unfit and not proof.repeats():
+        trained, unfit = [*channels, *heads], []
     accepted, hidden = _unread(proof, trained)
     failed += [*unfit, *hidden]
-    accepted = with_counts(accepted, lambda kept: kept_fault(proof, kept))
-    reasons |= {name: "is not reached through its forward" for name, m in weighted_layers(probe) if not calls[m]}
+    accepted = with_counts(accepted, lambda kept: kept_fault(proof, kept, training=False))
     failed += [(group, "shares its channels with attention heads") for group in candidates if group not in apart]
     reasons |= {slot.module: why for group, why in failed for slot in group.producers}
     reasons |= headless | stuck
@@ -85,6 +86,17 @@ def _calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
     copied = copy.deepcopy(model)
     calls = count_calls(copied, inputs)
     return Counter(dict(zip(model.modules(), (calls[module] for module in copied.modules()), strict=True)))
+
+
+def _as_given(training: Sequence[tuple[Inputs, int]], inputs: Inputs) -> list[tuple[Inputs, int]]:
+    """Return inputs for training mode in the types of the given ones."""
+    types = [x.dtype for x in tensors_of(inputs)]
+
+    def typed(data: Inputs) -> Inputs:
+        known = iter(types)
+        return map_tensors(lambda x: x.to(next(known)), data)
+
+    return [(typed(data), seed) for data, seed in training]
 
 
 def _places(group: ChannelGroup) -> set[tuple[str, AxisName]]:
@@ -152,7 +164,9 @@ def _unread(
     bad: list[tuple[ChannelGroup, str]] = []
     for group in groups:
         others = {width for other, width in widths.items() if other is not group}
-        layer = next((n for n, lengths in hidden.items() if _may_read(lengths, widths[group], others)), None)
+        readers = [name for name, lengths in hidden.items() if _may_read(lengths, widths[group], others)]
+        readers.sort(key=lambda name: widths[group] not in hidden[name])  # the likeliest first
+        layer = next(iter(readers), None)
         if layer is None or group.kind == "heads":
             good.append(group)
         else:
@@ -170,7 +184,7 @@ def _width(model: nn.Module, group: ChannelGroup) -> int:
 def _hidden_readers(proof: Proof) -> dict[str, set[int]]:
     """Return layer → the numbers of channels that it may read, for layers with parameters that nothing has read."""
     readers: dict[str, set[int]] = {}
-    for path in sorted(proof.unread):
+    for path in proof.unread:
         name, _, parameter = path.rpartition(".")
         module = proof.model.get_submodule(name)
         known = axes(module)
