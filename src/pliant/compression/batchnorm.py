@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.calling import as_inputs, inputs_of, map_tensors, run
 from pliant.errors import BadInput, first_line
+from pliant.structure import own_forward
 
 
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
@@ -69,13 +70,27 @@ def estimating(model: nn.Module) -> Iterator[None]:
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # the mean over all batches
+    handles = [norm.register_forward_pre_hook(_Mean()) for norm, _ in norms if own_forward(norm)]
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, momentum in norms:
             norm.momentum = momentum
         for module, mode in modes:
             module.training = mode
+
+
+class _Mean:
+    """Sets the momentum before every call such that the statistics are the mean: not every forward knows None."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, norm: nn.Module, args: Any) -> None:
+        self.calls += 1
+        norm.momentum = 1 / self.calls
 
 
 def _norms(model: nn.Module) -> Iterator[_BatchNorm]:

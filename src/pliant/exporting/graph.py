@@ -47,6 +47,7 @@ class Portable:
         example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments that the model takes. The batch is
             the first dimension of the first tensor; another one shares it if its first dimension has that length, and
             keeps its shape otherwise. Arguments that are not tensors become part of the graph.
+        graph: whether a graph is wanted, which has to return something.
 
     Raises:
         BadInput: the model cannot be copied, or not called on the example.
@@ -59,8 +60,8 @@ class Portable:
         names: names of the inputs.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Example) -> None:
-        self.model = _portable_copy(model)
+    def __init__(self, model: nn.Module, example_inputs: Example, *, graph: bool = True) -> None:
+        self.model, self.graph = _portable_copy(model), graph
         self._given = map_tensors(_plain, as_inputs(example_inputs))
         first = tensors_of(self._given)[0]
         if not first.ndim or not len(first):
@@ -110,7 +111,7 @@ class Portable:
             raise BadInput(
                 f"the model cannot be called on the {example} of shape {shapes}: {first_line(error)}"
             ) from error
-        if not outputs:
+        if not outputs and self.graph:
             raise BadInput("the model returns no tensor: there is nothing to export")
         return outputs
 

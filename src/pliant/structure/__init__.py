@@ -33,6 +33,7 @@ from pliant.structure.layers import keep_channels as keep_channels
 from pliant.structure.layers import named_layers as named_layers
 from pliant.structure.layers import obstacle as obstacle
 from pliant.structure.layers import other_matrices as other_matrices
+from pliant.structure.layers import own_forward as own_forward
 from pliant.structure.layers import tensors_along as tensors_along
 from pliant.structure.layers import tied_parameters as tied_parameters
 from pliant.structure.layers import untransposed as untransposed

@@ -33,6 +33,7 @@ _STEPS = (
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 )
+_RECURRENT = (nn.GRU, nn.RNN, nn.RNNCellBase)  # torch-pruning knows only the LSTM
 _DETACHING = (Tensor.detach, Tensor.detach_, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
@@ -62,7 +63,7 @@ class Traced:
         self.names |= {core: self.names[layer] for layer, core in cores.items()}
         trace = _Trace(self.model, cores, training)
         self.called: set[str] = set()
-        hidden = [m for m in self.model.modules() if is_opaque(m)]
+        hidden = [m for m in self.model.modules() if is_opaque(m) or isinstance(m, _RECURRENT)]
         handles = [m.register_forward_pre_hook(trace.enter) for m in hidden]
         handles += [m.register_forward_hook(trace.hide, with_kwargs=True) for m in hidden]
         handles += [m.register_forward_pre_hook(lambda m, _: self.called.add(self.names[m])) for m in self.names]
