@@ -11,6 +11,7 @@ module, so that examples are checked in one place and the random state does not 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import warnings
 from collections import Counter
@@ -30,7 +31,8 @@ Item = TypeVar("Item")
 # The names in transformers for the keys and values that generating networks pass from step to step: before version
 # 5.24, and since.
 _CACHES = ("past_key_values", "cache")
-_PLAIN = (str, bytes, bool, int, float, complex, torch.dtype, torch.device, torch.Size)  # nothing to look into
+# Nothing to look into for results.
+_PLAIN = (str, bytes, bool, int, float, complex, type, torch.dtype, torch.device, torch.Size, nn.Module)
 
 
 def as_inputs(example_inputs: Example) -> Inputs:
@@ -65,7 +67,7 @@ def results_of(output: Any) -> list[Tensor]:
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, Tensor):
                 found.append(leaf)
-            elif id(leaf) not in seen and not isinstance(leaf, (*_PLAIN, type, nn.Module)) and not callable(leaf):
+            elif id(leaf) not in seen and not isinstance(leaf, _PLAIN) and not inspect.isroutine(leaf):
                 seen.add(id(leaf))
                 for part in _parts(leaf):
                     look(part)

@@ -16,10 +16,10 @@ from pliant.calling import as_inputs, run
 from pliant.compression import FilterPruning, HeadPruning, LowRank, compress, masked_twin, replay
 from pliant.errors import BadInput, Refused
 from pliant.experiments.models import build_model
+from pliant.structure import Proof
 from pliant.structure.attention import projections
 from pliant.structure.layers import keep_channels
 from pliant.structure.thin_attention import ThinAttention
-from pliant.structure import Proof
 from pliant.structure.verification import coupled_channels
 from tests.structure.cutting import half_fault
 

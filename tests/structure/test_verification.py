@@ -15,8 +15,8 @@ from pliant.errors import BadInput
 from pliant.experiments.models import MODELS, build_model
 from pliant.structure import ChannelGroup, Proof, Slot, coupled_channels
 from pliant.structure.layers import complement, keep_channels, zero_channels
-from pliant.structure.soundness import largest_sound
 from pliant.structure.proof import _randomise
+from pliant.structure.soundness import largest_sound
 from tests.structure.cutting import half_fault
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

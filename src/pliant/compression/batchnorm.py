@@ -90,6 +90,7 @@ class _Mean:
 
     def __call__(self, norm: nn.Module, args: Any) -> None:
         self.calls += 1
+        assert isinstance(norm, _BatchNorm)
         norm.momentum = 1 / self.calls
 
 

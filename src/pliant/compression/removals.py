@@ -165,7 +165,7 @@ def smaller_removals(
         offers = [count for count in larger_counts(kept, group.channels) if count in runs]
         stay = next((n for n in offers if fault({**good, g: group.channels - n}) is None), group.channels)
         good[g] = group.channels - stay
-        limits |= dict.fromkeys((s.module for s in group.producers), f"keeps {stay} channels: with {kept} {why}")
+        limits |= dict.fromkeys((s.module for s in group.producers), f"keeps {stay} channels: with {kept}, {why}")
     return [good.get(g, 0) for g in range(len(groups))], limits
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from pliant.structure.layers import AxisName
 from pliant.structure.proof import Proof
 from pliant.structure.soundness import largest_sound
 
-STEPS = (2, 4, 8, 16, 32)
+STEPS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 24, 32, 64)
 """The multiples that are tried where not every number works."""
 
 Fault = Callable[[Mapping[ChannelGroup, int]], str | None]
@@ -28,7 +29,9 @@ def kept_fault(proof: Proof, kept: Mapping[ChannelGroup, int], *, training: bool
         training: as for :meth:`Proof.fault`.
     """
     generator = torch.Generator().manual_seed(2)
-    gone = [torch.randperm(group.channels, generator=generator)[: group.channels - stay] for group, stay in kept.items()]
+    gone = [
+        torch.randperm(group.channels, generator=generator)[: group.channels - stay] for group, stay in kept.items()
+    ]
     return proof.fault(positions(list(kept), gone), training=training)
 
 
@@ -49,14 +52,26 @@ def positions(groups: Sequence[ChannelGroup], channels: Sequence[Tensor]) -> dic
     return {place: torch.cat(indices) for place, indices in parts.items()}
 
 
-def with_counts(groups: Sequence[ChannelGroup], fault: Fault) -> list[ChannelGroup]:
+def first_count(group: ChannelGroup) -> int:
+    """Return the number of channels to try first: half of them."""
+    return group.channels - group.channels // 2
+
+
+def second_count(group: ChannelGroup) -> int | None:
+    """Return another number to try if the first one fails: a multiple of a larger power of two; None if it is one."""
+    step = max((step for step in (2, 4, 8, 16) if step < group.channels), default=1)
+    stay = (group.channels - 1) // step * step
+    return stay if first_count(group) % step else None
+
+
+def with_counts(groups: Mapping[ChannelGroup, int], fault: Fault) -> list[ChannelGroup]:
     """Return the groups, each with the numbers of channels that may stay.
 
     Two trials suffice for a network that runs with any number: one with numbers that are multiples of nothing, and one
     with a single channel of each group.
 
     Args:
-        groups: groups that are sound together with half of their channels.
+        groups: group → a number of channels that may stay; they are sound together.
         fault: returns why the network fails with so many channels of some groups.
     """
     odd = {group: _odd(group.channels) for group in groups}
@@ -66,19 +81,19 @@ def with_counts(groups: Sequence[ChannelGroup], fault: Fault) -> list[ChannelGro
     limits: dict[ChannelGroup, str] = {}
     for group, why in failed:
         others = {other: odd[other] for other in sound}
-        counts[group], text = _counts(group, lambda stay, group=group, others=others: fault({**others, group: stay}))
-        limits[group] = f"keeps {text}: with {odd[group]} {why}"
-        single[group] = min(counts[group] or (group.channels // 2,))
+        runs, text = _counts(group, groups[group], partial(_with, fault, others, group))
+        counts[group], single[group] = runs, min(runs)
+        limits[group] = f"keeps {text}: with {odd[group]}, {why}"
     _, failed = largest_sound(list(groups), lambda some: fault({group: single[group] for group in some}))
     for group, why in failed:
         known = counts[group] or tuple(range(1, group.channels))
         stay = single[group]
-        while stay < group.channels // 2:
-            stay = min(2 * stay, group.channels // 2)
+        while stay < groups[group]:
+            stay = min(2 * stay, groups[group])
             if stay in known and fault({group: stay}) is None:
                 break
         counts[group] = tuple(count for count in known if count >= stay)
-        limits.setdefault(group, f"keeps at least {stay} channels: with {single[group]} {why}")
+        limits.setdefault(group, f"keeps at least {stay} channels: with {single[group]}, {why}")
     return [
         dataclasses.replace(group, counts=counts[group], limit=limits[group]) if group in limits else group
         for group in groups
@@ -92,15 +107,19 @@ def larger_counts(kept: int, channels: int) -> list[int]:
     return sorted(count for count in multiples | halves if kept < count < channels)
 
 
-def _counts(group: ChannelGroup, fault: Callable[[int], str | None]) -> tuple[tuple[int, ...], str]:
-    """Return the numbers of channels with which a network runs, and in words which these are."""
+def _with(fault: Fault, others: Mapping[ChannelGroup, int], group: ChannelGroup, stay: int) -> str | None:
+    return fault({**others, group: stay})
+
+
+def _counts(group: ChannelGroup, good: int, fault: Callable[[int], str | None]) -> tuple[tuple[int, ...], str]:
+    """Return the numbers of channels with which a network runs, and in words which these are; ``good`` is one."""
     for step in STEPS:
         stay = step * _odd(group.channels // step)
         if stay < group.channels and fault(stay) is None:
             return tuple(range(step, group.channels, step)), f"a multiple of {step} channels"
     halves = [group.channels >> shift for shift in range(1, group.channels.bit_length())]
-    good = [halves[0], *(stay for stay in halves[1:] if fault(stay) is None)]
-    return tuple(sorted(set(good))), f"{' or '.join(map(str, good))} channels"
+    runs = sorted({good, *(stay for stay in halves if stay != good and fault(stay) is None)})
+    return tuple(runs), f"{' or '.join(map(str, runs))} channels"
 
 
 def _odd(channels: int) -> int:

@@ -1,9 +1,9 @@
 """Two networks of different widths, run under the same conditions.
 
 In training mode a network draws random numbers, and a smaller network draws fewer of them. Under :class:`SameDraws`
-every draw has a seed of its own, the number of the draw: what does not depend on the removed channels is then the same
-in both networks, such as which samples skip a block or which tokens are masked. Where the shapes of a draw differ, it is
-made constant along the dimensions that differ, so that dropout and noise hit the channels that are left alike.
+every draw has a seed of its own, the number of the draw: what does not depend on the removed channels is then the
+same in both networks, such as which samples skip a block or which tokens are masked. Where the shapes of a draw differ,
+it is made constant along the dimensions that differ, so that dropout and noise hit the channels that are left alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SameDraws(TorchDispatchMode):
     """
 
     def __init__(self, seed: int, constant: Mapping[int, Sequence[int]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seed, self.constant = seed, constant
         self.shapes: list[tuple[int, ...]] = []
 
@@ -135,7 +135,8 @@ def eager() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which compiled modules run as they were written, and call the layers inside."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled
         return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -43,17 +43,30 @@ class Traced:
     Args:
         model: the model, in eval mode; not changed.
         inputs: the inputs to call it on.
-        training: further inputs, and seeds of :class:`~pliant.structure.draws.SameDraws`, to call it on in training mode.
+        training: further inputs, and seeds of ``SameDraws``, to call it on in training mode.
 
     Attributes:
         graph: torch-pruning's graph.
         model: the copy that it was made of. Its layers have the names of the model's.
         called: names of the modules that were called.
         names: layer of the copy → its name; a core has the name of its layer.
-        dropped: the nodes of the autograd graph whose results are not returned, and which none that has a gradient reads.
+        dropped: the nodes of the autograd graph whose results are neither returned nor read by anything in the graph.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, training: Sequence[tuple[Inputs, int]] = ()) -> None:
+        # Gradients cannot be forced on a forward that changes its weights, nor can every one be trained.
+        attempts = [(True, training)] if training else []
+        attempts += [(True, ()), (False, ())]
+        for forced, further in attempts:
+            try:
+                self._trace(model, inputs, further, forced)
+            except Exception:
+                if not forced:
+                    raise
+            else:
+                return
+
+    def _trace(self, model: nn.Module, inputs: Inputs, training: Sequence[tuple[Inputs, int]], forced: bool) -> None:
         import torch_pruning  # its import takes a second, and only this function needs it
 
         self.model = _readable(model)
@@ -61,7 +74,7 @@ class Traced:
         cores = _add_cores(self.model, inputs)
         self.names = {module: name for name, module in self.model.named_modules()}
         self.names |= {core: self.names[layer] for layer, core in cores.items()}
-        trace = _Trace(self.model, cores, training)
+        trace = _Trace(self.model, cores, training, forced)
         self.called: set[str] = set()
         hidden = [m for m in self.model.modules() if is_opaque(m) or isinstance(m, _RECURRENT)]
         handles = [m.register_forward_pre_hook(trace.enter) for m in hidden]
@@ -179,13 +192,13 @@ class _Opaque(torch.autograd.Function):
 
 
 class _Trace(TorchFunctionMode):
-    """A context in which gradients cannot be switched off, and all results are known."""
+    """A context in which gradients cannot be switched off, if they are forced, and all results are known."""
 
     def __init__(
-        self, model: nn.Module, cores: dict[nn.Module, _Core], training: Sequence[tuple[Inputs, int]]
+        self, model: nn.Module, cores: dict[nn.Module, _Core], training: Sequence[tuple[Inputs, int]], forced: bool
     ) -> None:
         super().__init__()
-        self.training = training
+        self.training, self.forced = training, forced
         self.cores = {id(layer._parameters["weight"]): core for layer, core in cores.items()}
         self.parameters = {id(p) for p in model.parameters()}
         self.results: list[Tensor] = []
@@ -196,9 +209,9 @@ class _Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Carry out an operation; PyTorch calls this for each one."""
-        if func is torch._C._set_grad_enabled:
+        if func is torch._C._set_grad_enabled and self.forced:
             return None
-        if func in _DETACHING and args[0].grad_fn is not None:
+        if func in _DETACHING and self.forced and args[0].grad_fn is not None:
             return args[0]
         core = self.cores.get(id(_weight(args, kwargs or {}))) if func in _STEPS else None
         result = func(*args, **(kwargs or {})) if core is None else core(func, args, kwargs or {})
@@ -208,7 +221,7 @@ class _Trace(TorchFunctionMode):
 
     def roots(self, model: nn.Module, inputs: Inputs) -> list[Tensor]:
         """Call the model, and return its results and those that it computes by further parameters, but drops."""
-        with self, _no_inference_mode():
+        with self, _no_inference_mode() if self.forced else contextlib.nullcontext():
             roots = [x for x in call(model, inputs) if x.requires_grad]
             for further, seed in self.training:
                 with SameDraws(seed, {}), seeded(seed):
@@ -257,7 +270,7 @@ def _no_inference_mode() -> Iterator[None]:
     kind = torch.inference_mode
     enter, leave = kind.__enter__, kind.__exit__
     kind.__enter__ = lambda self: None  # type: ignore[method-assign]
-    kind.__exit__ = lambda self, *error: None  # type: ignore[assignment, method-assign]
+    kind.__exit__ = lambda self, *error: None  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
 from pliant.calling import Example, Inputs, as_inputs, count_calls, map_tensors, run, tensors_of
 from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
-from pliant.structure.counts import kept_fault, with_counts
+from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
 from pliant.structure.draws import eager
 from pliant.structure.heads import Site, attention_sites
 from pliant.structure.layers import AxisName, axes, axis_length, weighted_layers
@@ -66,13 +66,13 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
     heads, stuck = _sound_heads(proof, sites)
     places = {place for group in heads for place in _places(group)}
     apart = [group for group in candidates if not places & _places(group)]
-    channels, failed = largest_sound(apart, lambda groups: _fault(proof, [*heads, *groups], training=False))
-    trained, unfit = largest_sound([*channels, *heads], lambda groups: _fault(proof, groups, training=True))
+    sound, failed = _sound_channels(proof, apart, heads)
+    trained, unfit = largest_sound(list(sound), lambda groups: _fault(proof, {g: sound[g] for g in groups}, True))
     if unfit and not proof.repeats():
-        trained, unfit = [*channels, *heads], []
-    accepted, hidden = _unread(proof, trained)
+        trained, unfit = list(sound), []
+    readable, hidden = _unread(proof, trained)
     failed += [*unfit, *hidden]
-    accepted = with_counts(accepted, lambda kept: kept_fault(proof, kept, training=False))
+    accepted = with_counts({g: sound[g] for g in readable}, lambda kept: _fault(proof, kept, False))
     failed += [(group, "shares its channels with attention heads") for group in candidates if group not in apart]
     reasons |= {slot.module: why for group, why in failed for slot in group.producers}
     reasons |= headless | stuck
@@ -106,9 +106,32 @@ def _places(group: ChannelGroup) -> set[tuple[str, AxisName]]:
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
-def _fault(proof: Proof, groups: Sequence[ChannelGroup], *, training: bool) -> str | None:
-    """Return why groups cannot lose half of their channels, None if they can."""
-    return kept_fault(proof, {group: group.channels - group.channels // 2 for group in groups}, training=training)
+def _fault(proof: Proof, kept: Mapping[ChannelGroup, int], training: bool) -> str | None:
+    """Return why groups cannot keep just so many channels in one of the modes, None if they can."""
+    return kept_fault(proof, kept, training=training)
+
+
+def _sound_channels(
+    proof: Proof, groups: Sequence[ChannelGroup], heads: Sequence[ChannelGroup]
+) -> tuple[dict[ChannelGroup, int], list[tuple[ChannelGroup, str]]]:
+    """Return group → a number of channels that may stay, for groups and heads that are sound together; and the others.
+
+    A group that fails with half of its channels is tried with another number.
+    """
+    sound = {group: first_count(group) for group in heads}
+
+    def extended(offer: Mapping[ChannelGroup, int]) -> list[tuple[ChannelGroup, str]]:
+        good, bad = largest_sound(
+            list(offer), lambda some: _fault(proof, {**sound, **{group: offer[group] for group in some}}, False)
+        )
+        sound.update((group, offer[group]) for group in good)
+        return bad
+
+    failed = extended({group: first_count(group) for group in groups})
+    again = {group: stay for group, _ in failed if (stay := second_count(group)) is not None}
+    if proof.problem is None:
+        extended(again)
+    return sound, [(group, why) for group, why in failed if group not in sound]
 
 
 def _sound_heads(proof: Proof, sites: Sequence[Site]) -> tuple[list[ChannelGroup], dict[str, str]]:
@@ -119,7 +142,7 @@ def _sound_heads(proof: Proof, sites: Sequence[Site]) -> tuple[list[ChannelGroup
     attempt = 0
 
     def fault(groups: Sequence[ChannelGroup]) -> str | None:
-        return _fault(proof, [*sound, *groups], training=False)
+        return _fault(proof, {group: first_count(group) for group in [*sound, *groups]}, False)
 
     while open_sites:
         offers = {site.alternatives[attempt]: site for site in open_sites}
@@ -149,9 +172,7 @@ def _first_two(model: nn.Module, inputs: Inputs) -> Inputs:
     return few
 
 
-def _unread(
-    proof: Proof, groups: Sequence[ChannelGroup]
-) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
+def _unread(proof: Proof, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
     """Split groups into those that no layer can read unseen, and the others with the reason.
 
     If training mode cannot be tried, a layer that eval mode does not call may read the channels of any group that fits.
