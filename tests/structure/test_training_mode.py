@@ -42,7 +42,13 @@ class Inception(Body):
     def __init__(self) -> None:
         super().__init__()
         self.aux: nn.Module = nn.Sequential(
-            conv(8, 6), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 7), nn.Dropout(0.7), nn.Linear(7, 5)
+            conv(8, 6),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(6 * 64, 7),
+            nn.Dropout(0.7),
+            nn.Linear(7, 5),
         )
 
     def forward(self, x: Tensor) -> Any:
