@@ -190,10 +190,17 @@ class FilterPruning(Controlled[Channels]):
             model, known, removals.groups, removals.orders, counts, removals.costs, limits
         )
 
+    def fault(self, plan: Plan, analysis: Channels) -> str | None:
+        """Return why the network of a plan does not equal its masked twin in float64, None if it does."""
+        proof = analysis.proof
+        if proof is None or self.mode == "mask":
+            return None
+        return proof.fault(_removed(proof.model, plan))
+
     def proven(self, model: nn.Module, plan: Plan, analysis: Channels) -> Plan:
         """Return the plan if its network equals its masked twin in float64, else one by which groups keep more."""
         proof = analysis.proof
-        if proof is None or self.mode == "mask" or proof.fault(_removed(proof.model, plan)) is None:
+        if proof is None or self.fault(plan, analysis) is None:
             return plan
         removals, refused = self.path(model, analysis)
         counts = self._counts(removals)

@@ -140,7 +140,8 @@ class _Reader:
     """The conversion of torch-pruning's groups to slots."""
 
     def __init__(self, model: nn.Module, traced: Traced) -> None:
-        self.graph, self.names, self.dropped = traced.graph, traced.names, traced.dropped
+        self.graph, self.names = traced.graph, traced.names
+        self.dropped, self.mixing = traced.dropped, traced.mixing
         self.modules = dict(model.named_modules())
         self.tied = tied_parameters(model)
         self.free = {id(p): name for name, p in traced.model.named_parameters()}
@@ -152,6 +153,9 @@ class _Reader:
         at_end = False
         for member in members:
             module = member.node.module
+            if member.node.grad_fn in self.mixing:
+                kind, name = self.mixing[member.node.grad_fn]
+                reasons.append(f"the {kind} {name!r} does not treat its channels one by one")
             if isinstance(module, nn.Parameter):
                 reasons.append(f"the free parameter {self.free.get(id(module))!r} shares its channels")
             elif module in self.names:

@@ -50,6 +50,7 @@ class Traced:
         model: the copy that it was made of. Its layers have the names of the model's.
         called: names of the modules that were called.
         names: layer of the copy → its name; a core has the name of its layer.
+        mixing: nodes of the autograd graph at which recurrent layers mix channels → type and name of the layer.
         dropped: the nodes of the autograd graph whose results are neither returned nor read by anything in the graph.
     """
 
@@ -89,6 +90,7 @@ class Traced:
             for handle in handles:
                 handle.remove()
         self.dropped = trace.dropped
+        self.mixing = {node: (type(m).__name__, self.names[m]) for node, m in trace.mixing.items()}
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """Return (name, layer) of all convolutions and linear layers of the copy, cores in place of their layers."""
@@ -204,6 +206,7 @@ class _Trace(TorchFunctionMode):
         self.results: list[Tensor] = []
         self.marks: list[int] = []
         self.dropped: set[Any] = set()
+        self.mixing: dict[Any, nn.Module] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -248,7 +251,10 @@ class _Trace(TorchFunctionMode):
         opaque: Any = _Opaque.apply
         with torch._C.DisableTorchFunction():
             sources = [x for x in tensors_of((args, kwargs)) if x.requires_grad]
-            return map_tensors(lambda x: opaque(x.detach(), *sources), result)
+            hidden = map_tensors(lambda x: opaque(x.detach(), *sources), result)
+            if isinstance(module, _RECURRENT):
+                self.mixing |= {x.grad_fn: module for x in tensors_of(hidden)}
+            return hidden
 
 
 def _reach(start: Any, seen: set[Any]) -> set[Any]:
