@@ -11,6 +11,7 @@ module, so that examples are checked in one place and the random state does not 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import warnings
@@ -27,6 +28,7 @@ from pliant.errors import BadInput, first_line
 Example = Tensor | Sequence[Tensor] | Mapping[str, Any]  # for model(x), model(*xs) or model(**xs)
 Inputs = tuple[Tensor, ...] | dict[str, Any]
 Item = TypeVar("Item")
+Module = TypeVar("Module", bound=nn.Module)
 
 # The names in transformers for the keys and values that generating networks pass from step to step: before version
 # 5.24, and since.
@@ -93,6 +95,31 @@ def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
     return changed
 
 
+def copied(model: Module) -> Module:
+    """Return a copy of a model; results that its modules keep with their graph of gradients are detached in it."""
+    kept = [x for module in model.modules() for x in kept_results(module) if x.grad_fn is not None]
+    memo: dict[int, Any] = {id(x): x.detach().clone() for x in kept}
+    return copy.deepcopy(model, memo)
+
+
+_MACHINERY = frozenset(vars(nn.Module()))
+"""The attributes of every module: parameters and buffers are no results, and hooks hold none."""
+
+
+def kept_results(module: nn.Module, attribute: str | None = None) -> list[Tensor]:
+    """Return the tensors that a module keeps besides parameters and buffers, in all attributes or in one.
+
+    They may be attributes themselves, or lie in containers or in the attributes of an object.
+    """
+    names = vars(module).keys() - _MACHINERY if attribute is None else {attribute} - _MACHINERY
+    found: list[Tensor] = []
+    for value in (value for name, value in vars(module).items() if name in names):
+        if not isinstance(value, _PLAIN) and value is not None:
+            known = isinstance(value, (Tensor, list, tuple, dict)) or not hasattr(value, "__dict__")
+            found += tensors_of(value if known else list(vars(value).values()))
+    return [x for x in found if not isinstance(x, nn.Parameter)]
+
+
 def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
     """Run ``model`` in its current mode, and count the calls of each module.
 
@@ -125,9 +152,14 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Call ``model`` without gradients and list its tensors; the random number generators do not change."""
-    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), same_random_state(model, inputs):
         return call(model, inputs)
+
+
+def same_random_state(model: nn.Module, inputs: Inputs) -> contextlib.AbstractContextManager[None]:
+    """Return a context after which PyTorch's generators are as before, on the devices of a model and its inputs."""
+    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
+    return torch.random.fork_rng(devices)
 
 
 @contextlib.contextmanager

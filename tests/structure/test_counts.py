@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -247,3 +248,18 @@ def test_networks_that_run_with_any_number_have_no_limits() -> None:
     structure = coupled_channels(Body(), IMAGES)
     assert [group.counts for group in structure.groups] == [None, None]
     assert FilterPruning(0.5).plan(Body(), IMAGES).limited == ()
+
+
+def test_many_layers_with_the_same_limit_take_few_trials() -> None:
+    class Block(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[1] in (3, 16) or x.shape[1] % 4 == 0, "fours"
+            return super().forward(x).relu()
+
+    widths = [3, *([16] * 9)]
+    blocks = [Block(conv(a, b)) for a, b in itertools.pairwise(widths)]
+    model = nn.Sequential(*blocks, Block(nn.AdaptiveAvgPool2d(1)), nn.Flatten(), nn.Linear(16, 4))
+    plan = FilterPruning(0.6).plan(model, IMAGES)
+    assert len(plan.limited) == 9
+    assert all("multiple of 4" in reason for _, reason in plan.limited)
+    FilterPruning().apply(model, plan)(IMAGES)

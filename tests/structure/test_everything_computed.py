@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pliant.compression import FilterPruning, compress, reestimate_batchnorm
 from pliant.errors import BadInput
 from pliant.exporting import export
 from pliant.structure import coupled_channels
@@ -236,6 +237,19 @@ def test_heads_whose_result_is_not_returned_are_cut_along(kind: type[nn.Module])
     assert removable(plan) == {"a", "b"}
     assert small.get_submodule("side").in_features == small.get_submodule("b").out_channels < 12
     assert "its outputs are dropped" in dict(plan.refused)["side"]
+
+
+@pytest.mark.parametrize("kind", [Stored, StoredInList, HiddenOnSelf, HiddenOnChild, OnSelf])
+def test_results_of_training_that_modules_still_keep_do_not_stand_in_the_way(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind().train()
+    model(IMAGES)
+    small, _ = cut(model)
+    data = [(torch.randn(8, 3, 8, 8), torch.zeros(8)) for _ in range(2)]
+    if kind is not OnSelf:
+        small.train()(IMAGES)
+        reestimate_batchnorm(small, data)
+        compress(model, FilterPruning(0.5), IMAGES, data)
 
 
 @pytest.mark.parametrize("kind", [InDataclass, InObject, Distribution, OnSelf, Classes])

@@ -13,7 +13,6 @@ Calibration data is a finite iterable of batches, (images, labels) or images alo
 from __future__ import annotations
 
 import abc
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from pliant import measuring
-from pliant.calling import Example
+from pliant.calling import Example, copied
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
 from pliant.extensions import names_of
@@ -166,7 +165,7 @@ class Compressor(abc.ABC, Generic[A]):
         """
         planned = self.checked(model, plan)
         _check_finite(model)
-        return planned.carry_out(copy.deepcopy(model), plan, analysis)
+        return planned.carry_out(copied(model), plan, analysis)
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Return a new model of the architecture that :meth:`apply` returns, with arbitrary weights.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.calling import as_inputs, inputs_of, map_tensors, run
+from pliant.calling import as_inputs, copied, inputs_of, map_tensors, run
 from pliant.errors import BadInput, first_line
 from pliant.structure import own_forward
 
@@ -32,7 +31,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
         BadInput: the loader is empty, or the model cannot be run on a batch in training mode (a BatchNorm over vectors
             needs at least two samples per batch).
     """
-    new = copy.deepcopy(model)
+    new = copied(model)
     if not normalises(new):
         return new
     device = next((p.device for p in new.parameters()), torch.device("cpu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import measuring
-from pliant.calling import Example, as_inputs
+from pliant.calling import Example, as_inputs, copied
 from pliant.compression.base import COSTS, Analysis, check_ratio, parameter_shapes
 from pliant.compression.calibration import calibration_of
 from pliant.compression.choosing import loss_curves
@@ -141,7 +140,7 @@ class FilterPruning(Controlled[Channels]):
             raise BadInput('importance="loss" needs calibration data: give batches of images, or use "auto"')
         structure = coupled_channels(model, example_inputs)
         groups, refused = self.choose(model, structure)
-        probe = copy.deepcopy(model).eval()
+        probe = copied(model).eval()
         layers = dict(weighted_layers(probe))
         weights: dict[str, int] = {}
         for name, times in applications(probe, layers, as_inputs(example_inputs)).items():
@@ -400,7 +399,7 @@ def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
     a BatchNorm behind them would still flow.
     """
     plan.check(model)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     for module, axis, keep in _kept(twin, plan):
         if axis == "inputs":
             zero_channels(module, axis, complement(module, axis, keep))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pliant import measuring
-from pliant.calling import Example, Inputs, as_inputs, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, copied, tensors_of
 from pliant.compression.calibration import Calibration, samples_of
 from pliant.compression.moments import LEAST_ROWS, MAX_COLUMNS, ROWS_PER_COLUMN, call_on
 from pliant.compression.observing import (
@@ -81,7 +81,7 @@ class Reference:
         """
         if self.work <= CHEAP:
             return 1.0
-        maps = maps_of(probe := copy.deepcopy(self.model).eval())
+        maps = maps_of(probe := copied(self.model).eval())
         samples = len(tensors_of(as_inputs(self.example_inputs))[0])
         several: list[float] = []  # the shares that maps of several positions need
         single = [0.0]  # and those of one position
@@ -116,7 +116,7 @@ class Reference:
     @cached_property
     def _seen(self) -> tuple[dict[tuple[str, int], list[Call]], dict[int, list[Tensor]], int]:
         """What every map did in each piece, sampled; the outputs on pieces held out; and the number of samples."""
-        dense = copy.deepcopy(self.model).eval()
+        dense = copied(self.model).eval()
         maps = maps_of(dense)
         calls: dict[tuple[str, int], list[Call]] = {}
         outputs: dict[int, list[Tensor]] = {}

@@ -8,7 +8,6 @@ change. The written file is read back and compared with the copy on other batch 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib.util
 import inspect
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pliant.calling import Example, Inputs, as_inputs, call, map_tensors, quiet, run, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, call, copied, map_tensors, quiet, run, tensors_of
 from pliant.errors import BadInput, first_line
 from pliant.files import write_bytes
 
@@ -287,7 +286,7 @@ def _joined(path: tuple[Any, ...]) -> str:
 
 def _portable_copy(model: nn.Module) -> nn.Module:
     try:
-        twin: nn.Module = copy.deepcopy(model).cpu().float()
+        twin: nn.Module = copied(model).cpu().float()
         twin = twin.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     except Exception as error:  # deepcopy and tensor subclasses raise what they like
         raise BadInput(f"the model cannot be copied as float32 to the CPU: {first_line(error)}") from error

@@ -17,6 +17,8 @@ from pliant.structure.soundness import largest_sound
 STEPS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 24, 32, 64)
 """The multiples that are tried where not every number works."""
 
+_MANY = 6  # groups
+
 Fault = Callable[[Mapping[ChannelGroup, int]], str | None]
 
 
@@ -79,7 +81,12 @@ def with_counts(groups: Mapping[ChannelGroup, int], fault: Fault) -> list[Channe
     sound, failed = largest_sound(list(groups), lambda some: fault({group: odd[group] for group in some}))
     counts: dict[ChannelGroup, tuple[int, ...] | None] = dict.fromkeys(sound)
     limits: dict[ChannelGroup, str] = {}
+    shared = _shared_step([group for group, _ in failed], {group: odd[group] for group in sound}, fault)
     for group, why in failed:
+        if shared is not None:
+            counts[group], single[group] = tuple(range(shared, group.channels, shared)), shared
+            limits[group] = f"keeps a multiple of {shared} channels: with {odd[group]}, {why}"
+            continue
         others = {other: odd[other] for other in sound}
         runs, text = _counts(group, groups[group], partial(_with, fault, others, group))
         counts[group], single[group] = runs, min(runs)
@@ -105,6 +112,15 @@ def larger_counts(kept: int, channels: int) -> list[int]:
     multiples = {-(-kept // step) * step for step in STEPS}
     halves = {channels >> shift for shift in range(1, channels.bit_length())}
     return sorted(count for count in multiples | halves if kept < count < channels)
+
+
+def _shared_step(groups: Sequence[ChannelGroup], others: Mapping[ChannelGroup, int], fault: Fault) -> int | None:
+    """Return a multiple that works for many groups at once; None if there are few, which are looked at one by one."""
+    for step in STEPS if len(groups) > _MANY else ():
+        offer = {group: step * _odd(group.channels // step) for group in groups}
+        if all(0 < stay < group.channels for group, stay in offer.items()) and fault({**others, **offer}) is None:
+            return step
+    return None
 
 
 def _with(fault: Fault, others: Mapping[ChannelGroup, int], group: ChannelGroup, stay: int) -> str | None:

@@ -63,7 +63,8 @@ class SameDraws(TorchDispatchMode):
         return self._draw(number, func, args, kwargs or {})
 
     def _draw(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        torch.manual_seed(_SEED + 1_000 * self.seed + number)
+        seed = _SEED + 1_000 * self.seed + number
+        _seed(seed, args, kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
             self.shapes.append(())
@@ -79,10 +80,21 @@ class SameDraws(TorchDispatchMode):
                     return value[tuple(slice(length) for length in less)].clone()
                 return less if isinstance(value, (list, tuple)) and tuple(value) == shape else value
 
-            torch.manual_seed(_SEED + 1_000 * self.seed + number)
+            _seed(seed, args, kwargs)
             few = func(*map(shorter, args), **{name: shorter(value) for name, value in kwargs.items()})
             result.copy_(few.expand(shape))
         return result
+
+
+def _seed(seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Seed PyTorch's generators of the CPU and of the devices of the arguments, and no others."""
+    torch.default_generator.manual_seed(seed)
+    leaves = [*pytree.tree_leaves((args, kwargs)), kwargs.get("device")]
+    devices = {x.device if isinstance(x, Tensor) else x for x in leaves if isinstance(x, (Tensor, torch.device))}
+    for device in devices:
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(seed)
 
 
 def differing(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]]) -> dict[int, list[int]] | None:

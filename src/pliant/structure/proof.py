@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pliant.calling import Inputs, map_tensors, results_of, run, tensors_of
+from pliant.calling import Inputs, kept_results, map_tensors, results_of, run, tensors_of
 from pliant.errors import first_line
 from pliant.structure.attention import is_conv1d
 from pliant.structure.draws import SameDraws, differing, eager, in_double, seeded
@@ -298,22 +298,9 @@ def _run(model: nn.Module, inputs: Inputs, layers: Sequence[str] = ()) -> _Resul
         for handle in handles:
             handle.remove()
     for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            where = f"{name}.{attribute}".lstrip(".")
-            results += [(where, x) for x in _kept(value)] if attribute not in _MACHINERY else []
+        for attribute in vars(module):
+            results += [(f"{name}.{attribute}".lstrip("."), x) for x in kept_results(module, attribute)]
     return results
-
-
-_MACHINERY = frozenset(vars(nn.Module()))
-"""The attributes of every module: parameters and buffers are no results, and hooks hold none."""
-
-
-def _kept(value: Any) -> list[Tensor]:
-    """Return the tensors in an attribute: one, some in containers, or those of an object."""
-    if isinstance(value, (bool, int, float, str, nn.Module)) or value is None:
-        return []
-    known = isinstance(value, (Tensor, list, tuple, dict)) or not hasattr(value, "__dict__")
-    return [x for x in tensors_of(value if known else list(vars(value).values())) if not isinstance(x, nn.Parameter)]
 
 
 def _difference(got: _Results, expected: _Results, *, whole: bool = False) -> str | None:

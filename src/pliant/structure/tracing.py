@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pliant.calling import Inputs, call, map_tensors, quiet, run, tensors_of
+from pliant.calling import Inputs, call, map_tensors, quiet, run, same_random_state, tensors_of
 from pliant.structure.attention import is_conv1d, projections
 from pliant.structure.draws import SameDraws, seeded
 from pliant.structure.layers import axis_length, own_forward, weighted_layers
@@ -82,7 +82,7 @@ class Traced:
         handles += [m.register_forward_hook(trace.hide, with_kwargs=True) for m in hidden]
         handles += [m.register_forward_pre_hook(lambda m, _: self.called.add(self.names[m])) for m in self.names]
         try:
-            with quiet(), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([]):
+            with quiet(), torch.inference_mode(False), torch.enable_grad(), same_random_state(self.model, inputs):
                 self.graph: Any = torch_pruning.DependencyGraph().build_dependency(
                     self.model, inputs, trace.roots, ignored_layers=list(cores), verbose=False
                 )

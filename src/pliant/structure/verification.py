@@ -25,7 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from pliant.calling import Example, Inputs, as_inputs, count_calls, map_tensors, run, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, copied, count_calls, map_tensors, run, tensors_of
 from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
@@ -57,7 +57,7 @@ def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
 
 
 def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     calls = _calls(probe, inputs)
     inputs = _first_two(probe, inputs)
     sites, headless = attention_sites(probe, calls)
