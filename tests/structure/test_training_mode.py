@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pliant.compression import FilterPruning, HeadPruning, reestimate_batchnorm
 from pliant.structure import coupled_channels
-from tests.structure.cutting import IMAGES, Body, conv, cut, pooled, removable
+from tests.structure.cutting import IMAGES, Body, conv, cut, pooled, removable, train_step
 
 
 class Aux(Body):
@@ -242,6 +242,36 @@ def test_random_draws_do_not_stand_in_the_way(kind: type[nn.Module], names: set[
     coupled_channels(model, IMAGES)
     assert random.getstate() == python
     assert torch.equal(torch.get_rng_state(), torch_)
+
+
+class AlwaysDrawing(Body):
+    """Dropout in eval mode, too, as for estimates of uncertainty; and a choice by Python."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = F.dropout(self.features(x), 0.3, training=True)
+        return self.head(h) * random.random()
+
+
+class Sampled(nn.Module):
+    """As a variational autoencoder that samples in both modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mean, self.width = nn.Linear(192, 16), nn.Linear(16, 6), nn.Linear(16, 6)
+        self.b, self.head = nn.Linear(6, 12), nn.Linear(12, 192)
+
+    def forward(self, x: Tensor) -> Any:
+        h = F.relu(self.a(x.flatten(1)))
+        z = self.mean(h) + torch.randn_like(self.mean(h)) * torch.exp(self.width(h) / 2)
+        return self.head(F.relu(self.b(z)))
+
+
+@pytest.mark.parametrize(("kind", "count"), [(AlwaysDrawing, 2), (Sampled, 3)])
+def test_draws_in_eval_mode_do_not_stand_in_the_way(kind: type[nn.Module], count: int) -> None:
+    structure = coupled_channels(kind(), IMAGES)
+    assert len(structure.groups) == count
+    small = FilterPruning(0.5).apply(model := kind(), FilterPruning(0.5).plan(model, IMAGES))
+    train_step(small, IMAGES)
 
 
 def test_dropout_in_attention_does_not_stand_in_the_way() -> None:

@@ -38,10 +38,11 @@ _SPREAD = 0.3  # of weights that are kept but for noise
 
 @dataclass(frozen=True)
 class _Trial:
-    """A way to run both networks: in training mode with the draws of a seed, or in eval mode if that is None."""
+    """A way to run both networks: the mode, and the seed of their draws, None if there are none."""
 
     inputs: Inputs
-    seed: int | None = None
+    training: bool
+    seed: int | None
 
 
 class Proof:
@@ -64,9 +65,10 @@ class Proof:
         self.untrained: str | None = None
         self.training_only: list[tuple[Inputs, int]] = []
         self._read: set[str] = set()
+        self._draws = False
         self.model, given, self._everything = self._start(model, inputs)
         _drop_nothing(self.model)
-        self._eval = _Trial(given)
+        self._eval = _Trial(given, training=False, seed=0 if self._draws else None)
         self._train: list[_Trial] = []
         if self.problem is None:
             self._try_training(given)
@@ -120,7 +122,7 @@ class Proof:
                 (_randomise if redraw else _shake)(probe)
                 first = first or (probe, given)
                 try:
-                    with in_double(everything=everything), seeded(0):
+                    with in_double(everything=everything), seeded(0), SameDraws(0, {}) as draws:
                         outputs, read = _reading(copy.deepcopy(probe), lambda tried: _run(tried, given))  # noqa: B023
                 except Exception as error:  # a user's forward may raise anything
                     text = f"cannot be verified, the network does not run in float64: {first_line(error)}"
@@ -129,7 +131,7 @@ class Proof:
                 if any(bool(x.isnan().any()) for _, x in outputs):
                     self.problem = self.problem or "cannot be verified, the network gives NaN on the example in float64"
                     continue
-                self.problem, self._read = None, read
+                self.problem, self._read, self._draws = None, read, bool(draws.shapes)
                 return probe, given, everything
         assert first is not None
         return *first, False
@@ -141,7 +143,7 @@ class Proof:
         for given in (_two(inputs), inputs):  # BatchNorm needs more than one value in training mode
             for seed in range(_SEEDS) if given is not None else ():
                 assert given is not None
-                trial = _Trial(given, seed)
+                trial = _Trial(given, training=True, seed=seed)
                 try:
                     read = self._parameters_read(trial)
                 except Exception as error:  # its forward may want labels, or raise anything else
@@ -160,7 +162,7 @@ class Proof:
 
     def _parameters_read(self, trial: _Trial) -> set[str]:
         with self._conditions():
-            return _reading(copy.deepcopy(self.model), lambda tried: self._train_run(tried, trial, {}))[1]
+            return _reading(copy.deepcopy(self.model), lambda tried: self._trial_run(tried, trial, {}))[1]
 
     def repeats(self) -> bool:
         """Return whether the network computes the same in training mode twice; if not, that mode tells nothing."""
@@ -168,7 +170,7 @@ class Proof:
             runs = []
             for _ in range(2):
                 with self._conditions():
-                    runs.append(self._train_run(copy.deepcopy(self.model), trial, {})[0])
+                    runs.append(self._trial_run(copy.deepcopy(self.model), trial, {})[0])
             if _difference(*runs, whole=True) is not None:
                 self.untrained, self._train = "two passes in it differ", []
                 return False
@@ -181,11 +183,13 @@ class Proof:
         with in_double(everything=self._everything), seeded(0):
             yield
 
-    def _train_run(
+    def _trial_run(
         self, model: nn.Module, trial: _Trial, constant: Mapping[int, Sequence[int]], layers: Sequence[str] = ()
     ) -> tuple[_Results, list[tuple[int, ...]]]:
-        assert trial.seed is not None
-        model.train()
+        """Run a model, and return its results and the shapes of its draws."""
+        model.train(trial.training)
+        if trial.seed is None:
+            return _run(model, trial.inputs, layers), []
         with SameDraws(trial.seed, constant) as draws, seeded(trial.seed):
             return _run(model, trial.inputs, layers), draws.shapes
 
@@ -193,15 +197,12 @@ class Proof:
         self, twin: nn.Module, small: nn.Module, trial: _Trial, layers: Sequence[str]
     ) -> tuple[_Results, _Results]:
         """Return the results of the small network and of its twin; raise _Failed if the small one cannot run."""
-        with self._conditions():
-            if trial.seed is None:
-                return _small(small, lambda: _run(small, trial.inputs, layers)), _run(twin, trial.inputs, layers)
         constant: dict[int, list[int]] = {}
         while True:  # at most twice: the shapes of the draws do not depend on what is drawn
             with self._conditions():
-                got, narrow = _small(small, lambda: self._train_run(small, trial, constant, layers))  # noqa: B023
+                got, narrow = _small(small, lambda: self._trial_run(small, trial, constant, layers))  # noqa: B023
             with self._conditions():
-                expected, wide = self._train_run(twin, trial, constant, layers)
+                expected, wide = self._trial_run(twin, trial, constant, layers)
             differ = differing(narrow, wide)
             if not differ or constant:
                 return got, expected
@@ -215,7 +216,7 @@ class Proof:
             trial: how to run them.
             changed: names of the layers that have lost outputs.
         """
-        mode = "" if trial.seed is None else "in training mode "
+        mode = "in training mode " if trial.training else ""
         layers: list[str] = []
         try:
             got, expected = self._both(twin, small, trial, layers)
