@@ -83,9 +83,9 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
 
 def _calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
     """Count the calls of each module in a copy, whose modules may keep what they compute."""
-    copied = copy.deepcopy(model)
-    calls = count_calls(copied, inputs)
-    return Counter(dict(zip(model.modules(), (calls[module] for module in copied.modules()), strict=True)))
+    twin = copy.deepcopy(model)
+    calls = count_calls(twin, inputs)
+    return Counter(dict(zip(model.modules(), (calls[module] for module in twin.modules()), strict=True)))
 
 
 def _as_given(training: Sequence[tuple[Inputs, int]], inputs: Inputs) -> list[tuple[Inputs, int]]:
@@ -131,7 +131,8 @@ def _sound_channels(
     again = {group: stay for group, _ in failed if (stay := second_count(group)) is not None}
     if proof.problem is None:
         extended(again)
-    return sound, [(group, why) for group, why in failed if group not in sound]
+    ordered = {group: sound[group] for group in [*(group for group in groups if group in sound), *heads]}
+    return ordered, [(group, why) for group, why in failed if group not in sound]
 
 
 def _sound_heads(proof: Proof, sites: Sequence[Site]) -> tuple[list[ChannelGroup], dict[str, str]]:
@@ -166,7 +167,7 @@ def _first_two(model: nn.Module, inputs: Inputs) -> Inputs:
         return inputs
     few = map_tensors(lambda x: x[:2], inputs)
     try:
-        run(model, few)
+        run(copy.deepcopy(model), few)
     except Exception:  # dim 0 is not a batch, or its size is fixed; the whole example is known to run
         return inputs
     return few
