@@ -11,10 +11,12 @@ module, so that examples are checked in one place and the random state does not 
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
@@ -26,10 +28,13 @@ from pliant.errors import BadInput, first_line
 Example = Tensor | Sequence[Tensor] | Mapping[str, Any]  # for model(x), model(*xs) or model(**xs)
 Inputs = tuple[Tensor, ...] | dict[str, Any]
 Item = TypeVar("Item")
+Module = TypeVar("Module", bound=nn.Module)
 
 # The names in transformers for the keys and values that generating networks pass from step to step: before version
 # 5.24, and since.
 _CACHES = ("past_key_values", "cache")
+# Nothing to look into for results.
+_PLAIN = (str, bytes, bool, int, float, complex, type, torch.dtype, torch.device, torch.Size, nn.Module)
 
 
 def as_inputs(example_inputs: Example) -> Inputs:
@@ -52,10 +57,67 @@ def tensors_of(data: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
 
 
+def results_of(output: Any) -> list[Tensor]:
+    """Return all tensors in what a model returns, as :func:`tensors_of`, and those in data classes and other objects.
+
+    Caches of keys and values of generating networks are left out, see :func:`call`.
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()  # of the objects on the way, which may refer to each other
+
+    def look(value: Any) -> None:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif id(leaf) not in seen and not isinstance(leaf, _PLAIN) and not inspect.isroutine(leaf):
+                seen.add(id(leaf))
+                for part in _parts(leaf):
+                    look(part)
+
+    look(output)
+    return found
+
+
+def _parts(leaf: Any) -> list[Any]:
+    """Return what a container holds that pytree does not know, or the attributes of an object."""
+    if isinstance(leaf, Mapping):
+        return [value for name, value in leaf.items() if name not in _CACHES]
+    if isinstance(leaf, (Sequence, Set)):
+        return list(leaf)
+    slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+    names = dict.fromkeys([*slots, *getattr(leaf, "__dict__", {})])
+    return [getattr(leaf, name) for name in names if name not in _CACHES and hasattr(leaf, name)]
+
+
 def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
     """Return nested data with each tensor changed."""
     changed: Item = pytree.tree_map_only(Tensor, change, data)
     return changed
+
+
+def copied(model: Module) -> Module:
+    """Return a copy of a model; results that its modules keep with their graph of gradients are detached in it."""
+    kept = [x for module in model.modules() for x in kept_results(module) if x.grad_fn is not None]
+    memo: dict[int, Any] = {id(x): x.detach().clone() for x in kept}
+    return copy.deepcopy(model, memo)
+
+
+_MACHINERY = frozenset(vars(nn.Module()))
+"""The attributes of every module: parameters and buffers are no results, and hooks hold none."""
+
+
+def kept_results(module: nn.Module, attribute: str | None = None) -> list[Tensor]:
+    """Return the tensors that a module keeps besides parameters and buffers, in all attributes or in one.
+
+    They may be attributes themselves, or lie in containers or in the attributes of an object.
+    """
+    names = vars(module).keys() - _MACHINERY if attribute is None else {attribute} - _MACHINERY
+    found: list[Tensor] = []
+    for value in (value for name, value in vars(module).items() if name in names):
+        if not isinstance(value, _PLAIN) and value is not None:
+            known = isinstance(value, (Tensor, list, tuple, dict)) or not hasattr(value, "__dict__")
+            found += tensors_of(value if known else list(vars(value).values()))
+    return [x for x in found if not isinstance(x, nn.Parameter)]
 
 
 def count_calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
@@ -85,14 +147,19 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     if isinstance(output, Mapping):
         output = {name: value for name, value in output.items() if name not in _CACHES}
-    return tensors_of(output)
+    return results_of(output)
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Call ``model`` without gradients and list its tensors; the random number generators do not change."""
-    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), same_random_state(model, inputs):
         return call(model, inputs)
+
+
+def same_random_state(model: nn.Module, inputs: Inputs) -> contextlib.AbstractContextManager[None]:
+    """Return a context after which PyTorch's generators are as before, on the devices of a model and its inputs."""
+    devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
+    return torch.random.fork_rng(devices)
 
 
 @contextlib.contextmanager

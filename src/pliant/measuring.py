@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant.calling import Example, Inputs, as_inputs, call, eval_mode, map_tensors, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, call, copied, eval_mode, map_tensors, tensors_of
 from pliant.errors import BadInput
 from pliant.version import __version__
 
@@ -109,7 +109,7 @@ def macs(model: nn.Module, example_inputs: Example) -> int:
         except (RuntimeError, NotImplementedError):
             # oneDNN's fused LSTM is one operation that the counter does not know.
             with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
-                flops = _flops(copy.deepcopy(model), inputs)
+                flops = _flops(copied(model), inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return flops // 2 // len(tensors_of(inputs)[0])

@@ -16,10 +16,12 @@ from pliant.calling import as_inputs, run
 from pliant.compression import FilterPruning, HeadPruning, LowRank, compress, masked_twin, replay
 from pliant.errors import BadInput, Refused
 from pliant.experiments.models import build_model
+from pliant.structure import Proof
 from pliant.structure.attention import projections
 from pliant.structure.layers import keep_channels
 from pliant.structure.thin_attention import ThinAttention
-from pliant.structure.verification import _fault, _randomise, coupled_channels
+from pliant.structure.verification import coupled_channels
+from tests.structure.cutting import half_fault
 
 X = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
 HEADS, SIZE = 4, 3
@@ -300,9 +302,8 @@ def test_shipped_vision_transformer_loses_heads() -> None:
 def test_wrong_heads_are_seen_by_the_verification() -> None:
     model = Block(Interleaved()).eval()
     (group,) = [g for g in coupled_channels(model, X).groups if g.kind == "heads"]
-    _randomise(model)
-    inputs = (X.double(),)
-    assert _fault(model, [group], inputs) is None
+    proof = Proof(model, (X,))
+    assert half_fault(proof, [group]) is None
     counter, rows = group.producers
     stacked = dataclasses.replace(rows, indices=torch.arange(36).view(3, HEADS, SIZE).transpose(0, 1).flatten(1))
     (columns,) = group.consumers
@@ -313,7 +314,7 @@ def test_wrong_heads_are_seen_by_the_verification() -> None:
         dataclasses.replace(group, consumers=(rolled,)),
         dataclasses.replace(group, consumers=()),
     ):
-        assert _fault(model, [wrong], inputs) is not None
+        assert half_fault(proof, [wrong]) is not None
 
 
 def test_filter_pruning_leaves_heads_alone_and_says_so() -> None:

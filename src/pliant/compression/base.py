@@ -13,7 +13,6 @@ Calibration data is a finite iterable of batches, (images, labels) or images alo
 from __future__ import annotations
 
 import abc
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from pliant import measuring
-from pliant.calling import Example
+from pliant.calling import Example, copied
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
 from pliant.extensions import names_of
@@ -132,9 +131,26 @@ class Compressor(abc.ABC, Generic[A]):
         _check_finite(model)
         if analysis is None:
             analysis = self.analyse(model, example_inputs)
-        elif analysis.shapes != parameter_shapes(model):
+        return self.proven(model, self.draft(model, analysis), analysis)
+
+    def draft(self, model: nn.Module, analysis: A) -> Plan:
+        """Return the plan for ``model`` without the checks of :meth:`proven`, for a search among many.
+
+        Raises:
+            Refused, BadInput: as for :meth:`plan`.
+        """
+        if analysis.shapes != parameter_shapes(model):
             raise BadInput("the analysis is of another model: names or shapes of the parameters differ")
         return self.plan_with(model, analysis)
+
+    def proven(self, model: nn.Module, plan: Plan, analysis: A) -> Plan:
+        """Return a plan if the network that it makes is known to work, else one that keeps more.
+
+        Args:
+            model, analysis: as for :meth:`plan_with`.
+            plan: a plan of this compressor.
+        """
+        return plan
 
     def apply(self, model: nn.Module, plan: Plan, *, analysis: A | None = None) -> nn.Module:
         """Return a new model that is ``model`` compressed as ``plan`` says.
@@ -149,7 +165,7 @@ class Compressor(abc.ABC, Generic[A]):
         """
         planned = self.checked(model, plan)
         _check_finite(model)
-        return planned.carry_out(copy.deepcopy(model), plan, analysis)
+        return planned.carry_out(copied(model), plan, analysis)
 
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Return a new model of the architecture that :meth:`apply` returns, with arbitrary weights.
@@ -212,6 +228,7 @@ class Compressor(abc.ABC, Generic[A]):
         layers: Iterable[LayerPlan],
         params_after: int,
         floored: Iterable[str] = (),
+        limited: Iterable[tuple[str, str]] = (),
     ) -> Plan:
         """Return the plan of this compressor.
 
@@ -225,6 +242,7 @@ class Compressor(abc.ABC, Generic[A]):
             layers: the plans of single layers.
             params_after: number of parameters of the compressed model.
             floored: names of the layers that keep as little as the options allow.
+            limited: (layer, reason) for layers that the network does not let keep just any number of channels.
 
         Raises:
             Refused: the ratio is not 0, and nothing at all can be removed.
@@ -245,6 +263,7 @@ class Compressor(abc.ABC, Generic[A]):
             layers=tuple(layers),
             refused=analysis.refused,
             floored=tuple(floored),
+            limited=tuple(limited),
         )
 
 

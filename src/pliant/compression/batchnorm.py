@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.calling import as_inputs, inputs_of, map_tensors, run
+from pliant.calling import as_inputs, copied, inputs_of, map_tensors, run
 from pliant.errors import BadInput, first_line
+from pliant.structure import own_forward
 
 
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
@@ -31,7 +31,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
         BadInput: the loader is empty, or the model cannot be run on a batch in training mode (a BatchNorm over vectors
             needs at least two samples per batch).
     """
-    new = copy.deepcopy(model)
+    new = copied(model)
     if not normalises(new):
         return new
     device = next((p.device for p in new.parameters()), torch.device("cpu"))
@@ -69,13 +69,28 @@ def estimating(model: nn.Module) -> Iterator[None]:
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # the mean over all batches
+    handles = [norm.register_forward_pre_hook(_Mean()) for norm, _ in norms if own_forward(norm)]
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, momentum in norms:
             norm.momentum = momentum
         for module, mode in modes:
             module.training = mode
+
+
+class _Mean:
+    """Sets the momentum before every call such that the statistics are the mean: not every forward knows None."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, norm: nn.Module, args: Any) -> None:
+        self.calls += 1
+        assert isinstance(norm, _BatchNorm)
+        norm.momentum = 1 / self.calls
 
 
 def _norms(model: nn.Module) -> Iterator[_BatchNorm]:

@@ -160,8 +160,34 @@ def fit(
     family = compressor.counting(_COST[budget.kind]) if budget.kind in _COST else compressor
     value = _meter(model, family, example_inputs, budget, analysis, accuracy, make)
 
+    # Where a plan alone tells the cost, only the last one is verified, and all are if that one has to keep more.
+    drafts = budget.kind in ("keep_params", "max_bytes") and not isinstance(family, Chain)
+    plan = _search(model, family, budget, value, example_inputs, analysis, drafts=drafts)
+    if not drafts:
+        return plan
+    proven = family.at(plan.ratio).proven(model, plan, analysis)
+    if proven is plan or value(proven) <= budget.limit:
+        return proven
+    return _search(model, family, budget, value, example_inputs, analysis, drafts=False)
+
+
+def _search(
+    model: nn.Module,
+    family: Compressor[Any],
+    budget: Budget,
+    value: Callable[[Plan], float],
+    example_inputs: Example,
+    analysis: Analysis,
+    *,
+    drafts: bool,
+) -> Plan:
+    """Return the plan that meets a budget, by bisection of the ratio; see :func:`fit`."""
+
     def plan_at(ratio: float) -> Plan:
-        return family.at(ratio).plan(model, example_inputs, analysis=analysis)
+        compressor = family.at(ratio)
+        if drafts:
+            return compressor.draft(model, analysis)
+        return compressor.plan(model, example_inputs, analysis=analysis)
 
     # A budget of cost is met from some ratio on, a budget of accuracy up to some ratio.
     is_cost = budget.kind != "max_drop"

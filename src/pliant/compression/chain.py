@@ -137,6 +137,7 @@ class Chain(Compressor[Linked]):
             refused=tuple(dict.fromkeys(pair for plan in plans for pair in plan.refused)),
             links=tuple(plans),
             floored=tuple(dict.fromkeys(name for plan in plans for name in plan.floored)),
+            limited=tuple(dict.fromkeys(pair for plan in plans for pair in plan.limited)),
         )
 
     def _analysis(self, i: int, network: nn.Module, before: Sequence[Plan], analysis: Linked) -> Analysis:

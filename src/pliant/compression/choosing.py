@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from pliant.calling import copied
 from pliant.compression.calibration import Calibration
 from pliant.compression.elimination import Curve, Reader, elimination_order
 from pliant.compression.moments import Moment, by_channel, input_moments, moment_bytes
@@ -32,7 +32,7 @@ def loss_curves(model: nn.Module, groups: Sequence[ChannelGroup], calibration: C
     Raises:
         BadInput: the model cannot be called on a batch.
     """
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     curves: list[Curve] = []
     for part in _parts(probe, groups):
         names = dict.fromkeys(slot.module for group in part for slot in group.consumers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import measuring
-from pliant.calling import Example, as_inputs
+from pliant.calling import Example, as_inputs, copied
 from pliant.compression.base import COSTS, Analysis, check_ratio, parameter_shapes
 from pliant.compression.calibration import calibration_of
 from pliant.compression.choosing import loss_curves
@@ -28,6 +27,7 @@ from pliant.compression.removals import (
     curve_steps,
     greedy_steps,
     share_steps,
+    smaller_removals,
     uniform_steps,
 )
 from pliant.compressor_names import ALLOCATIONS
@@ -35,6 +35,7 @@ from pliant.errors import BadInput, check_choice
 from pliant.structure import (
     AxisName,
     ChannelGroup,
+    Proof,
     Structure,
     axes,
     axis_length,
@@ -59,11 +60,13 @@ class Channels(Analysis):
         groups: the verified groups of coupled channels of the model.
         applied: weight name → how often it is applied in one forward pass of the example.
         curves: for each group, in which order its channels leave and what that loses on data; None to go by weights.
+        proof: what the groups were verified by, and plans are; None leaves plans unverified.
     """
 
     groups: tuple[ChannelGroup, ...]
     applied: Mapping[str, int]
     curves: tuple[Curve, ...] | None = None
+    proof: Proof | None = field(default=None, repr=False)
     _removals: dict[Any, Removals] = field(default_factory=dict, init=False, repr=False)
 
     def removals(self, key: Any, make: Callable[[], Removals]) -> Removals:
@@ -137,7 +140,7 @@ class FilterPruning(Controlled[Channels]):
             raise BadInput('importance="loss" needs calibration data: give batches of images, or use "auto"')
         structure = coupled_channels(model, example_inputs)
         groups, refused = self.choose(model, structure)
-        probe = copy.deepcopy(model).eval()
+        probe = copied(model).eval()
         layers = dict(weighted_layers(probe))
         weights: dict[str, int] = {}
         for name, times in applications(probe, layers, as_inputs(example_inputs)).items():
@@ -147,7 +150,7 @@ class FilterPruning(Controlled[Channels]):
         curves = None
         if calibration is not None and self.importance in ("auto", "loss"):
             curves = loss_curves(model, groups, calibration_of(calibration, model, example_inputs))
-        return Channels(parameter_shapes(model), refused, groups, weights, curves)
+        return Channels(parameter_shapes(model), refused, groups, weights, curves, structure.proof)
 
     def choose(
         self, model: nn.Module, structure: Structure
@@ -160,17 +163,53 @@ class FilterPruning(Controlled[Channels]):
     def plan_with(self, model: nn.Module, analysis: Channels) -> Plan:
         """Put the removals of channels in order, and return the plan with the number of them nearest to the ratio."""
         removals, refused = self.path(model, analysis)
+        return self._plan(model, analysis, removals, refused, self._counts(removals))
+
+    def _counts(self, removals: Removals) -> list[int]:
+        """Return how many channels each group loses."""
+        if not self.ratio:
+            return [0] * len(removals.groups)
         dense, compressible = removals.costs.after({}), sum(removals.costs.compressible.values())
-        counts = [0] * len(removals.groups)
-        if self.ratio:
-            counts = removals.counts(dense - self.ratio * compressible)
+        return removals.counts(dense - self.ratio * compressible)
+
+    def _plan(
+        self,
+        model: nn.Module,
+        analysis: Channels,
+        removals: Removals,
+        refused: tuple[tuple[str, str], ...],
+        counts: Sequence[int],
+        limits: Mapping[str, str] | None = None,
+    ) -> Plan:
         measure = self.importance
         if measure == "auto":
             measure = "l2" if analysis.curves is None else "loss"
         known = Analysis(analysis.shapes, refused)
         return replace(self, importance=measure).plan_counts(
-            model, known, removals.groups, removals.orders, counts, removals.costs
+            model, known, removals.groups, removals.orders, counts, removals.costs, limits
         )
+
+    def fault(self, plan: Plan, analysis: Channels) -> str | None:
+        """Return why the network of a plan does not equal its masked twin in float64, None if it does."""
+        proof = analysis.proof
+        if proof is None or self.mode == "mask":
+            return None
+        return proof.fault(_removed(proof.model, plan))
+
+    def proven(self, model: nn.Module, plan: Plan, analysis: Channels) -> Plan:
+        """Return the plan if its network equals its masked twin in float64, else one by which groups keep more."""
+        proof = analysis.proof
+        if proof is None or self.fault(plan, analysis) is None:
+            return plan
+        removals, refused = self.path(model, analysis)
+        counts = self._counts(removals)
+
+        def fault(removed: Mapping[int, int]) -> str | None:
+            groups = [removals.groups[g] for g in removed]
+            return proof.fault(positions(groups, [removals.orders[g][:count] for g, count in removed.items()]))
+
+        counts, limits = smaller_removals(removals.groups, counts, fault)
+        return self._plan(model, analysis, removals, refused, counts, limits)
 
     def path(self, model: nn.Module, analysis: Channels) -> tuple[Removals, tuple[tuple[str, str], ...]]:
         """Return the order in which channels leave, for all ratios; and (layer, reason) for layers left alone.
@@ -193,6 +232,7 @@ class FilterPruning(Controlled[Channels]):
         orders: Sequence[Tensor],
         counts: Sequence[int],
         costs: Size,
+        limits: Mapping[str, str] | None = None,
     ) -> Plan:
         """Return the plan by which each group loses the first channels of its order.
 
@@ -203,7 +243,10 @@ class FilterPruning(Controlled[Channels]):
             orders: for each group, its channels, the one that leaves first first.
             counts: for each group, how many leave.
             costs: the cost that the ratio counts.
+            limits: layer → why it keeps more than the ratio asks for.
         """
+        known_limits = {slot.module: group.limit for group in groups if group.limit for slot in group.producers}
+        limited = {**known_limits, **(limits or {})}
         gone = positions(groups, [order[:count] for order, count in zip(orders, counts, strict=True)])
         removed = dict(enumerate(counts))
         size = costs if self.cost == "params" else Size(model, groups)
@@ -217,6 +260,7 @@ class FilterPruning(Controlled[Channels]):
             layers=_layers(model, groups, gone, real=self.mode == "remove"),
             params_after=measuring.parameters(model) - (fewer if self.mode == "remove" else 0),
             floored=self._floored(model, groups, counts),
+            limited=[(name, limited[name]) for name, _ in weighted_layers(model) if name in limited],
         )
 
     def _removals(
@@ -244,13 +288,21 @@ class FilterPruning(Controlled[Channels]):
 
     def _stops(self, group: ChannelGroup, own: Mapping[str, float]) -> list[int]:
         """Return how many channels a group may lose, ascending."""
-        allowed = self.allowed(group.channels)
+        allowed = self._allowed(group)
         producers = {slot.module for slot in group.producers}
         ratio = next((share for name, share in own.items() if name in producers), None)
         if ratio is not None:
             asked = (1 - ratio) * group.channels
             allowed = (min(allowed, key=lambda kept: abs(kept - asked)),)  # the larger number of two that are as near
         return [group.channels - kept for kept in allowed]
+
+    def _allowed(self, group: ChannelGroup) -> tuple[int, ...]:
+        """Return how many channels a group may keep by the controls and by what the network runs with, falling."""
+        allowed = self.allowed(group.channels)
+        if group.counts is None:
+            return allowed
+        runs = {*group.counts, group.channels}
+        return tuple(count for count in allowed if count in runs) or (min(n for n in runs if n >= allowed[-1]),)
 
     def _by_weights(
         self, costs: Size, groups: tuple[ChannelGroup, ...], scores: Sequence[Tensor], stops: Stops
@@ -285,7 +337,7 @@ class FilterPruning(Controlled[Channels]):
         low = {
             slot.module
             for group, count in zip(groups, counts, strict=True)
-            if group.channels - count == self.allowed(group.channels)[-1] and group.channels > 1
+            if group.channels - count == self._allowed(group)[-1] and group.channels > 1
             for slot in group.producers
         }
         return [name for name, _ in weighted_layers(model) if name in low]
@@ -347,7 +399,7 @@ def masked_twin(model: nn.Module, plan: Plan) -> nn.Module:
     a BatchNorm behind them would still flow.
     """
     plan.check(model)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     for module, axis, keep in _kept(twin, plan):
         if axis == "inputs":
             zero_channels(module, axis, complement(module, axis, keep))
@@ -395,6 +447,12 @@ def _layers(
             )
         )
     return layers
+
+
+def _removed(model: nn.Module, plan: Plan) -> dict[tuple[str, AxisName], Tensor]:
+    """Return (layer, axis) → positions that leave."""
+    names = {module: name for name, module in model.named_modules()}
+    return {(names[module], axis): complement(module, axis, keep) for module, axis, keep in _kept(model, plan)}
 
 
 def _kept(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, AxisName, Tensor]]:

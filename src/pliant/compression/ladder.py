@@ -81,10 +81,22 @@ def make_elastic(
             path = _rank_path(model, compressor, analysis, kept)
         else:
             path = Path.of(model, compressor, analysis)  # type: ignore[arg-type]
-        return _Maker(model, path, example_inputs, data, _steps(path, kept)).make()
+        steps = _steps(path, kept)
+        if isinstance(path, Path):
+            for step in steps:
+                _check(path, step, analysis)
+        return _Maker(model, path, example_inputs, data, steps).make()
     finally:
         for module, mode in was:
             module.training = mode
+
+
+def _check(path: Path, step: int, analysis: Any) -> None:
+    """Raise Refused if the network after so many steps does not equal its masked twin."""
+    plan = path.plan(step)
+    why = path.compressor.fault(plan, analysis)
+    if why is not None:
+        raise Refused(f"the size of {plan.params_after:,} parameters does not work: {why}")
 
 
 def check_ladder(ladder: Sequence[float]) -> tuple[float, ...]:

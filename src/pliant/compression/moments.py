@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pliant.calling import run
 from pliant.compression.calibration import Calibration
-from pliant.compression.observing import LinearMap, linear_map, observing
+from pliant.compression.observing import LinearMap, applies_plainly, linear_map, observing
 from pliant.compression.rows import channel_rows, chosen_rows, grid_of, input_rows
 from pliant.errors import BadInput, PliantError, first_line
 
@@ -116,7 +116,7 @@ def input_moments(model: nn.Module, names: Iterable[str], calibration: Calibrati
     maps: dict[str, LinearMap] = {}
     for name in names:
         found = linear_map(model, name)
-        if found is not None and not too_wide(found.layer, found.weight):
+        if found is not None and applies_plainly(found.layer) and not too_wide(found.layer, found.weight):
             maps[name] = found
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     counts = dict.fromkeys(maps, 0)

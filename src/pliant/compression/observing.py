@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from pliant.structure import ThinAttention, named_layers, thin, untransposed
+from pliant.structure import ThinAttention, named_layers, own_forward, thin, untransposed
 
 Watcher = Callable[[str, nn.Module, Tensor, Tensor], None]
 """Gets the name of a map, its layer, its input and its output."""
@@ -59,6 +60,11 @@ def map_names(model: nn.Module) -> list[str]:
     return [
         name for name, module in model.named_modules() if name in layers or isinstance(module, nn.MultiheadAttention)
     ]
+
+
+def applies_plainly(layer: nn.Module) -> bool:
+    """Return whether a layer's outputs are its map of its inputs; a class with a forward of its own may do more."""
+    return not (isinstance(layer, (nn.Linear, _ConvNd)) and own_forward(layer))
 
 
 @contextlib.contextmanager
@@ -111,7 +117,7 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
             elif name in wanted:
                 handle = module.register_forward_hook(partial(report, name), with_kwargs=True)
                 stack.callback(handle.remove)
-            elif isinstance(module, _BatchNorm):
+            elif isinstance(module, _BatchNorm) and not own_forward(module):
                 stack.callback(module.register_forward_pre_hook(partial(normalise, name)).remove)
         yield absorbed
         settle(None)

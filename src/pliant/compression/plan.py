@@ -109,6 +109,7 @@ class Plan:
         links: the plans of a chain, in order; a chain has no layers of its own.
         refit: how the weights were refitted to calibration data; None if they were not.
         floored: names of the layers that keep as little as the compressor's options allow, such as ``at_least``.
+        limited: (layer, reason) for every layer that the network does not let keep just any number of channels.
     """
 
     compressor: str
@@ -123,11 +124,12 @@ class Plan:
     links: tuple[Plan, ...] = ()
     refit: RefitRecord | None = None
     floored: tuple[str, ...] = ()
+    limited: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
         own = {"format": FORMAT, "version": VERSION, **asdict(self), "links": [link.to_dict() for link in self.links]}
-        for name in ("refit", "floored"):
+        for name in ("refit", "floored", "limited"):
             if not own[name]:  # as in plans of earlier versions, which can read this one then
                 del own[name]
         return own
@@ -157,6 +159,7 @@ class Plan:
             links=tuple(cls.from_dict(x) for x in fields.items("links", default=())),
             refit=_refit(fields.data.pop("refit", None)),
             floored=tuple(text_of(x, "plan.floored") for x in fields.items("floored", default=())),
+            limited=tuple(pair_of(x, "plan.limited") for x in fields.items("limited", default=())),
         )
         fields.end()
         return plan
@@ -204,7 +207,8 @@ class Plan:
         asked = f"{verb} {self.ratio_removed:.2%} of the compressible {what} ({self.ratio:.2%} asked)"
         left = [f"left alone: {name}: {reason}" for name, reason in self.refused]
         floors = [f"at the floor: {', '.join(self.floored)}"] if self.floored else []
-        return "\n".join([head, asked, *(x.rstrip() for x in lines), *floors, *left])
+        limits = [f"limited: {name}: {reason}" for name, reason in self.limited]
+        return "\n".join([head, asked, *(x.rstrip() for x in lines), *floors, *limits, *left])
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:

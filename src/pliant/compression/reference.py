@@ -14,10 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pliant import measuring
-from pliant.calling import Example, Inputs, as_inputs, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, copied, tensors_of
 from pliant.compression.calibration import Calibration, samples_of
 from pliant.compression.moments import LEAST_ROWS, MAX_COLUMNS, ROWS_PER_COLUMN, call_on
-from pliant.compression.observing import LinearMap, linear_map, map_names, observing, unfused
+from pliant.compression.observing import (
+    LinearMap,
+    applies_plainly,
+    linear_map,
+    map_names,
+    observing,
+    unfused,
+)
 from pliant.compression.rows import chosen_rows, grid_of, output_rows
 from pliant.compression.sites import WIDE
 from pliant.errors import BadInput
@@ -74,7 +81,7 @@ class Reference:
         """
         if self.work <= CHEAP:
             return 1.0
-        maps = maps_of(probe := copy.deepcopy(self.model).eval())
+        maps = maps_of(probe := copied(self.model).eval())
         samples = len(tensors_of(as_inputs(self.example_inputs))[0])
         several: list[float] = []  # the shares that maps of several positions need
         single = [0.0]  # and those of one position
@@ -109,7 +116,7 @@ class Reference:
     @cached_property
     def _seen(self) -> tuple[dict[tuple[str, int], list[Call]], dict[int, list[Tensor]], int]:
         """What every map did in each piece, sampled; the outputs on pieces held out; and the number of samples."""
-        dense = copy.deepcopy(self.model).eval()
+        dense = copied(self.model).eval()
         maps = maps_of(dense)
         calls: dict[tuple[str, int], list[Call]] = {}
         outputs: dict[int, list[Tensor]] = {}
@@ -178,8 +185,9 @@ def _energy(outputs: Sequence[Tensor]) -> float:
 
 
 def maps_of(model: nn.Module) -> dict[str, LinearMap]:
-    """Return all maps of a network by name."""
-    return {name: found for name in map_names(model) if (found := linear_map(model, name)) is not None}
+    """Return all maps of a network by name, but those of layers that do more than apply them."""
+    found = {name: linear_map(model, name) for name in map_names(model)}
+    return {name: known for name, known in found.items() if known is not None and applies_plainly(known.layer)}
 
 
 def rows_of(layer: nn.Module, weight: Tensor, most: int) -> int:

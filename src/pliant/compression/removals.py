@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -22,7 +22,7 @@ from math import prod
 from torch import Tensor, nn
 
 from pliant.compression.allocation import nearest
-from pliant.structure import ChannelGroup
+from pliant.structure import ChannelGroup, larger_counts, largest_sound
 
 Step = tuple[int, int]
 """The index of a group, and how many channels it has lost afterwards."""
@@ -142,6 +142,31 @@ class Removals:
         """Return how many channels each group loses for the total cost nearest to ``target``."""
         n = nearest(self.left.__getitem__, len(self.steps), target)
         return list({**dict(enumerate(self.starts)), **dict(self.steps[:n])}.values())
+
+
+def smaller_removals(
+    groups: Sequence[ChannelGroup], counts: Sequence[int], fault: Callable[[Mapping[int, int]], str | None]
+) -> tuple[list[int], dict[str, str]]:
+    """Return removals that a network works with, and layer → reason for groups that lose less than planned.
+
+    Args:
+        groups: the groups.
+        counts: how many channels each was to lose.
+        fault: returns why the network fails if groups, by index, lose so many channels; None if it works.
+    """
+    asked = {g: count for g, count in enumerate(counts) if count}
+    sound, failed = largest_sound(list(asked), lambda some: fault({g: asked[g] for g in some}))
+    good = {g: asked[g] for g in sound}
+    limits: dict[str, str] = {}
+    for g, why in failed:
+        group = groups[g]
+        kept = group.channels - asked[g]
+        runs = group.counts or range(1, group.channels)
+        offers = [count for count in larger_counts(kept, group.channels) if count in runs]
+        stay = next((n for n in offers if fault({**good, g: group.channels - n}) is None), group.channels)
+        good[g] = group.channels - stay
+        limits |= dict.fromkeys((s.module for s in group.producers), f"keeps {stay} channels: with {kept}, {why}")
+    return [good.get(g, 0) for g in range(len(groups))], limits
 
 
 def uniform_steps(channels: Sequence[int], stops: Stops) -> list[Step]:

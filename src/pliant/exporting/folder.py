@@ -96,8 +96,8 @@ def write_export(
         BadInput: as in :func:`export`.
     """
     check_request(folder, formats, overwrite)
-    portable = Portable(model, example_inputs)
     graph = any(name != "safetensors" for name in formats)
+    portable = Portable(model, example_inputs, graph=graph)
     differences: dict[str, float] = {}
     with making_folder(folder, replace=overwrite) as room:
         if "safetensors" in formats:

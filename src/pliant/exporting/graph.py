@@ -8,7 +8,6 @@ change. The written file is read back and compared with the copy on other batch 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib.util
 import inspect
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pliant.calling import Example, Inputs, as_inputs, call, map_tensors, quiet, run, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, call, copied, map_tensors, quiet, run, tensors_of
 from pliant.errors import BadInput, first_line
 from pliant.files import write_bytes
 
@@ -47,6 +46,7 @@ class Portable:
         example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments that the model takes. The batch is
             the first dimension of the first tensor; another one shares it if its first dimension has that length, and
             keeps its shape otherwise. Arguments that are not tensors become part of the graph.
+        graph: whether a graph is wanted, which has to return something.
 
     Raises:
         BadInput: the model cannot be copied, or not called on the example.
@@ -59,8 +59,8 @@ class Portable:
         names: names of the inputs.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Example) -> None:
-        self.model = _portable_copy(model)
+    def __init__(self, model: nn.Module, example_inputs: Example, *, graph: bool = True) -> None:
+        self.model, self.graph = _portable_copy(model), graph
         self._given = map_tensors(_plain, as_inputs(example_inputs))
         first = tensors_of(self._given)[0]
         if not first.ndim or not len(first):
@@ -110,7 +110,7 @@ class Portable:
             raise BadInput(
                 f"the model cannot be called on the {example} of shape {shapes}: {first_line(error)}"
             ) from error
-        if not outputs:
+        if not outputs and self.graph:
             raise BadInput("the model returns no tensor: there is nothing to export")
         return outputs
 
@@ -286,7 +286,7 @@ def _joined(path: tuple[Any, ...]) -> str:
 
 def _portable_copy(model: nn.Module) -> nn.Module:
     try:
-        twin: nn.Module = copy.deepcopy(model).cpu().float()
+        twin: nn.Module = copied(model).cpu().float()
         twin = twin.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     except Exception as error:  # deepcopy and tensor subclasses raise what they like
         raise BadInput(f"the model cannot be copied as float32 to the CPU: {first_line(error)}") from error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from pliant.structure.layers import AxisName
+from pliant.structure.proof import Proof
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +41,16 @@ class ChannelGroup:
         consumers: the places where they are read.
         kind: ``"channels"`` of convolutions, ``"neurons"`` of linear layers only, or ``"heads"`` of attention, each
             channel of the group being a head.
+        counts: how many channels may stay if not all do; None for any number.
+        limit: why no other number of channels may stay; None if all may.
     """
 
     channels: int
     producers: tuple[Slot, ...]
     consumers: tuple[Slot, ...]
     kind: str = "channels"
+    counts: tuple[int, ...] | None = None
+    limit: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,7 +70,9 @@ class Structure:
     Args:
         groups: all verified groups.
         refused: (layer, reason) for every other convolution, linear and attention layer.
+        proof: what the groups were verified by, to verify other removals; None if it is not known.
     """
 
     groups: tuple[ChannelGroup, ...]
     refused: tuple[tuple[str, str], ...]
+    proof: Proof | None = field(default=None, repr=False)

@@ -6,55 +6,53 @@ their channels. Its groups are converted to plain data here, or to a reason why 
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from pliant.calling import Inputs, call, map_tensors, quiet, tensors_of
+from pliant.calling import Inputs
 from pliant.errors import first_line
-from pliant.structure.attention import is_conv1d, linear_width, projections
+from pliant.structure.attention import linear_width
 from pliant.structure.channel_groups import ChannelGroup, Slot
 from pliant.structure.layers import (
     AxisName,
     axes,
     axis_length,
-    obstacle,
+    obstacle_to_cutting,
     tensors_along,
     tied_parameters,
     weighted_layers,
 )
+from pliant.structure.tracing import Traced, is_opaque
 
 
 def channel_candidates(
-    model: nn.Module, inputs: Inputs, calls: Counter[nn.Module]
+    model: nn.Module, inputs: Inputs, training: Sequence[tuple[Inputs, int]] = ()
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Return the groups that torch-pruning proposes and that can be converted, and a reason for each other layer.
 
     Args:
-        model: a copy; all its parameters are set to require a gradient.
+        model: the model in eval mode; not changed.
         inputs: the inputs to call it on.
-        calls: the result of :func:`~pliant.calling.count_calls` on this model.
+        training: inputs and draws for training mode, if it calls more than eval mode.
     """
-    model.requires_grad_(True)  # torch-pruning traces along gradients; frozen layers would be invisible
-    readable = _readable(model)
     try:
-        graph = _dependency_graph(readable, inputs)
+        traced = Traced(model, inputs, training)
     except Exception as error:  # torch-pruning's tracing raises any kind of error
         return [], {name: f"the model cannot be traced: {first_line(error)}" for name, _ in weighted_layers(model)}
-    reader = _Reader(model, readable, graph, calls)
-    layers = list(weighted_layers(readable))
-    attentions = [name for name, module in readable.named_modules() if _is_opaque(module)]
+    graph = traced.graph
+    reader = _Reader(model, traced)
+    attentions = [name for name, module in model.named_modules() if is_opaque(module)]
     groups: list[ChannelGroup] = []
     reasons: dict[str, str] = {}
     seen: set[str] = set()
     taken: set[tuple[str, AxisName, int]] = set()
-    for name, module in layers:
+    for name, module in traced.layers():
         if name in seen or module not in graph.module2node or isinstance(module, nn.MultiheadAttention):
             continue
         if "inputs" not in axes(module):  # a depthwise convolution belongs to the group of its input
@@ -84,65 +82,11 @@ def channel_candidates(
     for name, module in weighted_layers(model):
         inside = any(name.startswith(f"{attention}.") for attention in attentions)
         hidden = "belongs to attention, of which only heads can leave" if inside else ""
-        hidden = hidden or "is not reached by the gradient of the outputs"
-        reasons.setdefault(name, obstacle(module, reader.tied) or hidden)
+        if name not in traced.called:
+            hidden = "is not reached through its forward"
+        hidden = hidden or "nothing that has a gradient depends on it: call it, and keep its output a tensor"
+        reasons.setdefault(name, obstacle_to_cutting(module, reader.tied) or hidden)
     return groups, reasons
-
-
-def _readable(model: nn.Module) -> nn.Module:
-    """Return ``model``, or a copy in which layers that torch-pruning does not know are linear ones."""
-    if not any(is_conv1d(module) for module in model.modules()):
-        return model
-    model = copy.deepcopy(model)
-    linear: dict[nn.Module, nn.Linear] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if is_conv1d(module):
-            rows, columns = (axis_length(module, axis) for axis in ("outputs", "inputs"))
-            if module not in linear:
-                linear[module] = nn.Linear(columns, rows).to(module.weight)
-            model.set_submodule(name, linear[module])
-    return model
-
-
-def _dependency_graph(model: nn.Module, inputs: Inputs) -> Any:
-    import torch_pruning  # its import takes a second, and only this function needs it
-
-    def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-        return [x for x in call(model, inputs) if x.requires_grad]
-
-    handles = [m.register_forward_hook(_hide, with_kwargs=True) for m in model.modules() if _is_opaque(m)]
-    try:
-        with quiet(), torch.enable_grad(), torch.random.fork_rng([]):
-            return torch_pruning.DependencyGraph().build_dependency(model, inputs, outputs, verbose=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_opaque(module: nn.Module) -> bool:
-    """Return whether the graph should not look inside: torch-pruning misreads the many reshapes of attention.
-
-    Only heads can leave attention, and those are found without the graph. The graph does look into a module that holds
-    more layers than the projections and the output, such as a whole block.
-    """
-    attention = projections(module)
-    if attention is None or isinstance(module, nn.MultiheadAttention):
-        return False
-    return sum(1 for _ in weighted_layers(module)) <= len({attention.query, attention.key, attention.value}) + 1
-
-
-class _Opaque(torch.autograd.Function):
-    """A function that shows the graph which tensors a result depends on, but not how."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
-        return result.clone()
-
-
-def _hide(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
-    opaque: Any = _Opaque.apply
-    sources = [x for x in tensors_of((args, kwargs)) if x.requires_grad]
-    return map_tensors(lambda x: opaque(x.detach(), *sources), result)
 
 
 class _Place(NamedTuple):
@@ -195,12 +139,12 @@ def _members(graph: Any, module: nn.Module) -> list[_Member]:
 class _Reader:
     """The conversion of torch-pruning's groups to slots."""
 
-    def __init__(self, model: nn.Module, readable: nn.Module, graph: Any, calls: Counter[nn.Module]) -> None:
-        self.graph, self.calls = graph, calls
-        self.names = {module: name for name, module in readable.named_modules()}
+    def __init__(self, model: nn.Module, traced: Traced) -> None:
+        self.graph, self.names = traced.graph, traced.names
+        self.dropped, self.mixing = traced.dropped, traced.mixing
         self.modules = dict(model.named_modules())
         self.tied = tied_parameters(model)
-        self.free = {id(p): name for name, p in readable.named_parameters()}
+        self.free = {id(p): name for name, p in traced.model.named_parameters()}
 
     def read(self, members: list[_Member]) -> tuple[list[Slot], str | None]:
         """Return the slots that can be converted and, unless they are the whole group, the reason."""
@@ -209,6 +153,9 @@ class _Reader:
         at_end = False
         for member in members:
             module = member.node.module
+            if member.node.grad_fn in self.mixing:
+                kind, name = self.mixing[member.node.grad_fn]
+                reasons.append(f"the {kind} {name!r} does not treat its channels one by one")
             if isinstance(module, nn.Parameter):
                 reasons.append(f"the free parameter {self.free.get(id(module))!r} shares its channels")
             elif module in self.names:
@@ -222,13 +169,16 @@ class _Reader:
                     reasons.append(slot)
             elif type(module).__name__ == "_OutputOp":
                 at_end = True
+        ends = "its channels are outputs of the model"
+        if any(member.node.grad_fn in self.dropped for member in members):
+            ends = "its outputs are dropped, or only read where no gradient follows, as by argmax or NumPy"
         if at_end:  # the last reason to give: torch-pruning takes a convolution by a free parameter for one that
             # hands on its channels
-            reasons.append("its channels are outputs of the model")
+            reasons.append(ends)
         if len({len(slot.indices) for slot in slots}) > 1:
             reasons.append("its channels do not map one to one to those of the layers that share them")
         if not any(slot.axis == "inputs" for slot in slots):
-            reasons.append("its channels are outputs of the model")
+            reasons.append(ends)
         return slots, reasons[0] if reasons else None
 
     def _slot(self, module: nn.Module, axis: AxisName, channels: dict[int, int]) -> Slot | str | None:
@@ -240,9 +190,7 @@ class _Reader:
             grouped = isinstance(module, _ConvNd)
             kind = "grouped convolution" if grouped else type(module).__name__
             return f"the {kind} {name!r} does not treat its channels one by one"
-        problem = obstacle(module, self.tied)
-        if problem is None and self.calls[module] != 1:
-            problem = f"is called {self.calls[module]} times"
+        problem = obstacle_to_cutting(module, self.tied)
         if problem is not None:
             return f"{name!r} {problem}"
         rows: dict[int, list[int]] = {}

@@ -147,27 +147,46 @@ def untransposed(module: nn.Module) -> nn.Module:
 
 
 def obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:
-    """Return why the weight of ``module`` may not be changed, or None.
+    """Return why the weight of ``module`` may not be replaced, or read as that of a linear map; or None.
 
     Args:
         module: a layer that holds parameters.
         tied: the result of :func:`tied_parameters` on the whole model.
     """
+    fixed = obstacle_to_cutting(module, tied)
+    if fixed is None and own_forward(module):
+        return f"is a {type(module).__name__} with a forward of its own"
+    return fixed
+
+
+def obstacle_to_cutting(module: nn.Module, tied: frozenset[int]) -> str | None:
+    """Return why no rows or columns of the weight of ``module`` can leave, or None: a proof has to decide the rest.
+
+    Args:
+        module, tied: as for :func:`obstacle`.
+    """
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "is parametrised: its weight is computed, fold the parametrisation in first"
-    base = next((known for known in _KNOWN if isinstance(module, known)), None)
-    if is_conv1d(module):
-        base = type(module)
-    if base is None:
+    if _base(module) is None:
         return f"is of type {type(module).__name__}, whose channels are not known"
-    if "forward" in vars(module) or any(
-        getattr(type(module), method, None) is not getattr(base, method, None)
-        for method in ("forward", "_conv_forward")
-    ):
-        return f"is a {type(module).__name__} with a forward of its own"
     if any(id(p) in tied for p in module.parameters(recurse=False)):
         return "shares a parameter with another layer"
     return None
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Return whether a layer of a known type may compute something else than that type does."""
+    base = _base(module)
+    return "forward" in vars(module) or any(
+        getattr(type(module), method, None) is not getattr(base, method, None)
+        for method in ("forward", "_conv_forward")
+    )
+
+
+def _base(module: nn.Module) -> type[nn.Module] | None:
+    if is_conv1d(module):
+        return type(module)
+    return next((known for known in _KNOWN if isinstance(module, known)), None)
 
 
 def tied_parameters(model: nn.Module) -> frozenset[int]:

@@ -12,30 +12,28 @@ channels, neurons or heads of one set of layers::
 The source of the candidates (``channels`` reads torch-pruning's graph, ``heads`` looks for attention modules) need not
 be trusted, because every group is tried on a copy of the model in float64 with random weights and BatchNorm statistics.
 Without half of the channels, the small network must equal its *masked twin*, the network with dense shapes in which
-only the consumers' input columns are zero. (Zeroing filters would not give a twin: the BatchNorm shift behind them
-still flows.) Layers of groups that fail are refused by name with the reason.
+only the consumers' input columns are zero, in eval mode and in training mode. (Zeroing filters would not give a twin:
+the BatchNorm shift behind them still flows.) Layers of groups that fail are refused by name with the reason. Then other
+numbers of channels are tried: a group may have to keep a multiple of some number.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 
-from pliant.calling import Example, Inputs, as_inputs, count_calls, map_tensors, run, tensors_of
-from pliant.errors import first_line
-from pliant.structure.attention import is_conv1d
+from pliant.calling import Example, Inputs, as_inputs, copied, count_calls, map_tensors, run, tensors_of
 from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
+from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
+from pliant.structure.draws import eager
 from pliant.structure.heads import Site, attention_sites
-from pliant.structure.layers import AxisName, complement, keep_channels, weighted_layers, zero_channels
+from pliant.structure.layers import AxisName, axes, axis_length, weighted_layers
+from pliant.structure.proof import Proof
 from pliant.structure.soundness import largest_sound
-
-_TOLERANCE = 1e-8  # relative; float64 networks of a hundred layers agree to about 1e-13
 
 
 def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
@@ -54,43 +52,51 @@ def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
     Raises:
         BadInput: the model cannot be called with the example.
     """
-    inputs = as_inputs(example_inputs)
-    probe = copy.deepcopy(model).eval()
-    calls = count_calls(probe, inputs)
+    with eager():
+        return _coupled_channels(model, as_inputs(example_inputs))
+
+
+def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
+    probe = copied(model).eval()
+    calls = _calls(probe, inputs)
     inputs = _first_two(probe, inputs)
     sites, headless = attention_sites(probe, calls)
-    candidates, reasons = channel_candidates(probe, inputs, calls)
-    _randomise(probe)
-    noise = _random_like(inputs)
-    heads, stuck = _sound_heads(probe, sites, noise)
+    proof = Proof(probe, inputs)
+    candidates, reasons = channel_candidates(probe, inputs, _as_given(proof.training_only, inputs))
+    heads, stuck = _sound_heads(proof, sites)
     places = {place for group in heads for place in _places(group)}
     apart = [group for group in candidates if not places & _places(group)]
-    channels, failed = largest_sound(apart, lambda groups: _fault(probe, [*heads, *groups], noise))
-    accepted = [*channels, *heads]
-    reasons |= {name: "is not reached through its forward" for name, m in weighted_layers(probe) if not calls[m]}
+    sound, failed = _sound_channels(proof, apart, heads)
+    trained, unfit = largest_sound(list(sound), lambda groups: _fault(proof, {g: sound[g] for g in groups}, True))
+    if unfit and not proof.repeats():
+        trained, unfit = list(sound), []
+    readable, hidden = _unread(proof, trained)
+    failed += [*unfit, *hidden]
+    accepted = with_counts({g: sound[g] for g in readable}, lambda kept: _fault(proof, kept, False))
     failed += [(group, "shares its channels with attention heads") for group in candidates if group not in apart]
     reasons |= {slot.module: why for group, why in failed for slot in group.producers}
     reasons |= headless | stuck
     removable = {slot.module for group in accepted for slot in group.producers}
     refused = ((name, reasons[name]) for name, _ in weighted_layers(probe) if name not in removable)
-    return Structure(tuple(accepted), tuple(refused))
+    return Structure(tuple(accepted), tuple(refused), proof)
 
 
-def positions(groups: Sequence[ChannelGroup], channels: Sequence[Tensor]) -> dict[tuple[str, AxisName], Tensor]:
-    """Return the positions on the axes of layers that belong to some channels of each group.
+def _calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
+    """Count the calls of each module in a copy, whose modules may keep what they compute."""
+    twin = copy.deepcopy(model)
+    calls = count_calls(twin, inputs)
+    return Counter(dict(zip(model.modules(), (calls[module] for module in twin.modules()), strict=True)))
 
-    Args:
-        groups: the groups.
-        channels: for each group, int64 (n,), indices of channels.
 
-    Returns:
-        (layer, axis) → int64 (m,), the positions.
-    """
-    parts: dict[tuple[str, AxisName], list[Tensor]] = {}
-    for group, chosen in zip(groups, channels, strict=True):
-        for slot in group.slots:
-            parts.setdefault((slot.module, slot.axis), []).append(slot.indices[chosen].flatten())
-    return {place: torch.cat(indices) for place, indices in parts.items()}
+def _as_given(training: Sequence[tuple[Inputs, int]], inputs: Inputs) -> list[tuple[Inputs, int]]:
+    """Return inputs for training mode in the types of the given ones."""
+    types = [x.dtype for x in tensors_of(inputs)]
+
+    def typed(data: Inputs) -> Inputs:
+        known = iter(types)
+        return map_tensors(lambda x: x.to(next(known)), data)
+
+    return [(typed(data), seed) for data, seed in training]
 
 
 def _places(group: ChannelGroup) -> set[tuple[str, AxisName]]:
@@ -100,7 +106,36 @@ def _places(group: ChannelGroup) -> set[tuple[str, AxisName]]:
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
-def _sound_heads(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> tuple[list[ChannelGroup], dict[str, str]]:
+def _fault(proof: Proof, kept: Mapping[ChannelGroup, int], training: bool) -> str | None:
+    """Return why groups cannot keep just so many channels in one of the modes, None if they can."""
+    return kept_fault(proof, kept, training=training)
+
+
+def _sound_channels(
+    proof: Proof, groups: Sequence[ChannelGroup], heads: Sequence[ChannelGroup]
+) -> tuple[dict[ChannelGroup, int], list[tuple[ChannelGroup, str]]]:
+    """Return group → a number of channels that may stay, for groups and heads that are sound together; and the others.
+
+    A group that fails with half of its channels is tried with another number.
+    """
+    sound = {group: first_count(group) for group in heads}
+
+    def extended(offer: Mapping[ChannelGroup, int]) -> list[tuple[ChannelGroup, str]]:
+        good, bad = largest_sound(
+            list(offer), lambda some: _fault(proof, {**sound, **{group: offer[group] for group in some}}, False)
+        )
+        sound.update((group, offer[group]) for group in good)
+        return bad
+
+    failed = extended({group: first_count(group) for group in groups})
+    again = {group: stay for group, _ in failed if (stay := second_count(group)) is not None}
+    if proof.problem is None:
+        extended(again)
+    ordered = {group: sound[group] for group in [*(group for group in groups if group in sound), *heads]}
+    return ordered, [(group, why) for group, why in failed if group not in sound]
+
+
+def _sound_heads(proof: Proof, sites: Sequence[Site]) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Return the first sound alternative of each site; and layer → reason for sites without one."""
     sound: list[ChannelGroup] = []
     reasons: dict[str, str] = {}
@@ -108,7 +143,7 @@ def _sound_heads(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> tup
     attempt = 0
 
     def fault(groups: Sequence[ChannelGroup]) -> str | None:
-        return _fault(model, [*sound, *groups], inputs)
+        return _fault(proof, {group: first_count(group) for group in [*sound, *groups]}, False)
 
     while open_sites:
         offers = {site.alternatives[attempt]: site for site in open_sites}
@@ -132,101 +167,59 @@ def _first_two(model: nn.Module, inputs: Inputs) -> Inputs:
         return inputs
     few = map_tensors(lambda x: x[:2], inputs)
     try:
-        run(model, few)
+        run(copy.deepcopy(model), few)
     except Exception:  # dim 0 is not a batch, or its size is fixed; the whole example is known to run
         return inputs
     return few
 
 
-def _random_like(inputs: Inputs) -> Inputs:
-    """Return float64 noise for every floating-point input; integers and inputs named as masks keep their values."""
+def _unread(proof: Proof, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
+    """Split groups into those that no layer can read unseen, and the others with the reason.
 
-    def noise(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        generator = torch.Generator().manual_seed(1)
-        return torch.empty(x.shape, dtype=torch.float64).normal_(generator=generator).to(x.device)
-
-    def double(x: Tensor) -> Tensor:
-        return x.double() if x.is_floating_point() else x
-
-    if isinstance(inputs, tuple):
-        return map_tensors(noise, inputs)
-    return {name: map_tensors(double if "mask" in name else noise, value) for name, value in inputs.items()}
-
-
-def _randomise(model: nn.Module) -> None:
-    """Convert ``model`` to float64 and redraw the weights of its known layers, in place.
-
-    Trained weights may be sparse, and zeros would hide a mistake.
+    If training mode cannot be tried, a layer that eval mode does not call may read the channels of any group that fits.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(t: Tensor, std: float) -> None:
-        t.copy_(torch.empty(t.shape, dtype=t.dtype).normal_(0.0, std, generator=generator))
-
-    def positive(t: Tensor) -> None:
-        t.copy_(torch.empty(t.shape, dtype=t.dtype).uniform_(0.5, 1.5, generator=generator))
-
-    model.double()
-    with torch.no_grad():
-        for module in model.modules():
-            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-            if isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module):
-                if weight is not None:  # None if a parametrisation computes it
-                    fan_in = weight.numel() // max(1, len(weight.T if is_conv1d(module) else weight))
-                    normal(weight, (2.0 / max(1, fan_in)) ** 0.5)
-                if bias is not None:
-                    normal(bias, 0.1)
-            elif isinstance(module, nn.MultiheadAttention):
-                packed = module._parameters.get("in_proj_weight")
-                if packed is not None:
-                    normal(packed, packed.shape[1] ** -0.5)
-                if module.in_proj_bias is not None:
-                    normal(module.in_proj_bias, 0.1)
-            elif isinstance(module, _NormBase):
-                for scale in (weight, module.running_var):
-                    if scale is not None:
-                        positive(scale)
-                for shift in (bias, module.running_mean):
-                    if shift is not None:
-                        normal(shift, 0.5)
+    if proof.untrained is None:
+        return list(groups), []
+    widths = {group: _width(proof.model, group) for group in groups}
+    hidden = _hidden_readers(proof)
+    good: list[ChannelGroup] = []
+    bad: list[tuple[ChannelGroup, str]] = []
+    for group in groups:
+        others = {width for other, width in widths.items() if other is not group}
+        readers = [name for name, lengths in hidden.items() if _may_read(lengths, widths[group], others)]
+        readers.sort(key=lambda name: widths[group] not in hidden[name])  # the likeliest first
+        layer = next(iter(readers), None)
+        if layer is None or group.kind == "heads":
+            good.append(group)
+        else:
+            why = f"{layer!r}, which eval mode does not call, may read its channels in training mode"
+            bad.append((group, f"{why}, which cannot be tried: {proof.untrained}"))
+    return good, bad
 
 
-def _fault(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Inputs) -> str | None:
-    """Remove half of the channels of ``groups`` from a copy; return None if it equals the masked twin, else why not."""
-    generator = torch.Generator().manual_seed(2)
-    halves = [torch.randperm(group.channels, generator=generator)[: group.channels // 2] for group in groups]
-    removed = positions(groups, halves)
-    twin = copy.deepcopy(model)
-    for (name, axis), gone in removed.items():
-        if axis == "inputs":
-            zero_channels(twin.get_submodule(name), axis, gone)
-    try:
-        expected = run(twin, inputs)
-    except Exception as error:  # a user's forward may raise anything
-        return f"cannot be verified, the network does not run in float64: {first_line(error)}"
-    try:
-        for (name, axis), gone in removed.items():
-            module = twin.get_submodule(name)
-            keep_channels(module, axis, complement(module, axis, gone))
-        got = run(twin, inputs)
-    except Exception as error:  # see above
-        return f"the network cannot run without some of its channels: {first_line(error)}"
-    return _difference(got, expected)
+def _width(model: nn.Module, group: ChannelGroup) -> int:
+    """Return how many channels the layers behind a group see."""
+    slot = next((slot for slot in group.producers if slot.tensors), group.producers[0])
+    return axis_length(model.get_submodule(slot.module), slot.axis)
 
 
-def _difference(got: list[Tensor], expected: list[Tensor]) -> str | None:
-    if [x.shape for x in got] != [x.shape for x in expected]:
-        return "its channels are outputs of the model"
-    if not any(x.is_floating_point() for x in expected):
-        return "the model has no floating-point output to check the removal on"
-    for x, y in zip(got, expected, strict=True):
-        if not x.is_floating_point():
-            if not torch.equal(x, y):
-                return "without it an output of whole numbers differs from that of its masked twin"
-        elif y.numel():
-            error, scale = (x - y).abs().max(), y.abs().max()
-            if not error <= _TOLERANCE * scale:  # written so that NaN fails
-                return f"without it the network differs from its masked twin (by {error / scale:.0e})"
-    return None
+def _hidden_readers(proof: Proof) -> dict[str, set[int]]:
+    """Return layer → the numbers of channels that it may read, for layers with parameters that nothing has read."""
+    readers: dict[str, set[int]] = {}
+    for path in proof.unread:
+        name, _, parameter = path.rpartition(".")
+        module = proof.model.get_submodule(name)
+        known = axes(module)
+        if "inputs" in known:
+            lengths = {axis_length(module, "inputs")}
+        elif "outputs" in known:
+            lengths = {axis_length(module, "outputs")}
+        else:
+            lengths = set(module.get_parameter(parameter).shape)
+        readers.setdefault(name or path, set()).update(lengths - {1})
+    return readers
+
+
+def _may_read(lengths: Collection[int], width: int, others: Collection[int]) -> bool:
+    """Return whether one of the lengths is a multiple of a width, as after a flatten, or its sum with another."""
+    return any(n >= width and (n % width == 0 or n - width in others) for n in lengths)
