@@ -94,21 +94,23 @@ def test_tones_have_the_pitch_that_they_claim(bench: SimpleNamespace) -> None:
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cost", ["params", "macs"])
 @pytest.mark.parametrize("family", ["magnitude", "BN scale", "LAMP", "FPGM", "Taylor", "Hessian", "random"])
-def test_peers_reach_the_share(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, family: str, cost: str) -> None:
+def test_peers_reach_the_share(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     model = resnet(width=1.0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight)  # scales that are all equal are no ranking
-    monkeypatch.setattr(bench.peers, "STEPS", 7)
+    monkeypatch.setattr(bench.peers, "STEPS", 5)
     subject = made(bench, model)
     shop = bench.peers.Workshop(subject)
-    for peer in list(bench.peers.peers(family, heads=False).values())[:3]:
-        network = shop.make(peer, cost, 0.3)
-        share = bench.peers.shares(subject, network)[("params", "macs").index(cost)]
-        assert abs(share - 0.3) < 0.08  # a layer of 16 channels moves in steps
-        assert network(subject.x).shape == (2, 4)
+    scopes = list(bench.peers.peers(family, heads=False).values())
+    for peer in scopes[:3] if family == "magnitude" else scopes[:1]:  # the score has no part in the scopes
+        for index, cost in enumerate(("params", "macs")):
+            network = shop.make(peer, cost, 0.3)
+            assert (
+                abs(bench.peers.shares(subject, network)[index] - 0.3) < 0.08
+            )  # a layer of 16 channels moves in steps
+            assert network(subject.x).shape == (2, 4)
 
 
 def test_no_layer_stays_whole_because_it_would_vanish(bench: SimpleNamespace) -> None:
