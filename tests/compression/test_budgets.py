@@ -49,7 +49,7 @@ def test_no_finer_ratio_gives_a_larger_network_that_fits(compressor: Compressor[
     model = network()
     analysis = compressor.analyse(model, X)
     plan = fit(model, compressor, X, Budget("keep_params", 0.4), analysis)
-    sizes = {compressor.at(r / 300).plan(model, X, analysis=analysis).params_after for r in range(300)}
+    sizes = {compressor.at(r / 80).plan(model, X, analysis=analysis).params_after for r in range(80)}
     assert plan.params_after >= max(size for size in sizes if size <= 0.4 * plan.params_before)
     assert plan.params_after <= 0.4 * plan.params_before
 
