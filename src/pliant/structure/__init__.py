@@ -6,6 +6,7 @@ layers            facts about single layers: where their channels lie, whether t
 channel_groups    groups of channels that leave a network together, as plain data
 tracing           torch-pruning's graph of everything that a forward computes
 channels          candidates: coupled channels, from that graph
+fused             PyTorch's transformer layers, which call their layers or read their weights
 heads             candidates: the heads of attention modules
 draws             conditions under which networks of different widths are compared: random numbers, types
 proof             ``Proof``: whether a network without some channels equals its masked twin, in float64
@@ -24,6 +25,9 @@ from pliant.structure.channel_groups import Structure as Structure
 from pliant.structure.counts import kept_fault as kept_fault
 from pliant.structure.counts import larger_counts as larger_counts
 from pliant.structure.counts import positions as positions
+from pliant.structure.fused import call_layers as call_layers
+from pliant.structure.fused import can_be_thin as can_be_thin
+from pliant.structure.heads import packed_obstacle as packed_obstacle
 from pliant.structure.heads import projection_layers as projection_layers
 from pliant.structure.layers import AxisName as AxisName
 from pliant.structure.layers import axes as axes
