@@ -26,6 +26,7 @@ from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compressor_names import ALLOCATIONS
 from pliant.errors import BadInput, check_choice
 from pliant.structure import (
+    advised,
     obstacle,
     other_matrices,
     packed_obstacle,
@@ -101,7 +102,7 @@ class Zeroing(Compressor[Weights]):
             if reason is None:
                 layers.append(name)
             else:
-                refused.append((name, reason))
+                refused.append((name, advised(reason)))
         seen = None
         if calibration is not None and self.importance != "magnitude":
             seen = LayerInputs(probe, layers, calibration_of(calibration, model, example_inputs))

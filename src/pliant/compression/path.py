@@ -23,7 +23,7 @@ from pliant.compression.heads import HeadPruning
 from pliant.compression.plan import Plan
 from pliant.compression.removals import Removals, Shrinking, Size, Step
 from pliant.errors import BadInput, DamagedFile, shown
-from pliant.structure import ChannelGroup, Slot, axes, axis_length, complement, positions, tensors_along
+from pliant.structure import ChannelGroup, Slot, axis_length, axis_of, complement, positions, tensors_along
 
 KINDS: dict[str, type[FilterPruning]] = {"FilterPruning": FilterPruning, "HeadPruning": HeadPruning}
 COMPRESSORS = (*KINDS, "LowRank")
@@ -254,8 +254,7 @@ class _GroupReader:
         listed = fields.counts("positions") if first is None else None
         fields.end()
         module = self.modules.get(name)
-        known = {} if module is None else axes(module)
-        if module is None or (axis != "outputs" and axis != "inputs") or axis not in known:
+        if module is None or axis_of(module, axis) is None:
             raise BadInput(f"the file is for another model: it has no layer {shown(name)} with {shown(axis)}")
         length = axis_length(module, axis)
         count = channels * width

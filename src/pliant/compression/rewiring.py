@@ -9,7 +9,15 @@ from torch import nn
 
 from pliant.calling import Inputs, count_calls, run
 from pliant.errors import first_line
-from pliant.structure import call_layers, largest_sound, named_layers, obstacle, other_matrices, tied_parameters
+from pliant.structure import (
+    advised,
+    call_layers,
+    largest_sound,
+    named_layers,
+    obstacle,
+    other_matrices,
+    tied_parameters,
+)
 
 
 def replaceable(
@@ -59,7 +67,7 @@ def replaceable(
 
     sound, failed = largest_sound(candidates, fault)
     reasons.update(failed)
-    refused = [(name, reasons[name]) for name, _ in named_layers(model) if name in reasons]
+    refused = [(name, advised(reasons[name])) for name, _ in named_layers(model) if name in reasons]
     return sound, (*refused, *other_matrices(model))
 
 
