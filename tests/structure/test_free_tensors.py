@@ -195,6 +195,16 @@ def test_tensors_of_any_module_leave_with_the_channels(name: str) -> None:
         torch.testing.assert_close(masked.eval()(IMAGES), small.eval()(IMAGES), rtol=1e-4, atol=1e-6)
 
 
+def test_balls_over_coupled_channels_leave_them_out() -> None:
+    model = Scaled()
+    coupled = coupled_channels(model, IMAGES).groups
+    assert [len(group.others) for group in coupled] == [1, 1, 1]
+    rules = [("*.weight", pliant.filters(k=0.5, radius=1))]
+    optimizer = pliant.SFW(pliant.constrain(model, rules, default=None, coupled=coupled), lr=0.1)
+    model(IMAGES).square().mean().backward()
+    optimizer.step()
+
+
 def test_data_choose_and_refit_such_channels() -> None:
     torch.manual_seed(0)
     batches = [torch.randn(16, 3, 8, 8) for _ in range(4)]
@@ -268,6 +278,18 @@ def test_tensors_along_heads_leave_with_them() -> None:
     assert small.table.shape == (9, 2)
     assert small.qkv.out_features == 18
     torch.testing.assert_close(small(x), masked_twin(model, plan)(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tables_of_biases_of_swin_leave_with_the_heads() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "window_size": 4}
+    model = transformers.SwinModel(transformers.SwinConfig(**sizes, depths=[1, 1], num_heads=[2, 4])).eval()
+    small, plan = cut(model, torch.randn(2, 3, 16, 16), HeadPruning(0.5, allocation="uniform"))
+    for layer, heads in zip(small.encoder.layers, (1, 2), strict=True):
+        assert layer.blocks[0].attention.relative_position_bias.relative_position_bias_table.shape == (49, heads)
+    assert next(x.others for x in plan.layers if x.others)[0][0] == "relative_position_bias_table.1"
 
 
 def test_a_frozen_norm_of_timm() -> None:

@@ -44,7 +44,7 @@ def with_free_tensors(proof: Proof, group: ChannelGroup) -> ChannelGroup:
         for (name, axis), lost in positions([group], [gone]).items():
             module = small.get_submodule(name)
             keep_channels(module, axis, complement(module, axis, lost))
-        with _Repair(small, places, gone) as repair:
+        with _Repair(small, places, gone, group.channels) as repair:
             proof.attempt(small)
     except Exception:  # a user's forward may raise anything; the proof finds the reason
         pass
@@ -54,12 +54,7 @@ def with_free_tensors(proof: Proof, group: ChannelGroup) -> ChannelGroup:
             _shake(module, axis)
             indices = torch.arange(group.channels).unsqueeze(1)
             slots.append(Slot(name, axis, tensors_along(module, name, axis), indices))
-    return dataclasses.replace(group, producers=(*group.producers, *slots)) if slots else group
-
-
-def free_slots(group: ChannelGroup) -> list[Slot]:
-    """Return the slots of a group that :func:`with_free_tensors` adds."""
-    return [slot for slot in group.producers if slot.axis not in ("outputs", "inputs")]
+    return dataclasses.replace(group, others=tuple(slots)) if slots else group
 
 
 def _candidates(model: nn.Module, group: ChannelGroup) -> dict[Place, nn.Module]:
@@ -87,6 +82,12 @@ def _shake(module: nn.Module, axis: AxisName) -> None:
     held.data = torch.where(held == 0, noise - 0.5, held.detach() * noise).to(held.dtype)
 
 
+def _path(model: nn.Module, name: str) -> list[nn.Module]:
+    """Return a model, a module in it, and all between."""
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
+
+
 class _Repair(TorchFunctionMode):
     """A context in which modules that fail on tensors of full length get shorter ones, and try again.
 
@@ -94,14 +95,16 @@ class _Repair(TorchFunctionMode):
         model: a network that may be changed.
         places: the places that may be cut.
         gone: int64 (n,), the positions that leave there.
+        channels: the number of positions. If one stays, an operation that repeats it in place of failing fails too.
 
     Attributes:
         found: the places that were cut.
     """
 
-    def __init__(self, model: nn.Module, places: Mapping[Place, Any], gone: Tensor) -> None:
+    def __init__(self, model: nn.Module, places: Mapping[Place, Any], gone: Tensor, channels: int) -> None:
         super().__init__()
         self.model, self.gone = model, gone
+        self.repeats = channels if channels - len(gone) == 1 else None
         self.places = set(places)
         self.found: set[Place] = set()
         self._sources: dict[
@@ -111,8 +114,7 @@ class _Repair(TorchFunctionMode):
         self._blamed: frozenset[Place] = frozenset()
         for place in places:
             self._note(self._tensor(place), frozenset([place]))
-        for name in {name for name, _ in places}:
-            module = model.get_submodule(name)
+        for module in {part for name, _ in places for part in _path(model, name)}:
             module.forward = partial(self._retried, module.forward)
 
     def __torch_function__(
@@ -124,6 +126,8 @@ class _Repair(TorchFunctionMode):
         sources = frozenset[Place]().union(*known)
         try:
             result = func(*args, **(kwargs or {}))
+            if self.repeats and sources and self._repeated(tensors):
+                raise ValueError("a tensor of all channels is combined with a single one")
         except Exception:
             self._blamed |= sources
             raise
@@ -132,6 +136,15 @@ class _Repair(TorchFunctionMode):
                 if isinstance(x, Tensor):
                     self._note(x, sources)
         return result
+
+    def _repeated(self, tensors: list[Tensor]) -> bool:
+        """Return whether a tensor of all channels, of the places alone, meets another one that has only one there."""
+        for whole in (x for x in tensors if self._sources.get(id(x))):
+            for other in (x for x in tensors if id(x) not in self._sources):
+                pairs = zip(reversed(whole.shape), reversed(other.shape), strict=False)
+                if any(n == self.repeats and single == 1 for n, single in pairs):
+                    return True
+        return False
 
     def _retried(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         while True:

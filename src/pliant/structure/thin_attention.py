@@ -22,8 +22,8 @@ class ThinAttention(nn.MultiheadAttention):
 
     :func:`thin` converts a module to this class; it is never constructed.
 
-    Unlike the dense module it calls out_proj. While ``watch`` is not None, it is called with (self, input, output) of the
-    packed projection in self-attention.
+    Unlike the dense module it calls out_proj. While ``watch`` is not None, it is called with (self, input, output) of
+    the packed projection in self-attention.
     """
 
     watch: Callable[[nn.Module, Tensor, Tensor], None] | None = None

@@ -31,7 +31,7 @@ from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
 from pliant.structure.draws import eager
-from pliant.structure.free_tensors import free_slots, with_free_tensors
+from pliant.structure.free_tensors import with_free_tensors
 from pliant.structure.heads import Site, attention_sites
 from pliant.structure.layers import AxisName, axes, axis_length, weighted_layers
 from pliant.structure.proof import Proof
@@ -94,10 +94,12 @@ def _calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
 
 def _explained(group: ChannelGroup, why: str) -> str:
     """Return why a group fails, with the module that may mix its channels if it holds tensors along them."""
-    owners = list(dict.fromkeys(slot.module for slot in free_slots(group)))
-    if not owners or "masked twin" not in why:
+    if not group.others or "masked twin" not in why:
         return why
-    return f"{why}: {owners[0]!r}, which holds {free_slots(group)[0].tensors[0][0]!r} along them, may mix its channels"
+    slot = group.others[0]
+    return (
+        f"{why}: {slot.module or 'the network'!r}, which holds {slot.tensors[0][0]!r} along them, may mix its channels"
+    )
 
 
 def _as_given(training: Sequence[tuple[Inputs, int]], inputs: Inputs) -> list[tuple[Inputs, int]]:
