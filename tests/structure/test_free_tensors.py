@@ -292,6 +292,36 @@ def test_tables_of_biases_of_swin_leave_with_the_heads() -> None:
     assert next(x.others for x in plan.layers if x.others)[0][0] == "relative_position_bias_table.1"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_table_of_biases_of_t5_leaves_with_the_heads_of_its_only_layer() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=50, **sizes)).eval()
+    small, _ = cut(model, {"input_ids": torch.randint(1, 50, (2, 6))}, HeadPruning(0.5, allocation="uniform"))
+    assert small.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.shape == (32, 2)
+
+
+def test_what_meets_a_single_head_by_chance_stays() -> None:
+    class Turned(Attention):
+        """Frequencies as long as there are heads, which meet tensors of size one: rotary embeddings."""
+
+        def __init__(self) -> None:
+            super().__init__(heads=2)
+            self.register_buffer("frequencies", torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            angles = self.frequencies[None, :, None] * torch.arange(5.0)[None, None, :]
+            return super().forward(x) * angles.cos().mean()
+
+    torch.manual_seed(0)
+    model = Turned().eval()
+    del model.table, model.logit_scale  # no tensor of the heads themselves
+    model.table, model.logit_scale = torch.zeros(9, 1), torch.ones(1)
+    small, _ = cut(model, torch.randn(2, 5, 12), HeadPruning(0.5))
+    assert small.frequencies.shape == (2,)
+
+
 def test_a_frozen_norm_of_timm() -> None:
     timm = pytest.importorskip("timm")
     model = Frozen(timm.layers.FrozenBatchNormAct2d)

@@ -39,22 +39,33 @@ def with_free_tensors(proof: Proof, group: ChannelGroup) -> ChannelGroup:
         return group
     generator = torch.Generator().manual_seed(2)
     gone = torch.randperm(group.channels, generator=generator)[: group.channels - first_count(group)]
-    small = copy.deepcopy(proof.model)
-    try:
-        for (name, axis), lost in positions([group], [gone]).items():
-            module = small.get_submodule(name)
-            keep_channels(module, axis, complement(module, axis, lost))
-        with _Repair(small, places, gone, group.channels) as repair:
-            proof.attempt(small)
-    except Exception:  # a user's forward may raise anything; the proof finds the reason
-        pass
+    runs, found = _found(proof, group, places, gone)
+    if not runs and group.channels - len(gone) == 1:
+        _, found = _found(proof, group, places, gone, repeats=group.channels)
     slots = []
     for (name, axis), module in places.items():
-        if (name, axis) in repair.found:
+        if (name, axis) in found:
             _shake(module, axis)
             indices = torch.arange(group.channels).unsqueeze(1)
             slots.append(Slot(name, axis, tensors_along(module, name, axis), indices))
     return dataclasses.replace(group, others=tuple(slots)) if slots else group
+
+
+def _found(
+    proof: Proof, group: ChannelGroup, places: Mapping[Place, Any], gone: Tensor, repeats: int | None = None
+) -> tuple[bool, set[Place]]:
+    """Return whether the network runs without some channels, and the places that were cut until it did."""
+    small = copy.deepcopy(proof.model)
+    repair = _Repair(small, places, gone, repeats)
+    try:
+        for (name, axis), lost in positions([group], [gone]).items():
+            module = small.get_submodule(name)
+            keep_channels(module, axis, complement(module, axis, lost))
+        with repair:
+            proof.attempt(small)
+    except Exception:  # a user's forward may raise anything; the proof finds the reason
+        return False, repair.found
+    return True, repair.found
 
 
 def _candidates(model: nn.Module, group: ChannelGroup) -> dict[Place, nn.Module]:
@@ -95,16 +106,15 @@ class _Repair(TorchFunctionMode):
         model: a network that may be changed.
         places: the places that may be cut.
         gone: int64 (n,), the positions that leave there.
-        channels: the number of positions. If one stays, an operation that repeats it in place of failing fails too.
+        repeats: the number of positions, if one stays and an operation has to fail that repeats it; else None.
 
     Attributes:
         found: the places that were cut.
     """
 
-    def __init__(self, model: nn.Module, places: Mapping[Place, Any], gone: Tensor, channels: int) -> None:
+    def __init__(self, model: nn.Module, places: Mapping[Place, Any], gone: Tensor, repeats: int | None) -> None:
         super().__init__()
-        self.model, self.gone = model, gone
-        self.repeats = channels if channels - len(gone) == 1 else None
+        self.model, self.gone, self.repeats = model, gone, repeats
         self.places = set(places)
         self.found: set[Place] = set()
         self._sources: dict[
