@@ -89,7 +89,7 @@ def test_result_can_be_traced_for_export() -> None:
 
 
 def test_what_cannot_be_replaced_is_refused_by_name() -> None:
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    attention = nn.MultiheadAttention(8, 2, kdim=8, vdim=4, batch_first=True)  # three projections, not one
     x = torch.randn(2, 3, 8)
     model = nn.Sequential(
         nn.ConvTranspose1d(3, 3, 1), nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
@@ -100,7 +100,7 @@ def test_what_cannot_be_replaced_is_refused_by_name() -> None:
     assert "transposed" in reasons["0"]
     assert "param" in reasons["2"]
     with pytest.raises(Refused, match="parent reads the weight"):
-        Int8().plan(attention, (x, x, x))
+        Int8().plan(attention, (x, x, x[..., :4]))
 
 
 def test_linear_weights_are_those_of_torchao() -> None:

@@ -440,15 +440,12 @@ def test_depthwise_and_transposed_convolutions_are_left_alone() -> None:
 
 
 def test_weights_that_the_parent_reads_are_refused() -> None:
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    x = torch.randn(2, 3, 8)
-    assert "parent reads" in refused_attention(attention, x)["out_proj"]
-    # In eval mode the block's fast path reads linear1.weight without calling it.
-    assert "cannot be replaced" in refused(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), x)["linear1"]
+    attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)  # three projections, not one
+    assert "parent reads" in refused_attention(attention, torch.randn(2, 3, 8), torch.randn(2, 3, 6))["out_proj"]
 
 
-def refused_attention(model: nn.Module, x: Tensor) -> dict[str, str]:
-    return dict(LowRank(0.0).plan(model, (x, x, x)).refused)
+def refused_attention(model: nn.Module, x: Tensor, memory: Tensor) -> dict[str, str]:
+    return dict(LowRank(0.0).plan(model, (x, memory, memory)).refused)
 
 
 def test_module_under_two_names_is_replaced_under_both() -> None:

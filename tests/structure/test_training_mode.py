@@ -87,20 +87,6 @@ def test_layers_that_only_training_mode_calls_are_cut_along(kind: type[nn.Module
     reestimate_batchnorm(small, [IMAGES])
 
 
-class Tokens(Body):
-    """A free parameter replaces masked places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.ones(8, 1, 1))
-
-    def forward(self, x: Tensor) -> Any:
-        h = self.middle(x)
-        if self.training:
-            h = torch.where(torch.rand(len(x), 1, *h.shape[2:]) < 0.3, self.token, h)
-        return self.head(pooled(self.b(h)))
-
-
 class Centred(Body):
     """A loss by distances to centres, which are a buffer."""
 
@@ -144,8 +130,7 @@ class Kept(Body):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Tokens, "'token'"),
-        (Centred, "in training mode the network cannot run"),
+        (Centred, "in training mode without it"),
         (Returned, "outputs of the model"),
         (Normed, "in training mode without it"),
         (Kept, "in training mode its channels are kept as 'hidden'"),

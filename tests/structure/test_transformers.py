@@ -315,16 +315,15 @@ def test_frozen_layers_leave_and_stay_frozen() -> None:
 
 
 def test_heads_that_a_bias_of_another_layer_counts_are_refused_by_name() -> None:
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
     model = lively(transformers.T5Model(transformers.T5Config(vocab_size=50, **sizes)))
     inputs = {"input_ids": tokens(2, 6)["input_ids"], "decoder_input_ids": tokens(2, 5)["input_ids"]}
-    plan = HeadPruning(0.5).plan(model, inputs)  # attention to the encoder has no such bias
-    assert {layer.name for layer in plan.layers if layer.outputs} == {
-        f"decoder.block.0.layer.1.EncDecAttention{child}" for child in ("", ".q", ".k", ".v")
-    }
-    for layer in ("encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.v"):
-        assert "its heads cannot leave: the network cannot run" in dict(plan.refused)[layer]
-    assert_same(outputs(HeadPruning().apply(model, plan), inputs), outputs(masked_twin(model, plan), inputs))
+    with pytest.raises(
+        Refused, match=r"encoder.block.0.layer.0.SelfAttention.q: its heads cannot leave: the network .* in "
+    ):
+        HeadPruning(0.5).plan(model, inputs)  # later layers add the bias of the first one
+    plan = FilterPruning(0.5).plan(model, inputs)
+    assert_same(outputs(FilterPruning().apply(model, plan), inputs), outputs(masked_twin(model, plan), inputs))
 
 
 def test_heads_with_slopes_from_the_configuration_are_refused_and_neurons_are_not() -> None:

@@ -154,12 +154,6 @@ def parametrised() -> Net:
     return net
 
 
-def free_parameter() -> Net:
-    net = Net(lambda n, x: ends(n, n.a(x) * n.gamma), a=conv(3, 8), **tail())
-    net.gamma = nn.Parameter(torch.ones(8, 1, 1))
-    return net
-
-
 def free_kernel() -> Net:
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.a(x).relu()
@@ -195,7 +189,6 @@ NASTY: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(lambda n, x: ends(n, n.b(n.a(x))), a=conv(3, 8), b=OwnForward(8, 8, 3), **tail()),
         "masked twin",
     ),
-    "free parameter": (free_parameter, "free parameter 'gamma'"),
     "free parameter before the outputs": (free_kernel, "free parameter 'kernel'"),
     "group norm": (group_norm, "'n'"),
     "functional group norm": (

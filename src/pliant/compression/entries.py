@@ -26,11 +26,13 @@ from pliant.compression.plan import LayerPlan, Plan, weight_shape
 from pliant.compressor_names import ALLOCATIONS
 from pliant.errors import BadInput, check_choice
 from pliant.structure import (
-    named_layers,
+    advised,
     obstacle,
     other_matrices,
+    packed_obstacle,
     tied_parameters,
     untransposed,
+    weighted_layers,
 )
 
 IMPORTANCES = ("auto", "loss", "magnitude")
@@ -88,16 +90,23 @@ class Zeroing(Compressor[Weights]):
         tied = tied_parameters(model)
         layers: list[str] = []
         refused: list[tuple[str, str]] = []
-        for name, module in named_layers(model):
-            reason = obstacle(module, tied) or self.unfit(module)
+        others = dict(other_matrices(model))
+        for name, module in weighted_layers(model):
+            if isinstance(module, nn.MultiheadAttention):
+                if module._parameters.get("in_proj_weight") is None:
+                    continue  # one of the others
+                del others[name]
+                reason = packed_obstacle(module, tied) or self.unfit(module)
+            else:
+                reason = obstacle(module, tied) or self.unfit(module)
             if reason is None:
                 layers.append(name)
             else:
-                refused.append((name, reason))
+                refused.append((name, advised(reason)))
         seen = None
         if calibration is not None and self.importance != "magnitude":
             seen = LayerInputs(probe, layers, calibration_of(calibration, model, example_inputs))
-        return Weights(parameter_shapes(model), (*refused, *other_matrices(model)), tuple(layers), seen)
+        return Weights(parameter_shapes(model), (*refused, *others.items()), tuple(layers), seen)
 
     def measure(self, analysis: Weights) -> str:
         """Return "loss" or "magnitude"; raise BadInput if it is to be the loss and the analysis has seen no data."""
@@ -251,7 +260,9 @@ class SemiStructured(Zeroing):
         """Return why blocks of ``m`` input channels cannot be formed in a layer, or None."""
         if isinstance(module, _ConvTransposeNd):
             return "is a transposed convolution"
-        channels = weight_shape(untransposed(module))[1]
+        weight = untransposed(module)._parameters[_tensor(module)]
+        assert weight is not None  # callers rule this out
+        channels = weight.shape[1]
         return f"has {channels} input channels, which {self.m} does not divide" if channels % self.m else None
 
     def plan_with(self, model: nn.Module, analysis: Weights) -> Plan:
@@ -324,7 +335,8 @@ def weight_plan(
     """Return the plan that keeps ``kept[i]`` entries of the weight of layer i, and every shape."""
     modules = [model.get_submodule(name) for name in analysis.layers]
     compressible: Mapping[str, int] = {
-        f"{name}.weight" if name else "weight": _weight(model, name).numel() for name in analysis.layers
+        f"{name}.{_tensor(module)}".lstrip("."): _weight(model, name).numel()
+        for name, module in zip(analysis.layers, modules, strict=True)
     }
     layers = [
         LayerPlan(
@@ -332,8 +344,8 @@ def weight_plan(
             kind=type(module).__name__,
             kept=n,
             total=_weight(model, name).numel(),
-            params=measuring.parameters(module),
-            params_dense=measuring.parameters(module),
+            params=sum(p.numel() for p in module.parameters(recurse=False)),
+            params_dense=sum(p.numel() for p in module.parameters(recurse=False)),
             shape=weight_shape(module),
         )
         for name, module, n in zip(analysis.layers, modules, kept, strict=True)
@@ -352,7 +364,12 @@ def weight_plan(
 def _weight(model: nn.Module, name: str, *, by_rows: bool = False) -> Tensor:
     """Return the layer's weight without its gradient history, sharing its memory; ``by_rows``: filters first."""
     module = model.get_submodule(name)
-    weight = (untransposed(module) if by_rows else module)._parameters.get("weight")
+    weight = (untransposed(module) if by_rows else module)._parameters.get(_tensor(module))
     if weight is None:
         raise BadInput(f"the plan is for another model: {name!r} has no weight of its own")
     return weight.detach()
+
+
+def _tensor(module: nn.Module) -> str:
+    """Return the name of a layer's weight; attention packs the projections of queries, keys and values in one."""
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"

@@ -39,10 +39,12 @@ from pliant.structure import (
     Structure,
     axes,
     axis_length,
+    axis_of,
     complement,
     coupled_channels,
     keep_channels,
     positions,
+    tensors_along,
     weighted_layers,
     zero_channels,
 )
@@ -425,14 +427,15 @@ def _layers(
         keeps: dict[AxisName, tuple[int, ...] | None] = {}
         shapes = {t: list(p.shape) for t, p in module._parameters.items() if p is not None}
         dense = sum(prod(shape) for shape in shapes.values())  # without children: an attention module has its layers
-        for axis in AXES:
+        others = [axis for layer, axis in gone if layer == name and axis not in AXES]
+        for axis in (*AXES, *others):
             lost = gone.get((name, axis), torch.empty(0, dtype=torch.int64))
             keeps[axis] = tuple(complement(module, axis, lost).tolist()) if len(lost) else None
-            for tensor, dim in axes(module)[axis].tensors if len(lost) else ():
+            for tensor, dim in tensors_along(module, "", axis) if len(lost) else ():
                 if tensor in shapes:
                     shapes[tensor][dim] -= len(lost)
-        total = axis_length(module, "outputs")
-        outputs = keeps["outputs"]
+        main: AxisName = "outputs" if "outputs" in axes(module) else others[0]
+        total, outputs = axis_length(module, main), keeps[main]
         layers.append(
             LayerPlan(
                 name=name,
@@ -442,8 +445,9 @@ def _layers(
                 params=sum(prod(shape) for shape in shapes.values()) if real else dense,
                 params_dense=dense,
                 shape=weight_shape(module),
-                outputs=outputs,
+                outputs=keeps["outputs"],
                 inputs=keeps["inputs"],
+                others=tuple((axis, kept) for axis in others if (kept := keeps[axis]) is not None),
             )
         )
     return layers
@@ -460,11 +464,11 @@ def _kept(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, AxisName, Tenso
     result = []
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
-        kept_by_axis: dict[AxisName, tuple[int, ...] | None] = {"outputs": layer.outputs, "inputs": layer.inputs}
-        for axis, keep in kept_by_axis.items():
+        for axis, keep in (("outputs", layer.outputs), ("inputs", layer.inputs), *layer.others):
             if keep is None:
                 continue
-            if axis not in axes(module) or keep[-1] >= axis_length(module, axis):
+            known = axis_of(module, axis)
+            if known is None or keep[-1] >= known.length:
                 raise BadInput(f"the plan is for another model: {layer.name!r} has no {axis} up to {keep[-1]}")
             result.append((module, axis, torch.tensor(keep)))
     return result

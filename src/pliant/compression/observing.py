@@ -2,7 +2,7 @@
 
 A map is a linear layer, a ``Conv1D``, a convolution, one of the two thin layers of a factorised one, or a projection
 of ``nn.MultiheadAttention``: the packed one has the name of the attention module, the one of the outputs that of
-``out_proj``, which its module reads without calling it.
+``out_proj``, which ``ThinAttention`` calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from pliant.structure import ThinAttention, named_layers, own_forward, thin, untransposed
+from pliant.structure import ThinAttention, can_be_thin, named_layers, own_forward, thin, untransposed
 
 Watcher = Callable[[str, nn.Module, Tensor, Tensor], None]
 """Gets the name of a map, its layer, its input and its output."""
@@ -106,14 +106,15 @@ def observing(model: nn.Module, names: Iterable[str], watch: Watcher) -> Iterato
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.MultiheadAttention):
                 attention = {name, f"{name}.out_proj" if name else "out_proj"} & wanted
-                if attention and _is_plain(module):
+                if attention and can_be_thin(module):
                     kind, same = type(module), module._qkv_same_embed_dim
                     stack.callback(setattr, module, "__class__", kind)
                     stack.callback(setattr, module, "_qkv_same_embed_dim", same)
                     thin(module)
                     assert isinstance(module, ThinAttention)
-                    module.watch = partial(_attention, name, attention, watch)
-                    stack.callback(delattr, module, "watch")
+                    if name in wanted:
+                        module.watch = partial(watch, name)
+                        stack.callback(delattr, module, "watch")
             elif name in wanted:
                 handle = module.register_forward_hook(partial(report, name), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -137,16 +138,3 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _is_plain(module: nn.MultiheadAttention) -> bool:
-    """Return whether a ``ThinAttention`` would compute the same as ``module``."""
-    own = type(module).forward not in (nn.MultiheadAttention.forward, ThinAttention.forward)
-    adds = module.bias_k is not None or module.bias_v is not None or module.add_zero_attn
-    return module._parameters.get("in_proj_weight") is not None and not own and not adds
-
-
-def _attention(name: str, wanted: set[str], watch: Watcher, part: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-    path = f"{name}.{part}".strip(".") if part else name
-    if path in wanted:
-        watch(path, layer, x, y)

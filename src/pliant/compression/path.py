@@ -23,7 +23,7 @@ from pliant.compression.heads import HeadPruning
 from pliant.compression.plan import Plan
 from pliant.compression.removals import Removals, Shrinking, Size, Step
 from pliant.errors import BadInput, DamagedFile, shown
-from pliant.structure import ChannelGroup, Slot, axes, axis_length, complement, positions, tensors_along
+from pliant.structure import ChannelGroup, Slot, axis_length, axis_of, complement, positions, tensors_along
 
 KINDS: dict[str, type[FilterPruning]] = {"FilterPruning": FilterPruning, "HeadPruning": HeadPruning}
 COMPRESSORS = (*KINDS, "LowRank")
@@ -180,6 +180,7 @@ class Path:
                     "kind": group.kind,
                     "producers": [_describe(slot) for slot in group.producers],
                     "consumers": [_describe(slot) for slot in group.consumers],
+                    **({"others": [_describe(slot) for slot in group.others]} if group.others else {}),
                     "order": order.tolist(),
                 }
                 for group, order in zip(self.groups, self.orders, strict=True)
@@ -236,8 +237,10 @@ class _GroupReader:
         fields = fields_of(data, where)
         channels, kind = fields.count("channels"), fields.text("kind")
         sides = {
-            name: tuple(self._slot(x, channels, f"{where}.{name}[{i}]") for i, x in enumerate(fields.items(name)))
-            for name in ("producers", "consumers")
+            name: tuple(
+                self._slot(x, channels, f"{where}.{name}[{i}]") for i, x in enumerate(fields.items(name, default))
+            )
+            for name, default in (("producers", None), ("consumers", None), ("others", ()))
         }
         order = fields.counts("order")
         fields.end()
@@ -245,7 +248,8 @@ class _GroupReader:
             raise DamagedFile(f"{where}.order should hold each of {channels} channels once")
         if not sides["producers"]:
             raise DamagedFile(f"{where}.producers should not be empty")
-        return ChannelGroup(channels, sides["producers"], sides["consumers"], kind), torch.tensor(order)
+        group = ChannelGroup(channels, sides["producers"], sides["consumers"], kind, others=sides["others"])
+        return group, torch.tensor(order)
 
     def _slot(self, data: Any, channels: int, where: str) -> Slot:
         fields = fields_of(data, where)
@@ -254,8 +258,7 @@ class _GroupReader:
         listed = fields.counts("positions") if first is None else None
         fields.end()
         module = self.modules.get(name)
-        known = {} if module is None else axes(module)
-        if module is None or (axis != "outputs" and axis != "inputs") or axis not in known:
+        if module is None or axis_of(module, axis) is None:
             raise BadInput(f"the file is for another model: it has no layer {shown(name)} with {shown(axis)}")
         length = axis_length(module, axis)
         count = channels * width

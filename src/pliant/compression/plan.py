@@ -31,6 +31,8 @@ class LayerPlan:
         shape: shape of the dense weight; () without one.
         outputs, inputs: the positions that are kept on the two axes of the layer, ascending; None for all.
         scheme: how the layer is factorised; None if it is not.
+        others: (axis, positions that are kept) for its tensors that lie on neither axis; ``"gamma.1"`` is dimension 1
+            of the tensor ``gamma``.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerPlan:
     outputs: tuple[int, ...] | None = None
     inputs: tuple[int, ...] | None = None
     scheme: str | None = None
+    others: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ class Plan:
         for name in ("refit", "floored", "limited"):
             if not own[name]:  # as in plans of earlier versions, which can read this one then
                 del own[name]
+        for layer in own["layers"]:
+            if not layer["others"]:
+                del layer["others"]
         return own
 
     @classmethod
@@ -231,11 +237,21 @@ def _layer(data: object, i: int) -> LayerPlan:
         outputs=fields.positions("outputs"),
         inputs=fields.positions("inputs"),
         scheme=fields.optional_text("scheme"),
+        others=tuple(_other(x, f"{where}.others") for x in fields.items("others", default=())),
     )
     fields.end()
     if layer.kept > layer.total:
         raise DamagedFile(f"{where} keeps {layer.kept} of {layer.total}")
     return layer
+
+
+def _other(data: object, where: str) -> tuple[str, tuple[int, ...]]:
+    if not isinstance(data, (list, tuple)) or len(data) != 2:
+        raise DamagedFile(f"{where} should hold (axis, positions) pairs, not {shown(data)}")
+    kept = Fields({"positions": data[1]}, where).positions("positions")
+    if kept is None:
+        raise DamagedFile(f"{where} should hold positions")
+    return text_of(data[0], where), kept
 
 
 def _refit(data: object) -> RefitRecord | None:

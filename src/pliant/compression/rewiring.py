@@ -9,7 +9,15 @@ from torch import nn
 
 from pliant.calling import Inputs, count_calls, run
 from pliant.errors import first_line
-from pliant.structure import largest_sound, named_layers, obstacle, other_matrices, tied_parameters
+from pliant.structure import (
+    advised,
+    call_layers,
+    largest_sound,
+    named_layers,
+    obstacle,
+    other_matrices,
+    tied_parameters,
+)
 
 
 def replaceable(
@@ -21,7 +29,8 @@ def replaceable(
     """Find out which convolution and linear layers can be replaced.
 
     Args:
-        model: the model, in the mode to try it in; not changed.
+        model: a copy of the model, in the mode to try it in; its layers are called as those of the result will be, see
+            ``call_layers``.
         inputs: the inputs to call it on.
         unfit: maps a layer of a known type to the reason why it cannot be replaced, or None.
         substitute: maps a layer to one with the shapes of the replacement and arbitrary values. All substitutes are
@@ -34,6 +43,7 @@ def replaceable(
     Raises:
         BadInput: the model cannot be called on the inputs.
     """
+    call_layers(model)
     calls = count_calls(model, inputs)
     tied = tied_parameters(model)
     reasons: dict[str, str] = {}
@@ -57,7 +67,7 @@ def replaceable(
 
     sound, failed = largest_sound(candidates, fault)
     reasons.update(failed)
-    refused = [(name, reasons[name]) for name, _ in named_layers(model) if name in reasons]
+    refused = [(name, advised(reasons[name])) for name, _ in named_layers(model) if name in reasons]
     return sound, (*refused, *other_matrices(model))
 
 
@@ -70,10 +80,11 @@ def unsound(module: nn.Module, tied: frozenset[int]) -> str | None:
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """Put each replacement at every place of the named module, and return the model."""
+    """Put each replacement at every place of the named module, where it is called, and return the model."""
     if "" in replacements:  # the model is itself a layer
         return replacements[""]
     by_module = {model.get_submodule(name): new for name, new in replacements.items()}
+    call_layers(model, by_module)
     parents: Iterable[nn.Module] = list(model.modules())
     for parent in parents:
         for child_name, child in parent._modules.items():

@@ -6,11 +6,14 @@ layers            facts about single layers: where their channels lie, whether t
 channel_groups    groups of channels that leave a network together, as plain data
 tracing           torch-pruning's graph of everything that a forward computes
 channels          candidates: coupled channels, from that graph
+fused             PyTorch's transformer layers, which call their layers or read their weights
 heads             candidates: the heads of attention modules
 draws             conditions under which networks of different widths are compared: random numbers, types
 proof             ``Proof``: whether a network without some channels equals its masked twin, in float64
+free_tensors      candidates: tensors of other modules along the channels
 counts            how many channels of a group may stay
 verification      ``coupled_channels``: which candidates can be removed
+reasons           what to do about each reason why a layer is left alone
 soundness         the largest part of a list that is sound together, by bisection
 """
 
@@ -24,10 +27,14 @@ from pliant.structure.channel_groups import Structure as Structure
 from pliant.structure.counts import kept_fault as kept_fault
 from pliant.structure.counts import larger_counts as larger_counts
 from pliant.structure.counts import positions as positions
+from pliant.structure.fused import call_layers as call_layers
+from pliant.structure.fused import can_be_thin as can_be_thin
+from pliant.structure.heads import packed_obstacle as packed_obstacle
 from pliant.structure.heads import projection_layers as projection_layers
 from pliant.structure.layers import AxisName as AxisName
 from pliant.structure.layers import axes as axes
 from pliant.structure.layers import axis_length as axis_length
+from pliant.structure.layers import axis_of as axis_of
 from pliant.structure.layers import complement as complement
 from pliant.structure.layers import keep_channels as keep_channels
 from pliant.structure.layers import named_layers as named_layers
@@ -40,6 +47,9 @@ from pliant.structure.layers import untransposed as untransposed
 from pliant.structure.layers import weighted_layers as weighted_layers
 from pliant.structure.layers import zero_channels as zero_channels
 from pliant.structure.proof import Proof as Proof
+from pliant.structure.reasons import ADVICE as ADVICE
+from pliant.structure.reasons import advice as advice
+from pliant.structure.reasons import advised as advised
 from pliant.structure.soundness import largest_sound as largest_sound
 from pliant.structure.thin_attention import ThinAttention as ThinAttention
 from pliant.structure.thin_attention import thin as thin

@@ -43,6 +43,7 @@ class ChannelGroup:
             channel of the group being a head.
         counts: how many channels may stay if not all do; None for any number.
         limit: why no other number of channels may stay; None if all may.
+        others: tensors along the channels that belong to no known layer, such as scales and frozen statistics.
     """
 
     channels: int
@@ -51,6 +52,7 @@ class ChannelGroup:
     kind: str = "channels"
     counts: tuple[int, ...] | None = None
     limit: str | None = None
+    others: tuple[Slot, ...] = ()
 
     @property
     def name(self) -> str:
@@ -59,8 +61,8 @@ class ChannelGroup:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """All producers and consumers."""
-        return (*self.producers, *self.consumers)
+        """All producers, consumers and others."""
+        return (*self.producers, *self.consumers, *self.others)
 
 
 @dataclass(frozen=True, eq=False)

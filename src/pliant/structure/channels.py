@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from pliant.calling import Inputs
 from pliant.errors import first_line
@@ -157,7 +158,8 @@ class _Reader:
                 kind, name = self.mixing[member.node.grad_fn]
                 reasons.append(f"the {kind} {name!r} does not treat its channels one by one")
             if isinstance(module, nn.Parameter):
-                reasons.append(f"the free parameter {self.free.get(id(module))!r} shares its channels")
+                if not self._one_way(name := self.free.get(id(module), "")):
+                    reasons.append(f"the free parameter {name!r} shares its channels")
             elif module in self.names:
                 axis: AxisName = "outputs"
                 if "inputs" in axes(module) and self.graph.is_in_channel_pruning_fn(member.handler):
@@ -180,6 +182,13 @@ class _Reader:
         if not any(slot.axis == "inputs" for slot in slots):
             reasons.append(ends)
         return slots, reasons[0] if reasons else None
+
+    def _one_way(self, parameter: str) -> bool:
+        """Return whether a free parameter can only lie along channels in one way: :mod:`free_tensors` tries that."""
+        owner, _, name = parameter.rpartition(".")
+        held = self.modules[owner]._parameters.get(name) if owner in self.modules else None
+        usual = held is not None and id(held) not in self.tied and sum(length > 1 for length in held.shape) == 1
+        return usual and not isinstance(self.modules[owner], parametrize.ParametrizationList)
 
     def _slot(self, module: nn.Module, axis: AxisName, channels: dict[int, int]) -> Slot | str | None:
         node, name = module, self.names[module]

@@ -85,10 +85,8 @@ def _unfit(model: nn.Module, layers: tuple[str, ...], tied: frozenset[int], call
     """Return why heads cannot be removed from the layers, or None."""
     for name in layers:
         module = model.get_submodule(name)
-        if isinstance(module, nn.MultiheadAttention):
-            reason = _multihead_obstacle(module, tied)
-        else:
-            reason = obstacle(module, tied)
+        packed = isinstance(module, nn.MultiheadAttention)
+        reason = packed_obstacle(module, tied) if packed else obstacle(module, tied)
         if reason is None and not calls[module]:
             reason = "is not called on the example"
         if reason is not None:
@@ -96,8 +94,8 @@ def _unfit(model: nn.Module, layers: tuple[str, ...], tied: frozenset[int], call
     return None
 
 
-def _multihead_obstacle(module: nn.MultiheadAttention, tied: frozenset[int]) -> str | None:
-    """Return why the packed weight may not be cut, or None; cutting it also replaces the forward."""
+def packed_obstacle(module: nn.Module, tied: frozenset[int]) -> str | None:
+    """Return why the packed weight of attention may not be changed, or None; cutting it also replaces the forward."""
     if not type(module).__module__.startswith(("torch.nn", "pliant.")) or "forward" in vars(module):
         return f"is a {type(module).__name__} with a forward of its own"
     if any(id(p) in tied for p in module.parameters(recurse=False)):

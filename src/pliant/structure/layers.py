@@ -1,14 +1,15 @@
 """Facts about single layers: where their channels lie, and whether their weight may be changed.
 
 Convention: a layer's ``"outputs"`` axis holds its filters or neurons, its ``"inputs"`` axis the columns that read
-the layer before; the ``"outputs"`` of an attention module are its heads.
+the layer before; the ``"outputs"`` of an attention module are its heads. Every other parameter or buffer that a module
+holds may have *free axes*: see :func:`free_axes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from torch.nn.utils import parametrize
 from pliant.structure.attention import is_conv1d, projections
 from pliant.structure.thin_attention import thin
 
-AxisName = Literal["outputs", "inputs"]
+AxisName = str
+"""``"outputs"``, ``"inputs"``, or ``"gamma.1"`` for dimension 1 of a tensor that belongs to neither."""
 
 # Facts about a layer hold for these classes and for subclasses that keep their forward.
 _KNOWN: tuple[type[nn.Module], ...] = (
@@ -85,16 +87,47 @@ def _axis(module: nn.Module, attributes: tuple[str, ...], *tensors: tuple[str, i
     return Axis(int(getattr(module, attributes[0])), tensors, tuple((name, 1) for name in attributes))
 
 
+def free_axes(module: nn.Module) -> dict[AxisName, Axis]:
+    """Return the dimensions of a module's other floating-point tensors, those of none of the :func:`axes`.
+
+    Any of them may lie along channels.
+    """
+    if isinstance(module, parametrize.ParametrizationList):
+        return {}
+    known = {tensor for axis in axes(module).values() for tensor, _ in axis.tensors}
+    return {
+        f"{name}.{dim}": Axis(length, ((name, dim),), ())
+        for name, held in {**module._parameters, **module._buffers}.items()
+        if held is not None and name not in known and held.is_floating_point()
+        for dim, length in enumerate(held.shape)
+        if length > 1
+    }
+
+
+def axis_of(module: nn.Module, name: AxisName) -> Axis | None:
+    """Return an axis by its name, a free one too; None if the module has none of that name."""
+    return axes(module).get(name) if name in ("outputs", "inputs") else free_axes(module).get(name)
+
+
+def _known_axis(module: nn.Module, name: AxisName) -> Axis:
+    axis = axis_of(module, name)
+    if axis is None:
+        raise KeyError(name)
+    return axis
+
+
 def axis_length(module: nn.Module, axis: AxisName) -> int:
     """Return the number of positions on one axis."""
-    return axes(module)[axis].length
+    return _known_axis(module, axis).length
 
 
 def tensors_along(module: nn.Module, name: str, axis: AxisName) -> tuple[tuple[str, int], ...]:
     """Return (state_dict name, dim) of the tensors that lie along an axis of the module called ``name``."""
     held = {**module._parameters, **module._buffers}
     prefix = f"{name}." if name else ""
-    return tuple((prefix + tensor, dim) for tensor, dim in axes(module)[axis].tensors if held.get(tensor) is not None)
+    return tuple(
+        (prefix + tensor, dim) for tensor, dim in _known_axis(module, axis).tensors if held.get(tensor) is not None
+    )
 
 
 def complement(module: nn.Module, axis: AxisName, positions: Tensor) -> Tensor:
@@ -202,7 +235,7 @@ def tied_parameters(model: nn.Module) -> frozenset[int]:
 
 def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
     """Reduce ``module`` in place to the positions ``keep``, int64 (n,), ascending, of one axis."""
-    shortened = axes(module)[axis]
+    shortened = _known_axis(module, axis)
     for name, dim in shortened.tensors:
         old = getattr(module, name)
         if old is None:
@@ -219,7 +252,7 @@ def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
 def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:
     """Set the parameters of ``module`` at the positions ``gone``, int64 (n,), of one axis to zero, in place."""
     with torch.no_grad():
-        for name, dim in axes(module)[axis].tensors:
+        for name, dim in _known_axis(module, axis).tensors:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.index_fill_(dim, gone.to(parameter.device), 0.0)

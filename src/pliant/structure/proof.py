@@ -78,6 +78,12 @@ class Proof:
         """The names of the parameters that no trial reads."""
         return sorted({name for name, _ in self.model.named_parameters()} - self._read)
 
+    def attempt(self, small: nn.Module) -> None:
+        """Run a network that is part of the model in both modes, and raise what its forward raises."""
+        for trial in (self._eval, *self._train):
+            with eager(), self._conditions():
+                self._trial_run(small, trial, {})
+
     def fault(self, removed: Removed, *, training: bool | None = None) -> str | None:
         """Remove positions and return None if the network equals its masked twin, else why not.
 

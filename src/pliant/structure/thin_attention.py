@@ -22,11 +22,11 @@ class ThinAttention(nn.MultiheadAttention):
 
     :func:`thin` converts a module to this class; it is never constructed.
 
-    While ``watch`` is not None, it is called with ("", self, input, output) of the packed projection in self-attention,
-    and with ("out_proj", out_proj, input, output).
+    Unlike the dense module it calls out_proj. While ``watch`` is not None, it is called with (self, input, output) of
+    the packed projection in self-attention.
     """
 
-    watch: Callable[[str, nn.Module, Tensor, Tensor], None] | None = None
+    watch: Callable[[nn.Module, Tensor, Tensor], None] | None = None
 
     def forward(
         self,
@@ -67,14 +67,9 @@ class ThinAttention(nn.MultiheadAttention):
             shares = shares.mean(1) if average_attn_weights else shares
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        # As in the dense module, out_proj is not called: nn.TransformerEncoder reads its weight, so that the layer must
-        # not be replaced.
-        heads = heads.transpose(1, 2).flatten(2)
-        output = F.linear(heads, self.out_proj.weight, self.out_proj.bias)
-        if self.watch is not None:
-            self.watch("out_proj", self.out_proj, heads, output)
-            if alone:
-                self.watch("", self, query, F.linear(query, self.in_proj_weight, self.in_proj_bias))
+        output: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
+        if self.watch is not None and alone:
+            self.watch(self, query, F.linear(query, self.in_proj_weight, self.in_proj_bias))
         if not batched:
             return output.squeeze(0), None if shares is None else shares.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), shares

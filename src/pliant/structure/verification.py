@@ -9,8 +9,9 @@ channels, neurons or heads of one set of layers::
 
     coupled_channels(model, example_inputs) -> Structure(groups, refused)
 
-The source of the candidates (``channels`` reads torch-pruning's graph, ``heads`` looks for attention modules) need not
-be trusted, because every group is tried on a copy of the model in float64 with random weights and BatchNorm statistics.
+The source of the candidates (``channels`` reads torch-pruning's graph, ``heads`` looks for attention modules,
+``free_tensors`` adds what else lies along the channels) need not be trusted, because every group is tried on a copy of
+the model in float64 with random weights and BatchNorm statistics.
 Without half of the channels, the small network must equal its *masked twin*, the network with dense shapes in which
 only the consumers' input columns are zero, in eval mode and in training mode. (Zeroing filters would not give a twin:
 the BatchNorm shift behind them still flows.) Layers of groups that fail are refused by name with the reason. Then other
@@ -30,9 +31,11 @@ from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
 from pliant.structure.draws import eager
+from pliant.structure.free_tensors import with_free_tensors
 from pliant.structure.heads import Site, attention_sites
 from pliant.structure.layers import AxisName, axes, axis_length, weighted_layers
 from pliant.structure.proof import Proof
+from pliant.structure.reasons import advised
 from pliant.structure.soundness import largest_sound
 
 
@@ -65,6 +68,7 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
     candidates, reasons = channel_candidates(probe, inputs, _as_given(proof.training_only, inputs))
     heads, stuck = _sound_heads(proof, sites)
     places = {place for group in heads for place in _places(group)}
+    candidates = [with_free_tensors(proof, group) for group in candidates]
     apart = [group for group in candidates if not places & _places(group)]
     sound, failed = _sound_channels(proof, apart, heads)
     trained, unfit = largest_sound(list(sound), lambda groups: _fault(proof, {g: sound[g] for g in groups}, True))
@@ -74,10 +78,10 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
     failed += [*unfit, *hidden]
     accepted = with_counts({g: sound[g] for g in readable}, lambda kept: _fault(proof, kept, False))
     failed += [(group, "shares its channels with attention heads") for group in candidates if group not in apart]
-    reasons |= {slot.module: why for group, why in failed for slot in group.producers}
+    reasons |= {slot.module: _explained(group, why) for group, why in failed for slot in group.producers}
     reasons |= headless | stuck
     removable = {slot.module for group in accepted for slot in group.producers}
-    refused = ((name, reasons[name]) for name, _ in weighted_layers(probe) if name not in removable)
+    refused = ((name, advised(reasons[name])) for name, _ in weighted_layers(probe) if name not in removable)
     return Structure(tuple(accepted), tuple(refused), proof)
 
 
@@ -86,6 +90,16 @@ def _calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
     twin = copy.deepcopy(model)
     calls = count_calls(twin, inputs)
     return Counter(dict(zip(model.modules(), (calls[module] for module in twin.modules()), strict=True)))
+
+
+def _explained(group: ChannelGroup, why: str) -> str:
+    """Return why a group fails, with the module that may mix its channels if it holds tensors along them."""
+    if not group.others or "masked twin" not in why:
+        return why
+    slot = group.others[0]
+    return (
+        f"{why}: {slot.module or 'the network'!r}, which holds {slot.tensors[0][0]!r} along them, may mix its channels"
+    )
 
 
 def _as_given(training: Sequence[tuple[Inputs, int]], inputs: Inputs) -> list[tuple[Inputs, int]]:
@@ -146,7 +160,7 @@ def _sound_heads(proof: Proof, sites: Sequence[Site]) -> tuple[list[ChannelGroup
         return _fault(proof, {group: first_count(group) for group in [*sound, *groups]}, False)
 
     while open_sites:
-        offers = {site.alternatives[attempt]: site for site in open_sites}
+        offers = {with_free_tensors(proof, site.alternatives[attempt]): site for site in open_sites}
         accepted, failed = largest_sound(list(offers), fault)
         sound += accepted
         open_sites = []
