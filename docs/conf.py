@@ -29,7 +29,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"Tensor|Path|(torch|collections|typing|pathlib|abc)\..*"),
     (
         r"py:.*",
-        r"pliant\.(.*\.)?(compression\.base\.A|Layout|CoupledChannels|Slot|Stored)",
+        r"pliant\.(.*\.)?(compression\.base\.A|Layout|CoupledChannels|Proof|Slot|Stored)",
     ),
 ]
 

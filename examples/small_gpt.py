@@ -55,16 +55,14 @@ def main() -> None:
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM"))
     optimizers = make_optimizers(model, arguments.method)
-    for optimizer in optimizers:
-        if isinstance(optimizer, pliant.SFW):
-            pliant.KSchedule(optimizer, steps=arguments.steps // 2 + 1)  # the optimizer advances it
+    if isinstance(optimizers[0], pliant.SFW):
+        pliant.KSchedule(optimizers[0], steps=arguments.steps // 2 + 1)  # the optimizer advances it
     shape = {"total_steps": arguments.steps + 1, "pct_start": 0.02, "cycle_momentum": False}
     schedules = [OneCycleLR(o, [g["lr"] for g in o.param_groups], **shape) for o in optimizers]
     for step in range(arguments.steps):
         ids = train[torch.randint(len(train) - CONTEXT, (16, 1)) + torch.arange(CONTEXT)]
-        loss = model(input_ids=ids, labels=ids).loss
         model.zero_grad()
-        loss.backward()
+        (loss := model(input_ids=ids, labels=ids).loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in (*optimizers, *schedules):
             part.step()

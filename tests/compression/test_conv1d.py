@@ -161,7 +161,8 @@ def test_matrices_outside_of_linear_and_convolution_layers_are_named(compressor:
     attention = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
     model = nn.Sequential(nn.Linear(16, 16), attention, nn.LSTM(16, 16))
     reasons = dict(compressor.plan(model, torch.randn(2, 5, 16)).refused)
-    assert "in_proj_weight as a MultiheadAttention" in reasons["1.self_attn"]
+    if isinstance(compressor, LowRank | Int8):  # the others zero entries of any matrix of an attention
+        assert "in_proj_weight as a MultiheadAttention" in reasons["1.self_attn"]
     assert "weight_hh_l0 as a LSTM" in reasons["2"]
     weighted = nn.Sequential(nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
     reasons = dict(compressor.plan(weighted, torch.randn(2, 16)).refused)

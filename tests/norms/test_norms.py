@@ -270,7 +270,9 @@ def longest_point(norm: Norm, shape: Shape, magnitudes: int) -> Tensor:
     first = [0] * (len(shape) - 1)
     match norm:
         case Rows(_, dim):
-            x.movedim(dim, 0)[(slice(None), *first)] = a
+            dims = dim if isinstance(dim, tuple) else (dim,)
+            moved = x.movedim(dims, tuple(range(len(dims))))
+            moved[(..., *first[len(dims) - 1 :])] = a.view(moved.shape[: len(dims)])
         case Spectral(_, _, groups):
             diagonals = torch.stack([part.diag() for part in a.chunk(groups)])
             padded = unfolded(norm, x)

@@ -154,6 +154,12 @@ def parametrised() -> Net:
     return net
 
 
+def free_parameter() -> Net:
+    net = Net(lambda n, x: ends(n, n.a(x) * n.gamma), a=conv(3, 8), **tail())
+    net.gamma = nn.Parameter(torch.ones(8, 1, 1))
+    return net
+
+
 def free_kernel() -> Net:
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.a(x).relu()

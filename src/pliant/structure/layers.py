@@ -161,7 +161,7 @@ def other_matrices(model: nn.Module) -> list[tuple[str, str]]:
         matrices = [child for child, p in module._parameters.items() if p is not None and p.dim() > 1]
         known = _is_layer(module) or isinstance(module, parametrize.ParametrizationList)  # its layer is named
         if matrices and not known:
-            kind = type(module).__name__
+            kind = "MultiheadAttention" if isinstance(module, nn.MultiheadAttention) else type(module).__name__
             others.append((name, f"holds {', '.join(matrices)} as a {kind}, which is no convolution or linear layer"))
     return others
 
