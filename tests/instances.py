@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms.shapes import row_dims
 
 Shape = tuple[int, ...]
 Lift = Callable[[VectorNorm], Norm]
@@ -67,7 +68,7 @@ def gaussian(shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float64) ->
 
 def unfolded(norm: Spectral, x: Tensor) -> Tensor:
     """Return the matrices (groups, rows, columns) whose singular values a spectral norm sees."""
-    dims = norm.dim if isinstance(norm.dim, tuple) else (norm.dim,)
+    dims = row_dims(norm.dim)
     moved = x.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
     if norm.spatial:
         filters, channels, height, width = moved.shape

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pliant.linalg import topk_mask
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms.shapes import row_dims
 from tests.instances import INSTANCES, LAYOUTS, Shape, few_integers, folded, gaussian, tiled, unfolded
 
 every_instance = pytest.mark.parametrize(("norm", "shape"), INSTANCES, ids=str)
@@ -49,7 +50,7 @@ def symmetry(norm: Norm, shape: Shape) -> Callable[[Tensor], Tensor]:
     entries = math.prod(shape)
     match norm:
         case Rows(_, dim):  # any order of rows, each of them turned in its own way
-            dims = dim if isinstance(dim, tuple) else (dim,)
+            dims = row_dims(dim)
             n = math.prod(shape[d] for d in dims)
             turns = orthogonal(n, entries // n, 1)
             return along(dims, lambda m: torch.einsum("rc,rcd->rd", m, turns)[permutation(n, 2)])
@@ -218,7 +219,7 @@ def test_zero_gradient_gives_the_zero_vertex(norm: Norm, shape: Shape, dtype: to
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_removed_filters_stay_exactly_zero(norm: Norm, shape: Shape, dtype: torch.dtype) -> None:
     dim = norm.dim if isinstance(norm, Rows | Spectral) else 0
-    dim = dim if isinstance(dim, int) else dim[-1]
+    dim = row_dims(dim)[-1]
     g = gaussian(shape, dtype=dtype)
     g.movedim(dim, 0)[1 : 1 + shape[dim] // 2] = 0
     v = norm.lmo(g)
@@ -253,7 +254,7 @@ def atoms(norm: Norm, x: Tensor) -> Tensor:
     """Return how many magnitudes of x are not zero, for each block where the norm has blocks."""
     match norm:
         case Rows(_, dim):
-            dims = dim if isinstance(dim, tuple) else (dim,)
+            dims = row_dims(dim)
             moved = x.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
             return moved.reshape(len(moved), -1).any(dim=1).sum()
         case Spectral():

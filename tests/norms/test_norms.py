@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pliant.compression.factored import matrices
 from pliant.norms import Blocks, KSparse, KSupport, Lp, Norm, Rows, Spectral, VectorNorm
+from pliant.norms.shapes import row_dims
 from tests.instances import (
     INSTANCES,
     LIFTED_SHAPES,
@@ -270,7 +271,7 @@ def longest_point(norm: Norm, shape: Shape, magnitudes: int) -> Tensor:
     first = [0] * (len(shape) - 1)
     match norm:
         case Rows(_, dim):
-            dims = dim if isinstance(dim, tuple) else (dim,)
+            dims = row_dims(dim)
             moved = x.movedim(dims, tuple(range(len(dims))))
             moved[(..., *first[len(dims) - 1 :])] = a.view(moved.shape[: len(dims)])
         case Spectral(_, _, groups):
