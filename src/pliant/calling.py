@@ -14,6 +14,7 @@ import contextlib
 import copy
 import inspect
 import io
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 
 from pliant.errors import BadInput, first_line
@@ -95,11 +97,46 @@ def map_tensors(change: Callable[[Tensor], Tensor], data: Item) -> Item:
     return changed
 
 
-def copied(model: Module) -> Module:
-    """Return a copy of a model; results that its modules keep with their graph of gradients are detached in it."""
+_wraps: Callable[[object], bool] = _python_dispatch.is_traceable_wrapper_subclass
+
+
+def plain(model: Module) -> Module:
+    """Return the module that ``torch.compile(model)`` wraps, or the model itself; raise BadInput if it cannot be used.
+
+    Raises:
+        BadInput: a module is lazy and has no parameters yet, or is scripted, or its parameters are tensors of
+            another kind, as after quantisation.
+    """
+    compiled = sys.modules.get("torch._dynamo.eval_frame")  # if it is not loaded, nothing is compiled
+    while compiled is not None and isinstance(model, compiled.OptimizedModule):
+        model = model._orig_mod
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            which = f"{name!r} of the model" if name else "the model"
+            raise BadInput(f"{which} is scripted: give the module that torch.jit made it of")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise BadInput(f"{name!r} of the model is not initialised: call the model on an example first")
+        if _wraps(tensor) and not hasattr(tensor, "to_local"):  # a DTensor holds plain ones
+            kind = type(tensor).__name__
+            raise BadInput(f"{name!r} of the model is a {kind}, not a plain tensor: compress before you quantise")
+    return model
+
+
+def copied(model: Module, known: Mapping[int, Tensor] | None = None) -> Module:
+    """Return a copy of a model; results that its modules keep with their graph of gradients are detached in it.
+
+    Args:
+        model: the model.
+        known: id of a tensor → what the copy has in its place.
+
+    Raises:
+        BadInput: as for :func:`plain`.
+    """
+    model = plain(model)
     kept = [x for module in model.modules() for x in kept_results(module) if x.grad_fn is not None]
     memo: dict[int, Any] = {id(x): x.detach().clone() for x in kept}
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, memo | dict(known or {}))
 
 
 _MACHINERY = frozenset(vars(nn.Module()))
@@ -144,7 +181,8 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
     The cache holds earlier results of attention. Its shape depends on the heads, and only the same attention reads it.
     """
-    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    with eager():
+        output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     if isinstance(output, Mapping):
         output = {name: value for name, value in output.items() if name not in _CACHES}
     return results_of(output)
@@ -160,6 +198,14 @@ def same_random_state(model: nn.Module, inputs: Inputs) -> contextlib.AbstractCo
     """Return a context after which PyTorch's generators are as before, on the devices of a model and its inputs."""
     devices = sorted({x.device.index or 0 for x in [*model.parameters(), *tensors_of(inputs)] if x.is_cuda})
     return torch.random.fork_rng(devices)
+
+
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which compiled modules run as they were written, and call the layers inside."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextlib.contextmanager
@@ -183,6 +229,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def batch_fault(error: Exception) -> str:
+    """Return in one line why a model cannot be called on a batch."""
+    text = first_line(error)
+    if isinstance(error, TypeError) and "missing" in text:
+        text += "; a batch of several inputs is ((a, b), labels) or a dict"
+    return text
 
 
 def inputs_of(batch: Any) -> Any:

@@ -6,7 +6,6 @@ MACs (multiply-accumulates) and latency are those of dense computation: zeros co
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import platform
 import statistics
@@ -22,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant.calling import Example, Inputs, as_inputs, call, copied, eval_mode, map_tensors, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, call, copied, eval_mode, map_tensors, plain, tensors_of
 from pliant.errors import BadInput
 from pliant.version import __version__
 
@@ -118,16 +117,17 @@ def macs(model: nn.Module, example_inputs: Example) -> int:
 def _without_data(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` on the meta device, without copying its data on the way."""
     hollow: dict[int, Any] = {}
-    for p in model.parameters():
+    for p in plain(model).parameters():
         hollow[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
     for buffer in model.buffers():
         hollow[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(model, hollow)
+    return copied(model, hollow)
 
 
 def _flops(model: nn.Module, inputs: Inputs) -> int:
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    # It has hooks on all modules, of which a compiled one warns.
+    with warnings.catch_warnings(action="ignore"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         call(model.eval(), inputs)
     return int(counter.get_total_flops())
 

@@ -11,7 +11,6 @@ according to the plan, and loads the weights. :func:`elastic` writes a network f
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
-from pliant.calling import Example
+from pliant.calling import Example, copied, plain
 from pliant.compression import Compressor, Plan, skeleton
 from pliant.compression.budgets import Budget, one_budget
 from pliant.compression.elastic import Elastic
@@ -69,7 +68,7 @@ def rebuild(
     plan = read_plan(folder / PLAN) if (folder / PLAN).exists() else None
     if not (folder / WEIGHTS).is_file():
         raise DamagedFile(f"{folder} has no {WEIGHTS}: give a folder that pliant export or pliant compress wrote")
-    small = copy.deepcopy(model) if plan is None else _compressed(model, plan, folder / PLAN)
+    small = copied(model) if plan is None else _compressed(model, plan, folder / PLAN)
     load_weights(small, folder / WEIGHTS)
     return small.cpu().eval()
 
@@ -95,7 +94,7 @@ def rebuild_sized(model: nn.Module, folder: str | Path, budget: Budget) -> tuple
         raise BadInput(
             f"{budget}: {folder} holds a network of one size; pliant.elastic and compress --elastic write all"
         )
-    dense = copy.deepcopy(model).cpu().eval()
+    dense = copied(model).cpu().eval()
     elastic = read_elastic(dense, folder)
     load_weights(dense, folder / WEIGHTS)
     try:
@@ -147,7 +146,7 @@ def elastic(
         Refused: nothing can be removed, or the last share of the ladder is out of reach.
         Busy: another process is making the folder.
     """
-    folder = Path(folder)
+    model, folder = plain(model), Path(folder)
     remove_leftovers(folder)
     if folder.exists() or folder.is_symlink():
         raise BadInput(f"{folder} exists: choose another folder, or remove it")
@@ -224,7 +223,7 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the parameters and buffers of a model as safetensors, atomically."""
-    write_bytes(path, safetensors.torch.save(state_tensors(model)))
+    write_bytes(path, safetensors.torch.save(state_tensors(plain(model))))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

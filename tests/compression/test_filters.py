@@ -249,7 +249,7 @@ def tied_embeddings() -> nn.Module:
 
 MADE_NASTY = {name: (build, IMAGES) for name, (build, _) in NASTY.items()} | {
     "lstm": (LSTMNet, torch.randn(2, 3, 4)),
-    "frozen": (lambda: NASTY["channel shuffle"][0]().requires_grad_(False), IMAGES),
+    "frozen": (lambda: NASTY["functional group norm"][0]().requires_grad_(False), IMAGES),
     "tied embeddings": (tied_embeddings, torch.tensor([[1, 2, 3], [4, 5, 8]])),
 }
 

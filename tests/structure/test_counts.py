@@ -73,7 +73,8 @@ class Several(Wide):
 
 class AtLeast(Wide):
     def runs(self, h: Tensor) -> Tensor:
-        return h.narrow(1, 0, 5).sum(1, keepdim=True) * 0 + h
+        assert h.shape[1] >= 5
+        return h
 
 
 class Even(Wide):

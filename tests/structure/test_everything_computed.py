@@ -208,7 +208,7 @@ class DroppedByLoss(Body):
 
     def forward(self, x: Tensor) -> Any:
         h = self.features(x)
-        self.penalty = float(self.side(h).square().mean())
+        self.penalty = float(self.side(h).detach().square().mean())
         return self.head(h)
 
 

@@ -335,7 +335,7 @@ def test_heads_with_slopes_from_the_configuration_are_refused_and_neurons_are_no
     assert_same(outputs(FilterPruning().apply(model, plan), inputs), outputs(masked_twin(model, plan), inputs))
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("phi3", []), ("falcon", ["neurons"])])
+@pytest.mark.parametrize(("name", "kinds"), [("phi3", ["neurons"]), ("falcon", ["neurons"])])
 def test_layouts_that_are_not_known_are_refused_and_end_in_time(name: str, kinds: list[str]) -> None:
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
     if name == "phi3":

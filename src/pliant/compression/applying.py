@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pliant.calling import Example
+from pliant.calling import Example, plain
 from pliant.compression.base import Compressor
 from pliant.compression.by_name import compressor_of
 from pliant.compression.calibration import calibration_of
@@ -46,6 +46,7 @@ def compress(
         Refused: nothing can be removed.
         BadInput: the example or the data does not fit.
     """
+    model = plain(model)
     data = None if calibration is None else calibration_of(calibration, model, example_inputs)
     refitter = Refitter(model, example_inputs, data) if data is not None and refit else None
     analysis = compressor.analyse(model, example_inputs, data)

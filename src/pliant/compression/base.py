@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pliant import measuring
-from pliant.calling import Example, copied
+from pliant.calling import Example, copied, plain
 from pliant.compression.plan import LayerPlan, Plan
 from pliant.errors import BadInput, Refused, unknown
 from pliant.extensions import names_of
@@ -128,6 +128,7 @@ class Compressor(abc.ABC, Generic[A]):
             Refused: the ratio is not 0, and nothing at all can be removed.
             BadInput: a weight is not finite, or the analysis is of another model.
         """
+        model = plain(model)
         _check_finite(model)
         if analysis is None:
             analysis = self.analyse(model, example_inputs)
@@ -163,6 +164,7 @@ class Compressor(abc.ABC, Generic[A]):
         Raises:
             BadInput: the plan is of another kind of compressor or for another model.
         """
+        model = plain(model)
         planned = self.checked(model, plan)
         _check_finite(model)
         return planned.carry_out(copied(model), plan, analysis)
@@ -294,7 +296,7 @@ def with_options(kind: type[C], options: Mapping[str, Any]) -> C:
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return name → shape of all parameters."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return {name: tuple(p.shape) for name, p in plain(model).named_parameters()}
 
 
 def _check_finite(model: nn.Module) -> None:

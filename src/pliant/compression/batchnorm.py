@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.calling import as_inputs, copied, inputs_of, map_tensors, run
-from pliant.errors import BadInput, first_line
+from pliant.calling import as_inputs, batch_fault, copied, inputs_of, map_tensors, run
+from pliant.errors import BadInput
 from pliant.structure import own_forward
 
 
@@ -44,7 +44,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
     except BadInput:  # of the calibration data
         raise
     except (RuntimeError, ValueError, TypeError) as error:
-        raise BadInput(f"batch {batches} cannot be run in training mode: {first_line(error)}") from error
+        raise BadInput(f"batch {batches} cannot be run in training mode: {batch_fault(error)}") from error
     if not batches:
         raise BadInput("the loader for the BatchNorm statistics is empty")
     return new

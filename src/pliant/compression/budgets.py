@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from pliant import measuring
-from pliant.calling import Example
+from pliant.calling import Example, plain
 from pliant.compression.base import Analysis, Compressor
 from pliant.compression.batchnorm import reestimate_batchnorm
 from pliant.compression.calibration import calibration_of
@@ -121,6 +121,7 @@ def compress_to(
         max_latency_ms=max_latency_ms,
         max_drop=max_drop,
     )
+    model = plain(model)
     data = None if calibration is None else calibration_of(calibration, model, example_inputs)
     refitter = Refitter(model, example_inputs, data) if data is not None and refit else None
 

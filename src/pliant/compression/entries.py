@@ -7,7 +7,6 @@ data, entries go that the others of their filter can make up for, and these do s
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from pliant import measuring
-from pliant.calling import Example, as_inputs, count_calls
+from pliant.calling import Example, as_inputs, copied, count_calls, plain
 from pliant.compression.base import Analysis, Compressor, check_ratio, parameter_shapes
 from pliant.compression.calibration import calibration_of
 from pliant.compression.compensation import GONE, largest, loss_curve, prune, prune_blocks
@@ -85,7 +84,8 @@ class Zeroing(Compressor[Weights]):
         if self.importance == "loss" and calibration is None:
             raise BadInput('importance="loss" needs calibration data: give batches of images, or use "auto"')
         inputs = as_inputs(example_inputs)
-        probe = copy.deepcopy(model).eval()
+        model = plain(model)
+        probe = copied(model).eval()
         count_calls(probe, inputs)  # for its BadInput, which other compressors raise as well
         tied = tied_parameters(model)
         layers: list[str] = []
@@ -149,7 +149,7 @@ class Zeroing(Compressor[Weights]):
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Return a copy of the model: its shapes stay."""
         self.checked(model, plan)
-        return copy.deepcopy(model)
+        return copied(model)
 
     def unfit(self, module: nn.Module) -> str | None:
         """Return why a layer cannot be acted on, or None."""

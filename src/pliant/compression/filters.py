@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import measuring
-from pliant.calling import Example, as_inputs, copied
+from pliant.calling import Example, as_inputs, copied, plain
 from pliant.compression.base import COSTS, Analysis, check_ratio, parameter_shapes
 from pliant.compression.calibration import calibration_of
 from pliant.compression.choosing import loss_curves
@@ -140,6 +140,7 @@ class FilterPruning(Controlled[Channels]):
         """
         if self.importance == "loss" and calibration is None:
             raise BadInput('importance="loss" needs calibration data: give batches of images, or use "auto"')
+        model = plain(model)
         structure = coupled_channels(model, example_inputs)
         groups, refused = self.choose(model, structure)
         probe = copied(model).eval()

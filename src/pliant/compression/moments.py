@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pliant.calling import run
+from pliant.calling import batch_fault, run
 from pliant.compression.calibration import Calibration
 from pliant.compression.observing import LinearMap, applies_plainly, linear_map, observing
 from pliant.compression.rows import channel_rows, chosen_rows, grid_of, input_rows
-from pliant.errors import BadInput, PliantError, first_line
+from pliant.errors import BadInput, PliantError
 
 MAX_COLUMNS = {"convolution": 2304, "linear": 4096}
 ROWS_PER_COLUMN = 8  # more rows hardly improve a moment; fewer give a noisy one
@@ -197,4 +197,4 @@ def call_on(model: nn.Module, inputs: object, batch: int) -> list[Tensor]:
     except PliantError:
         raise
     except Exception as error:  # a user's forward may raise anything
-        raise BadInput(f"the model cannot be called on calibration batch {batch}: {first_line(error)}") from error
+        raise BadInput(f"the model cannot be called on calibration batch {batch}: {batch_fault(error)}") from error

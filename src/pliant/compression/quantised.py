@@ -8,7 +8,6 @@ nor ONNX accept it. On linear layers both give the same numbers.)
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pliant.calling import Example, as_inputs
+from pliant.calling import Example, as_inputs, copied, plain
 from pliant.compression.base import Compressor, parameter_shapes
 from pliant.compression.calibration import calibration_of
 from pliant.compression.compensation import round_to_grid
@@ -103,7 +102,8 @@ class Int8(Compressor[Weights]):
         """
         if self.compensate is True and calibration is None:
             raise BadInput("compensate=True needs calibration data: give batches of images, or use compensate='auto'")
-        probe = copy.deepcopy(model).eval()
+        model = plain(model)
+        probe = copied(model).eval()
         sound, refused = replaceable(probe, as_inputs(example_inputs), _unfit, quantised)
         seen = None
         if calibration is not None and self.compensate is not False:
@@ -140,7 +140,7 @@ class Int8(Compressor[Weights]):
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Return a new model with the layers of :meth:`apply`, rounded plainly: no data is needed."""
         self.checked(model, plan)
-        new = copy.deepcopy(model)
+        new = copied(model)
         return replace_modules(new, {name: quantised(module) for name, module in _planned_layers(new, plan).items()})
 
 

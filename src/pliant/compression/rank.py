@@ -12,7 +12,6 @@ subspace minimises the mean error of the outputs, see ``whitening``. Either way 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import measuring
-from pliant.calling import Example, as_inputs
+from pliant.calling import Example, as_inputs, copied, plain
 from pliant.compression.allocation import ORDERS, Options, Reduction, allocate
 from pliant.compression.base import COSTS, Analysis, check_ratio, parameter_shapes
 from pliant.compression.controls import KEPT, Controlled, layer_names, with_reasons
@@ -180,7 +179,7 @@ class LowRank(Controlled[Spectra]):
         if self.whiten is True and calibration is None:
             raise BadInput("whiten=True needs calibration data: give batches of images, or use whiten='auto'")
         inputs = as_inputs(example_inputs)
-        probe = copy.deepcopy(model).eval()
+        probe = copied(model := plain(model)).eval()
 
         def thinnest(module: nn.Module) -> nn.Module:
             layer = _as_factorable(module)
@@ -339,7 +338,7 @@ class LowRank(Controlled[Spectra]):
     def skeleton(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Return a new model with factors of the plan's shapes, all zero: no decomposition and no data is needed."""
         self.checked(model, plan)
-        new = copy.deepcopy(model)
+        new = copied(model)
         return replace_modules(
             new, {name: _empty(layer, rank, scheme) for name, layer, rank, scheme in _factorised(new, plan)}
         )

@@ -27,7 +27,7 @@ def _norms(model: nn.Module, group: ChannelGroup, importance: str) -> list[Tenso
     norms = []
     for slot in group.producers:
         module = model.get_submodule(slot.module)
-        if not slot.tensors or isinstance(module, (_NormBase, nn.PReLU)):
+        if not slot.tensors or isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)):
             continue
         weight, dim = axes(module)["outputs"].tensors[0]
         filters = getattr(module, weight).detach().movedim(dim, 0).flatten(1).double().cpu()  # (filters, entries)

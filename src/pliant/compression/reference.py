@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -152,7 +151,7 @@ class Reference:
 
     def error(self, network: nn.Module) -> float:
         """Return the error of a network's outputs on the held-out pieces, relative to the energy of the dense ones."""
-        probe = copy.deepcopy(network).eval()
+        probe = copied(network).eval()
         missed = 0.0
         with unfused():
             for piece, inputs in self.pieces():

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pliant.calling import Example, eval_mode
+from pliant.calling import Example, copied, eval_mode
 from pliant.compression.base import Compressor
 from pliant.compression.batchnorm import estimating, normalises
 from pliant.compression.calibration import Calibration
@@ -171,7 +171,7 @@ class Refitter:
         fits: dict[str, LayerFit] = {}
         touched = {site.name for part in parts for site in part if self._is_cut(network, site)}
         for sweep in range(MOST_SWEEPS):
-            fresh = copy.deepcopy(network)
+            fresh = copied(network)
             for index, part in enumerate(parts):
                 wanted = [site for site in part if sweep or not touched or site.name in touched]
                 if index and wanted:  # these maps see what the fits of the parts before have made of their inputs
@@ -210,7 +210,7 @@ class Refitter:
             network: a network of the shapes of ``plan``.
             plan: the plan.
         """
-        new = copy.deepcopy(network)
+        new = copied(network)
         found = {
             site.name: (site, linear_map(new, site.name))
             for site in sites_of(self.model, network, plan, self.reference.most)[0]
@@ -228,7 +228,7 @@ class Refitter:
                 got = output_rows(layer, output, dense.rows)
                 missed.setdefault(name, []).append((_left(dense.outputs, site) - got).mean(0))
 
-        probe = copy.deepcopy(network).eval()
+        probe = copied(network).eval()
         with observing(probe, biases, watch):
             for piece, inputs in self.reference.pieces() if biases else ():
                 calls.clear()
@@ -249,7 +249,7 @@ class Refitter:
             estimate: whether its BatchNorm statistics are estimated in the same pass: each piece is normalised by its
                 own, and the returned network has the means.
         """
-        probe = copy.deepcopy(network)
+        probe = copied(network)
         by_name = {site.name: site for site in sites}
         sums: dict[str, list[Sums | None]] = {}
         calls: Counter[str] = Counter()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from pliant.calling import Inputs, count_calls, run
+from pliant.calling import Inputs, copied, count_calls, run
 from pliant.errors import first_line
 from pliant.structure import (
     advised,
@@ -58,7 +57,7 @@ def replaceable(
             reasons[name] = reason
 
     def fault(names: list[str]) -> str | None:
-        probe = copy.deepcopy(model)
+        probe = copied(model)
         try:
             run(replace_modules(probe, {name: substitute(probe.get_submodule(name)) for name in names}), inputs)
         except Exception as error:  # a user's forward may raise anything

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.calling import as_inputs, inputs_of, map_tensors, run
+from pliant.calling import as_inputs, batch_fault, inputs_of, map_tensors, run
 from pliant.compression.factored import Factorable, first_of_spatial
-from pliant.errors import BadInput, first_line
+from pliant.errors import BadInput
 from pliant.structure import untransposed
 
 Layer = tuple[str, str]  # name and scheme
@@ -91,7 +91,7 @@ def output_moments(
     except BadInput:  # of the calibration data
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise BadInput(f"the model cannot be called on calibration batch {batches}: {first_line(error)}") from error
+        raise BadInput(f"the model cannot be called on calibration batch {batches}: {batch_fault(error)}") from error
     finally:
         for handle in hooks:
             handle.remove()

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pliant.calling import plain
 from pliant.constraints.parameter_groups import owner_of, trainable_parameters
 from pliant.errors import BadInput
 from pliant.norms import NormBall
@@ -111,6 +112,7 @@ def coverage(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Coverage:
     Raises:
         BadInput: a group holds a parameter that the model does not have (under FSDP2, ``fully_shard`` replaces them).
     """
+    model = plain(model)
     trainable = trainable_parameters(model)
     total = sum(p.numel() for p in trainable) or 1
     kinds: dict[str, list[tuple[str, int, int | None]]] = {}

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pliant.calling import plain
 from pliant.constraints.presets import Layout, Preset
 from pliant.constraints.radius import initial_norm
 from pliant.errors import BadInput
@@ -64,11 +65,12 @@ def constrain(
 
     Raises:
         BadInput: no rule matches a parameter, k exceeds the size of a layer, or a pattern does not fit a layer; the
-            message names the parameter.
+            message names the parameter. Or a module is lazy and has no parameters yet.
     """
     for rule in rules:
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[1], Preset | None)):
             raise BadInput(f"a rule is a pair of a pattern or predicate and a preset or None, got {rule!r}")
+    model = plain(model)
     trainable = trainable_parameters(model)
     if not trainable:
         raise BadInput("this model has no trainable parameter")

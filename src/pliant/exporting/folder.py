@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from pliant.calling import Example
+from pliant.calling import Example, plain
 from pliant.compression import Plan
 from pliant.errors import BadInput, check_choice
 from pliant.exporting.graph import OPSET, PACKAGES, Portable, require_onnx
@@ -60,6 +60,7 @@ def export(
         BadInput: a format is unknown, the folder exists, the example or the plan does not fit, a package is missing, or
             the model cannot be written in a format; the message names the format and the reason.
     """
+    model = plain(model)
     if plan is not None and plan.params_after != parameters(model):
         raise BadInput(
             f"the plan is for another model: it leaves {plan.params_after:,} parameters, not {parameters(model):,}"
@@ -95,6 +96,7 @@ def write_export(
     Raises:
         BadInput: as in :func:`export`.
     """
+    model = plain(model)
     check_request(folder, formats, overwrite)
     graph = any(name != "safetensors" for name in formats)
     portable = Portable(model, example_inputs, graph=graph)

@@ -4,8 +4,9 @@ attention         which layers produce the heads of an attention module, and how
 thin_attention    ``nn.MultiheadAttention`` with fewer heads
 layers            facts about single layers: where their channels lie, whether the weight may be changed
 channel_groups    groups of channels that leave a network together, as plain data
-tracing           torch-pruning's graph of everything that a forward computes
-channels          candidates: coupled channels, from that graph
+labels            labels of numbers: to which channel each belongs, and which channels are coupled
+flow              the labels of everything that a forward computes
+channels          candidates: coupled channels, from these labels
 fused             PyTorch's transformer layers, which call their layers or read their weights
 heads             candidates: the heads of attention modules
 draws             conditions under which networks of different widths are compared: random numbers, types

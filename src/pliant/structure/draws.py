@@ -143,14 +143,6 @@ def in_double(*, everything: bool) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def eager() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which compiled modules run as they were written, and call the layers inside."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Return a context with known states of the generators of Python and NumPy, which are restored afterwards."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _KNOWN: tuple[type[nn.Module], ...] = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     nn.PReLU,
+    nn.GroupNorm,
 )
 
 
@@ -41,20 +43,21 @@ class Axis:
     Args:
         length: number of positions.
         tensors: the (tensor, dim) pairs that lie along the axis.
-        attributes: (name, amount per position) of the layer's integers that count them.
+        attributes: (name, amount per position) of the layer's integers that count them; of those that count groups of
+            positions the amount is a fraction.
     """
 
     length: int
     tensors: tuple[tuple[str, int], ...]
-    attributes: tuple[tuple[str, int], ...]
+    attributes: tuple[tuple[str, int | Fraction], ...]
 
 
 def axes(module: nn.Module) -> dict[AxisName, Axis]:
     """Return the axes along which channels can be removed from ``module``; empty for layers of unknown types.
 
-    A BatchNorm, a PReLU and a depthwise convolution pass each channel on: they have only the outputs axis. Other
-    grouped convolutions have no axis, because a channel is tied to its place in its group. An attention module counts
-    its heads, which lie in its projections; ``nn.MultiheadAttention`` holds their rows itself.
+    A BatchNorm and a PReLU pass each channel on: they have only the outputs axis. So do a GroupNorm and a grouped
+    convolution, which whole groups can leave. An attention module counts its heads, which lie in its projections;
+    ``nn.MultiheadAttention`` holds their rows itself.
     """
     outputs: AxisName = "outputs"
     inputs: AxisName = "inputs"
@@ -70,8 +73,10 @@ def axes(module: nn.Module) -> dict[AxisName, Axis]:
         filters, columns = (1, 0) if isinstance(module, _ConvTransposeNd) else (0, 1)
         out = _axis(module, ("out_channels",), ("weight", filters), ("bias", 0))
         return {outputs: out, inputs: _axis(module, ("in_channels",), ("weight", columns))}
-    if isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels:
-        return {outputs: _axis(module, ("in_channels", "out_channels", "groups"), ("weight", 0), ("bias", 0))}
+    if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        return {outputs: _axis(module, ("out_channels", "in_channels", "groups"), ("weight", 0), ("bias", 0))}
+    if isinstance(module, nn.GroupNorm):
+        return {outputs: _axis(module, ("num_channels", "num_groups"), ("weight", 0), ("bias", 0))}
     if isinstance(module, _NormBase):
         tensors = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
         return {outputs: _axis(module, ("num_features",), *tensors)}
@@ -84,7 +89,8 @@ def axes(module: nn.Module) -> dict[AxisName, Axis]:
 
 
 def _axis(module: nn.Module, attributes: tuple[str, ...], *tensors: tuple[str, int]) -> Axis:
-    return Axis(int(getattr(module, attributes[0])), tensors, tuple((name, 1) for name in attributes))
+    length = int(getattr(module, attributes[0]))
+    return Axis(length, tensors, tuple((name, Fraction(getattr(module, name), length)) for name in attributes))
 
 
 def free_axes(module: nn.Module) -> dict[AxisName, Axis]:
@@ -244,7 +250,7 @@ def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
         is_parameter = isinstance(old, nn.Parameter)
         setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
     for attribute, amount in shortened.attributes:
-        setattr(module, attribute, amount * len(keep))
+        setattr(module, attribute, int(amount * len(keep)))
     if isinstance(module, nn.MultiheadAttention):
         thin(module)
 

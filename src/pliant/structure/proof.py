@@ -22,10 +22,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pliant.calling import Inputs, kept_results, map_tensors, results_of, run, tensors_of
+from pliant.calling import Inputs, eager, kept_results, map_tensors, results_of, run, tensors_of
 from pliant.errors import first_line
 from pliant.structure.attention import is_conv1d
-from pliant.structure.draws import SameDraws, differing, eager, in_double, seeded
+from pliant.structure.draws import SameDraws, differing, in_double, seeded
 from pliant.structure.layers import AxisName, complement, keep_channels, weighted_layers, zero_channels
 
 Removed = Mapping[tuple[str, AxisName], Tensor]

@@ -5,7 +5,6 @@ from __future__ import annotations
 _LAYERS = "use the layers of `torch.nn` inside it"
 _CALL = "call the layer, `self.layer(x)`, not `F.linear(x, self.layer.weight)`"
 _RANK = "`LowRank` still works"
-_MIXED = "a reshape, shuffle or normalisation mixes them; `LowRank` still works"
 _NOTHING = "nothing: "
 
 ADVICE: tuple[tuple[str, str], ...] = (
@@ -19,8 +18,13 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ),
     ("in training mode", "the named layer, a loss or a token needs these channels in training"),
     ("its channels are kept as", "return them, or keep them only while you look at them"),
-    ("its outputs are dropped", _NOTHING + "nobody reads the channels; delete the layer if you do not need it"),
-    ("nothing that has a gradient depends on it", "no lists and no NumPy on the way to the output"),
+    (
+        "its outputs are dropped",
+        "no lists and no NumPy on the way to the output; delete the layer if you do not need it",
+    ),
+    ("is used in a way that is not known", _LAYERS),
+    ("all its channels leave together", _RANK),
+    ("reads places, not channels", _RANK),
     ("shares its channels with attention heads", "`HeadPruning` removes the heads"),
     (
         "the free parameter",
@@ -31,9 +35,8 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("is not reached through its forward", _CALL),
     ("is not called through its forward", _CALL),
     ("is not called on the example", "give an example that reaches it"),
-    ("does not treat its channels one by one", _MIXED),
+    ("does not treat its channels one by one", "a normalisation or a sum mixes them; `LowRank` still works"),
     ("may mix its channels", "a normalisation over channels does; `LowRank` still works"),
-    ("do not map one to one", _MIXED),
     ("only some of its channels", _RANK),
     ("differs from", _RANK),
     ("returns or keeps other tensors", _RANK),
@@ -45,7 +48,6 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("does not run in float64", "let checks of types in `forward` pass float64"),
     ("gives NaN on the example", "give an example from your data"),
     ("cannot be traced", _RANK),
-    ("layers that share its channels are not known", _RANK),
     ("cannot be made smaller", _LAYERS),
     ("belongs to attention", "`HeadPruning` removes them"),
     ("makes attention heads", "`HeadPruning` removes them"),

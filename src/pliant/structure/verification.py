@@ -9,7 +9,7 @@ channels, neurons or heads of one set of layers::
 
     coupled_channels(model, example_inputs) -> Structure(groups, refused)
 
-The source of the candidates (``channels`` reads torch-pruning's graph, ``heads`` looks for attention modules,
+The source of the candidates (``channels`` reads the flow of labels, ``heads`` looks for attention modules,
 ``free_tensors`` adds what else lies along the channels) need not be trusted, because every group is tried on a copy of
 the model in float64 with random weights and BatchNorm statistics.
 Without half of the channels, the small network must equal its *masked twin*, the network with dense shapes in which
@@ -26,11 +26,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from pliant.calling import Example, Inputs, as_inputs, copied, count_calls, map_tensors, run, tensors_of
+from pliant.calling import Example, Inputs, as_inputs, copied, count_calls, eager, map_tensors, run, tensors_of
 from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
-from pliant.structure.draws import eager
 from pliant.structure.free_tensors import with_free_tensors
 from pliant.structure.heads import Site, attention_sites
 from pliant.structure.layers import AxisName, axes, axis_length, weighted_layers
@@ -65,12 +64,19 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
     inputs = _first_two(probe, inputs)
     sites, headless = attention_sites(probe, calls)
     proof = Proof(probe, inputs)
-    candidates, reasons = channel_candidates(probe, inputs, _as_given(proof.training_only, inputs))
+    training = _as_given(proof.training_only, inputs)
+    candidates, reasons = channel_candidates(probe, inputs, training)
     heads, stuck = _sound_heads(proof, sites)
     places = {place for group in heads for place in _places(group)}
     candidates = [with_free_tensors(proof, group) for group in candidates]
     apart = [group for group in candidates if not places & _places(group)]
-    sound, failed = _sound_channels(proof, apart, heads)
+    sound, failed = _sound_channels(proof, apart, {group: first_count(group) for group in heads})
+    for split in ("outer", "inner") if proof.problem is None else ():
+        offers = _larger(failed, channel_candidates(probe, inputs, training, split)[0]) if failed else []
+        if offers:
+            sound, _ = _sound_channels(proof, offers, sound)
+            good = {place for group in sound for place in _places(group)}
+            failed = [(group, why) for group, why in failed if not good & _places(group)]
     trained, unfit = largest_sound(list(sound), lambda groups: _fault(proof, {g: sound[g] for g in groups}, True))
     if unfit and not proof.repeats():
         trained, unfit = list(sound), []
@@ -125,14 +131,25 @@ def _fault(proof: Proof, kept: Mapping[ChannelGroup, int], training: bool) -> st
     return kept_fault(proof, kept, training=training)
 
 
+def _larger(failed: Sequence[tuple[ChannelGroup, str]], groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Return the groups that couple channels of groups that failed to each other."""
+    known = {group.name: group for group, _ in failed}
+    return [group for group in groups if group.name in known and group.channels < known[group.name].channels]
+
+
 def _sound_channels(
-    proof: Proof, groups: Sequence[ChannelGroup], heads: Sequence[ChannelGroup]
+    proof: Proof, groups: Sequence[ChannelGroup], known: Mapping[ChannelGroup, int]
 ) -> tuple[dict[ChannelGroup, int], list[tuple[ChannelGroup, str]]]:
-    """Return group → a number of channels that may stay, for groups and heads that are sound together; and the others.
+    """Return group → a number of channels that may stay, for all that are sound together; and the others.
+
+    Args:
+        proof: the proof.
+        groups: groups to add.
+        known: the same for groups that are known to be sound.
 
     A group that fails with half of its channels is tried with another number.
     """
-    sound = {group: first_count(group) for group in heads}
+    sound = dict(known)
 
     def extended(offer: Mapping[ChannelGroup, int]) -> list[tuple[ChannelGroup, str]]:
         good, bad = largest_sound(
@@ -145,7 +162,7 @@ def _sound_channels(
     again = {group: stay for group, _ in failed if (stay := second_count(group)) is not None}
     if proof.problem is None:
         extended(again)
-    ordered = {group: sound[group] for group in [*(group for group in groups if group in sound), *heads]}
+    ordered = {group: sound[group] for group in [*(group for group in groups if group in sound), *known]}
     return ordered, [(group, why) for group, why in failed if group not in sound]
 
 

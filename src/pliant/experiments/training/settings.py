@@ -320,7 +320,7 @@ class Settings:
         return {**{name: getattr(self, name) for name in SETTINGS}, **self.others}
 
 
-def _schema() -> dict[str, Setting]:
+def _settings() -> dict[str, Setting]:
     kinds = typing.get_type_hints(Settings)
     return {
         f.name: Setting(f.default, kind=kinds[f.name], **f.metadata)
@@ -329,7 +329,7 @@ def _schema() -> dict[str, Setting]:
     }
 
 
-SETTINGS = _schema()
+SETTINGS = _settings()
 """Every setting, by name, in the order of run folders."""
 OWN = tuple(name for name, setting in SETTINGS.items() if setting.group == "method" and name != "method")
 """The settings that only some methods have."""
