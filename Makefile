@@ -15,13 +15,15 @@ help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 # torch comes first and by itself, so that nothing else chooses its build. The rest is pinned: what a library deprecates
-# shows when the pins are renewed, not in a change that has nothing to do with it. All cores compile what is installed,
+# shows when the pins are renewed, not in a change that has nothing to do with it. timm comes without torchvision, whose
+# wheels do not load beside every build of torch; the tests need only its networks. All cores compile what is installed,
 # where pip would use one; files for other versions of Python, which some packages carry, do not compile.
 .venv/installed: pyproject.toml $(PINS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "pip>=25.1"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable ".[all]" --group dev --constraint $(PINS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps timm --constraint $(PINS)
 	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 

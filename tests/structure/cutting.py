@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.packages import timm
 from torch import Tensor, nn
 
 from pliant.calling import as_inputs, map_tensors, results_of, run
 from pliant.compression import FilterPruning, Plan, masked_twin
 from pliant.compression.applying import skeleton
 from pliant.structure import ChannelGroup, Proof, kept_fault
+from pliant.structure.draws import in_double
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def package(name: str) -> Any:
+    """Return a package, or skip a test without it."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs {name}: pip install --no-deps {name}")
+    return timm() if name == "timm" else importlib.import_module(name)
 
 
 def half_fault(proof: Proof, groups: Sequence[ChannelGroup]) -> str | None:
@@ -58,16 +70,12 @@ def cut(model: nn.Module, example: Any = IMAGES, compressor: FilterPruning | Non
     assert plan.params_after < plan.params_before
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     twin = masked_twin(model, plan)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with in_double(everything=True):
         wide = map_tensors(lambda x: x.double() if x.is_floating_point() else x, as_inputs(example))
         got, expected = (run(copy.deepcopy(m).double().eval(), wide) for m in (small, twin))
         for x, y in zip(got, expected, strict=True):
             assert not y.is_floating_point() or y.isfinite().all()
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-    finally:
-        torch.set_default_dtype(default)
     train_step(copy.deepcopy(small), example)
     again = skeleton(model, plan)
     again.load_state_dict(small.state_dict())

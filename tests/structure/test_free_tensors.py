@@ -15,7 +15,7 @@ import pliant
 from pliant.compression import FilterPruning, HeadPruning, Plan, compress, masked_twin, replay
 from pliant.compression.applying import skeleton
 from pliant.structure import coupled_channels
-from tests.structure.cutting import IMAGES, Body, conv, cut, pooled, removable
+from tests.structure.cutting import IMAGES, Body, conv, cut, package, pooled, removable
 
 
 class FrozenNorm(nn.Module):
@@ -323,8 +323,7 @@ def test_what_meets_a_single_head_by_chance_stays() -> None:
 
 
 def test_a_frozen_norm_of_timm() -> None:
-    timm = pytest.importorskip("timm")
-    model = Frozen(timm.layers.FrozenBatchNormAct2d)
+    model = Frozen(package("timm").layers.FrozenBatchNormAct2d)
     _, plan = cut(model.eval())
     assert removable(plan) == {"a", "b"}
 

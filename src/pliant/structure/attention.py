@@ -60,7 +60,7 @@ def projections(module: nn.Module) -> Projections | None:
     children: dict[str, Layer] = {}
     for name, child in module.named_children():
         words = [word for word in name.lower().split("_") if word not in _FILLERS]
-        width = linear_width(child)
+        width = linear_width(_inner(child))
         role = _ROLE_OF.get(name.lower()) or _ROLE_OF.get("_".join(words))
         if width is not None and role is not None:
             children.setdefault(role, (name, width))
@@ -69,6 +69,11 @@ def projections(module: nn.Module) -> Projections | None:
     if "packed" in children:
         return _packed(module, *children["packed"])
     return None
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """Return the layer that an adapter wraps, such as peft's, or the module itself."""
+    return module._modules.get("base_layer") or module
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -133,10 +138,18 @@ def _projections(
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int, set[str]]]:
-    """Yield, for each positive integer attribute of the module, its name, its value and the words of its name."""
-    for name, value in vars(module).items():
+    """Yield, for each positive integer attribute of the module, its name, its value and the words of its name.
+
+    So for the numbers of heads in its configuration that it has no attributes of its own for: ``config.num_heads``.
+    """
+    own = vars(module)
+    for name, value in own.items():
         if type(value) is int and value > 0:
             yield name, value, set(name.lower().split("_"))
+    for name, value in vars(own["config"]).items() if hasattr(own.get("config"), "__dict__") else ():
+        words = set(name.lower().split("_"))
+        if type(value) is int and value > 0 and name not in own and _counts_heads(words):
+            yield f"config.{name}", value, words
 
 
 def _count(module: nn.Module, *, of_keys: bool = False) -> int | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from pliant.calling import Inputs
 from pliant.errors import first_line
-from pliant.structure.attention import linear_width
+from pliant.structure.attention import linear_width, projections
 from pliant.structure.channel_groups import ChannelGroup, Slot
 from pliant.structure.flow import flow
 from pliant.structure.labelled import Labelled
@@ -60,13 +60,18 @@ def channel_candidates(
             continue
         seen.update(roots)
         slots = classes.slots(model, roots)
-        producers = tuple(slot for slot in slots if slot.axis == "outputs")
+        producers = [slot for slot in slots if slot.axis == "outputs"]
+        producers.sort(key=lambda slot: slot.module not in layers)
         if producers[0].module != name:  # of that layer, another part leaves
             reasons[name] = "shares only some of its channels with other layers"
             continue
-        consumers = tuple(slot for slot in slots if slot.axis == "inputs")
         linear = all(linear_width(model.get_submodule(slot.module)) is not None for slot in producers)
-        groups.append(ChannelGroup(len(roots), producers, consumers, "neurons" if linear else "channels"))
+        kind = "neurons" if linear else "channels"
+        attention = classes.attention(roots)
+        if attention:
+            kind, producers = "heads", [*_counters(model, attention, len(roots)), *producers]
+        consumers = tuple(slot for slot in slots if slot.axis == "inputs")
+        groups.append(ChannelGroup(len(roots), tuple(producers), consumers, kind))
     tied = tied_parameters(model)
     for name, module in layers.items():
         hidden = "is used in a way that is not known" if name in known.called else "is not reached through its forward"
@@ -119,6 +124,12 @@ class _Classes:
             why = "has a single channel" if alone else self.causes.get(roots[0], "all its channels leave together")
         return why
 
+    def attention(self, roots: Sequence[int]) -> list[str]:
+        """Return the names of the modules whose attention reads some classes."""
+        wanted = set(roots)
+        found = (module for label, module in self.known.labels.attended if self.known.labels.root(label) in wanted)
+        return list(dict.fromkeys(found))
+
     def slots(self, model: nn.Module, roots: Sequence[int]) -> list[Slot]:
         """Return the slots of a group of classes."""
         return [
@@ -131,6 +142,15 @@ class _Classes:
             )
             for name, axis in self.places[roots[0]]
         ]
+
+
+def _counters(model: nn.Module, names: Sequence[str], heads: int) -> list[Slot]:
+    """Return slots without tensors of the attention modules that count as many heads.
+
+    They come before the projections, by which such a module is recognised when it is cut.
+    """
+    found = [name for name in names if (known := projections(model.get_submodule(name))) and known.heads == heads]
+    return [Slot(name, "outputs", (), torch.arange(heads).unsqueeze(1)) for name in found]
 
 
 def _tied(known: Labelled, classes: _Classes, name: str) -> bool:

@@ -12,6 +12,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _SEED = 20_000
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_GROUPED = (torch.nn.functional.grouped_mm, torch._grouped_mm)
 _TO_NARROW = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
@@ -114,11 +116,20 @@ class AllDouble(TorchFunctionMode):
         """Carry out an operation; PyTorch calls this for each one."""
         if func in _TO_NARROW:
             return args[0].double()
+        if func in _GROUPED:  # known in single precision only
+            return _grouped_product(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         changes = name.endswith("_") and not name.endswith("__")  # the first tensor is changed in place
         first = args[:1] if changes else ()
         rest, named = pytree.tree_map(_wide, (args[len(first) :], kwargs or {}))
         return func(*first, *rest, **named)
+
+
+def _grouped_product(a: Tensor, b: Tensor, *, offs: Tensor, **others: Any) -> Tensor:
+    """Multiply each part of the rows of ``a`` (rows, n), ending at ``offs``, by its matrix in ``b`` (parts, n, m)."""
+    ends = [0, *offs.tolist()]
+    parts = [a[start:end] @ matrix for (start, end), matrix in zip(pairwise(ends), b, strict=True)]
+    return torch.cat([*parts, a.new_zeros(len(a) - ends[-1], b.shape[-1])])
 
 
 def _wide(value: Any) -> Any:

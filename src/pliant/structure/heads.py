@@ -8,7 +8,7 @@ need not lie in the module; if the model does not show it, there are several alt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,19 @@ def attention_sites(model: nn.Module, calls: Counter[nn.Module]) -> tuple[list[S
         else:
             reasons.update(dict.fromkeys(layers, reason or "the output projection of its heads is not known"))
     return sites, reasons
+
+
+def with_seen_heads(sites: Sequence[Site], seen: Sequence[ChannelGroup]) -> list[Site]:
+    """Return sites in which the heads that a forward has shown come before those that are only guessed."""
+    found: list[Site] = []
+    rest = list(sites)
+    for group in seen:
+        layers = tuple(slot.module for slot in group.producers if slot.tensors)
+        own = [site for site in rest if set(site.layers) & set(layers)]
+        rest = [site for site in rest if site not in own]
+        guesses = own[0].alternatives if len(own) == 1 else ()
+        found.append(Site(group.name, layers, (group, *guesses)))
+    return [*found, *rest]
 
 
 def projection_layers(model: nn.Module) -> list[str]:

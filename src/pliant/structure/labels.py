@@ -26,7 +26,7 @@ class Labels:
         self._seen: set[tuple[int, int]] = set()
         self.fixed: dict[int, str] = {}  # channel → why its class cannot leave
         self.causes: dict[int, str] = {}  # channel → what joined the channels of its tensor with each other
-        self.attended: set[int] = set()  # channels whose class is read by attention
+        self.attended: list[tuple[int, str]] = []  # channel whose class attention reads, and the module that does so
 
     def fresh(self, count: int) -> Tensor:
         """Return the labels of new channels, each a class of its own: int64 (count,)."""
@@ -118,9 +118,9 @@ class Labels:
             if label >= 0:
                 self.fixed.setdefault(label, why)
 
-    def attend(self, labels: Tensor) -> None:
-        """Note that attention reads some channels."""
-        self.attended.update(label for label in torch.unique(compact(labels)[0]).tolist() if label >= 0)
+    def attend(self, labels: Tensor, module: str) -> None:
+        """Note that attention reads some channels, in the module of this name."""
+        self.attended += [(label, module) for label in torch.unique(compact(labels)[0]).tolist() if label >= 0]
 
     def by_root(self, notes: dict[int, str]) -> dict[int, str]:
         """Return what is noted of channels as notes of their classes; the first note of a class holds."""

@@ -49,6 +49,7 @@ class LayerFunctions(TorchFunctionMode):
             F.rms_norm: self._layer_norm,
             torch.prelu: self._prelu,
             F.glu: self._glu,
+            F.embedding: self._embedding,
             F.scaled_dot_product_attention: self._attention,
             **dict.fromkeys(_CONVOLUTIONS, self._convolution),
         }
@@ -182,22 +183,29 @@ class LayerFunctions(TorchFunctionMode):
             self.known.labels.join(merged.flatten().cpu(), self.known.own(name))
         return labels
 
+    def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        name = self.known.running[-1]
+        module = self.known.modules[name]
+        known = isinstance(module, nn.Embedding) and module._parameters.get("weight") is weight
+        return self.known.own(name).clone() if known else None
+
     def _glu(self, input: Tensor, dim: int = -1) -> Tensor | None:
         labels = self.known.of(input)
         return None if labels is None else labels.narrow(dim, 0, labels.shape[dim] // 2)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        known = [(x, self.known.of(x)) for x in (query, key, value)]
-        heads = [self.known.labels.merged(labels, [-2, -1]) for _, labels in known if labels is not None]
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        known, labels = self.known, self.known.labels
+        seen = [known.of(x) for x in (query, key, value, attn_mask)]
+        heads = [labels.merged(own, [-2, -1]) for own in seen if own is not None]
         if not heads:
             return None
-        for labels in heads:
-            self.known.labels.attend(labels)
-        most = max(labels.shape[-3] if labels.dim() > 2 else 1 for labels in heads)  # heads of keys may serve several
-        grouped = [
-            labels.repeat_interleave(most // labels.shape[-3], -3) if labels.dim() > 2 else labels for labels in heads
-        ]
-        return self.known.labels.combined(grouped, self.known.cause())
+        most = max(own.shape[-3] if own.dim() > 2 else 1 for own in heads)  # heads of keys may serve several queries
+        heads = [own.repeat_interleave(most // own.shape[-3], -3) if own.dim() > 2 else own for own in heads]
+        for own in heads:
+            labels.attend(own, known.running[-1])
+        return labels.combined(heads, known.cause())
 
     def _tie(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> None:
         """Couple the channels at the same places of the equal parts that a tensor is cut into."""

@@ -7,6 +7,7 @@ holds may have *free axes*: see :func:`free_axes`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,6 +34,7 @@ _KNOWN: tuple[type[nn.Module], ...] = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     nn.PReLU,
     nn.GroupNorm,
+    nn.Embedding,
 )
 
 
@@ -75,6 +77,8 @@ def axes(module: nn.Module) -> dict[AxisName, Axis]:
         return {outputs: out, inputs: _axis(module, ("in_channels",), ("weight", columns))}
     if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
         return {outputs: _axis(module, ("out_channels", "in_channels", "groups"), ("weight", 0), ("bias", 0))}
+    if isinstance(module, nn.Embedding):
+        return {outputs: _axis(module, ("embedding_dim",), ("weight", 1))}
     if isinstance(module, nn.GroupNorm):
         return {outputs: _axis(module, ("num_channels", "num_groups"), ("weight", 0), ("bias", 0))}
     if isinstance(module, _NormBase):
@@ -250,9 +254,19 @@ def keep_channels(module: nn.Module, axis: AxisName, keep: Tensor) -> None:
         is_parameter = isinstance(old, nn.Parameter)
         setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
     for attribute, amount in shortened.attributes:
-        setattr(module, attribute, int(amount * len(keep)))
+        _set_attribute(module, attribute, int(amount * len(keep)))
     if isinstance(module, nn.MultiheadAttention):
         thin(module)
+
+
+def _set_attribute(module: nn.Module, name: str, value: int) -> None:
+    """Set an integer of a module, or one of its configuration: ``config.num_heads``, of a copy that it has alone."""
+    owner, _, name = name.rpartition(".")
+    if not owner:
+        setattr(module, name, value)
+        return
+    setattr(module, owner, copy.copy(getattr(module, owner)))
+    setattr(getattr(module, owner), name, value)
 
 
 def zero_channels(module: nn.Module, axis: AxisName, gone: Tensor) -> None:

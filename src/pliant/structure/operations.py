@@ -86,7 +86,7 @@ class Operations(TorchDispatchMode):
         elif not any(known.of(x) is not None for x in tensors):
             for x in results if not tensors else ():
                 known.note(x, torch.full(x.shape, -1, device=x.device))  # may be written to
-        elif name in _SAME:
+        elif name in _SAME or (name == "as_strided" and given["self"].shape == result.shape):
             known.note(result, self._of(given["self"]))
         elif name in _MOVES:
             self._move(func, name, given, results)
@@ -171,7 +171,7 @@ class Operations(TorchDispatchMode):
             summed = known.labels.vary(labels, dim)
             labels = known.labels.merged(labels, [dim], known.cause())
             if all(labelled):  # the products of attention: what it reads leaves by whole heads
-                known.labels.attend(labels)
+                known.labels.attend(labels, known.running[-1])
             elif summed:
                 known.labels.fix(labels, known.cause())
                 labels = torch.full_like(labels, -1)

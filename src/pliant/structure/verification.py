@@ -31,7 +31,7 @@ from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
 from pliant.structure.free_tensors import with_free_tensors
-from pliant.structure.heads import Site, attention_sites
+from pliant.structure.heads import Site, attention_sites, with_seen_heads
 from pliant.structure.layers import AxisName, axes, axis_length, weighted_layers
 from pliant.structure.proof import Proof
 from pliant.structure.reasons import advised
@@ -66,6 +66,8 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
     proof = Proof(probe, inputs)
     training = _as_given(proof.training_only, inputs)
     candidates, reasons = channel_candidates(probe, inputs, training)
+    sites = with_seen_heads(sites, [group for group in candidates if group.kind == "heads"])
+    candidates = [group for group in candidates if group.kind != "heads"]
     heads, stuck = _sound_heads(proof, sites)
     places = {place for group in heads for place in _places(group)}
     candidates = [with_free_tensors(proof, group) for group in candidates]
