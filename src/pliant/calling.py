@@ -16,7 +16,7 @@ import inspect
 import io
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
@@ -136,7 +136,21 @@ def copied(model: Module, known: Mapping[int, Tensor] | None = None) -> Module:
     model = plain(model)
     kept = [x for module in model.modules() for x in kept_results(module) if x.grad_fn is not None]
     memo: dict[int, Any] = {id(x): x.detach().clone() for x in kept}
-    return copy.deepcopy(model, memo | dict(known or {}))
+    return duplicate(model, memo | dict(known or {}))
+
+
+def duplicate(model: Module, known: Mapping[int, Any] | None = None) -> Module:
+    """Return a deep copy of a model that :func:`copied` has made, several times as fast.
+
+    Args:
+        model: the model.
+        known: id of an object → what the copy has in its place.
+    """
+    memo = dict(known or {})
+    for module in model.modules():  # each has a dozen empty containers for hooks, each of them a slow copy
+        empty = (value for value in vars(module).values() if type(value) in (dict, OrderedDict, set) and not value)
+        memo |= {id(value): type(value)() for value in empty}
+    return copy.deepcopy(model, memo)
 
 
 _MACHINERY = frozenset(vars(nn.Module()))

@@ -119,7 +119,7 @@ class _Classes:
         """
         why = next((self.fixed[root] for root in roots if root in self.fixed), None)
         if why is None and not any(axis == "inputs" for _, axis in self.places[roots[0]]):
-            why = "its outputs are dropped, or only read where they are no tensors, as by NumPy"
+            why = "its outputs are dropped, or only read by argmax or NumPy"
         if why is None and len(roots) == 1:
             why = "has a single channel" if alone else self.causes.get(roots[0], "all its channels leave together")
         return why

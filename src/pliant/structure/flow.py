@@ -8,14 +8,13 @@ detached, dropped or made of indices counts, too. What is found is a proposal, w
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from pliant.calling import Inputs, call, quiet, same_random_state, tensors_of
+from pliant.calling import Inputs, call, duplicate, quiet, same_random_state, tensors_of
 from pliant.structure.attention import is_conv1d
 from pliant.structure.draws import SameDraws, seeded
 from pliant.structure.labelled import Labelled
@@ -84,7 +83,7 @@ def _watched(known: Labelled) -> Iterator[None]:
 
 def _readable(model: nn.Module) -> nn.Module:
     """Return a copy in which a ``Conv1D`` is a linear layer."""
-    model = copy.deepcopy(model)
+    model = duplicate(model)
     linear: dict[nn.Module, nn.Linear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if is_conv1d(module):

@@ -8,7 +8,6 @@ The proof has to decide whether what is found that way is right.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pliant.calling import duplicate
 from pliant.structure.channel_groups import ChannelGroup, Slot
 from pliant.structure.counts import first_count, positions
 from pliant.structure.layers import AxisName, complement, free_axes, keep_channels, tensors_along, tied_parameters
@@ -55,7 +55,7 @@ def _found(
     proof: Proof, group: ChannelGroup, places: Mapping[Place, Any], gone: Tensor, repeats: int | None = None
 ) -> tuple[bool, set[Place]]:
     """Return whether the network runs without some channels, and the places that were cut until it did."""
-    small = copy.deepcopy(proof.model)
+    small = duplicate(proof.model)
     repair = _Repair(small, places, gone, repeats)
     try:
         for (name, axis), lost in positions([group], [gone]).items():

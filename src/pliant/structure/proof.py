@@ -9,7 +9,6 @@ that they return or keep on their modules. Nothing of the user's model changes.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pliant.calling import Inputs, eager, kept_results, map_tensors, results_of, run, tensors_of
+from pliant.calling import Inputs, duplicate, eager, kept_results, map_tensors, results_of, run, tensors_of
 from pliant.errors import first_line
 from pliant.structure.attention import is_conv1d
 from pliant.structure.draws import SameDraws, differing, in_double, seeded
@@ -100,7 +99,7 @@ class Proof:
         trials = [*([self._eval] if training is not True else []), *(self._train if training is not False else [])]
         if not trials:
             return None
-        twin, small = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        twin, small = duplicate(self.model), duplicate(self.model)
         for (name, axis), gone in removed.items():
             if axis == "inputs":
                 zero_channels(twin.get_submodule(name), axis, gone)
@@ -124,12 +123,12 @@ class Proof:
         first: tuple[nn.Module, Inputs] | None = None
         for everything in (False, True):
             for redraw, given in ((True, _noise(inputs)), (True, _double(inputs)), (False, _double(inputs))):
-                probe = copy.deepcopy(model).eval().double()
+                probe = duplicate(model).eval().double()
                 (_randomise if redraw else _shake)(probe)
                 first = first or (probe, given)
                 try:
                     with in_double(everything=everything), seeded(0), SameDraws(0, {}) as draws:
-                        outputs, read = _reading(copy.deepcopy(probe), lambda tried: _run(tried, given))  # noqa: B023
+                        outputs, read = _reading(duplicate(probe), lambda tried: _run(tried, given))  # noqa: B023
                 except Exception as error:  # a user's forward may raise anything
                     text = f"cannot be verified, the network does not run in float64: {first_line(error)}"
                     self.problem = self.problem or text
@@ -168,7 +167,7 @@ class Proof:
 
     def _parameters_read(self, trial: _Trial) -> set[str]:
         with self._conditions():
-            return _reading(copy.deepcopy(self.model), lambda tried: self._trial_run(tried, trial, {}))[1]
+            return _reading(duplicate(self.model), lambda tried: self._trial_run(tried, trial, {}))[1]
 
     def repeats(self) -> bool:
         """Return whether the network computes the same in training mode twice; if not, that mode tells nothing."""
@@ -176,7 +175,7 @@ class Proof:
             runs = []
             for _ in range(2):
                 with self._conditions():
-                    runs.append(self._trial_run(copy.deepcopy(self.model), trial, {})[0])
+                    runs.append(self._trial_run(duplicate(self.model), trial, {})[0])
             if _difference(*runs, whole=True) is not None:
                 self.untrained, self._train = "two passes in it differ", []
                 return False

@@ -20,13 +20,23 @@ numbers of channels are tried: a group may have to keep a multiple of some numbe
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from pliant.calling import Example, Inputs, as_inputs, copied, count_calls, eager, map_tensors, run, tensors_of
+from pliant.calling import (
+    Example,
+    Inputs,
+    as_inputs,
+    copied,
+    count_calls,
+    duplicate,
+    eager,
+    map_tensors,
+    run,
+    tensors_of,
+)
 from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
@@ -95,7 +105,7 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
 
 def _calls(model: nn.Module, inputs: Inputs) -> Counter[nn.Module]:
     """Count the calls of each module in a copy, whose modules may keep what they compute."""
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     calls = count_calls(twin, inputs)
     return Counter(dict(zip(model.modules(), (calls[module] for module in twin.modules()), strict=True)))
 
@@ -200,7 +210,7 @@ def _first_two(model: nn.Module, inputs: Inputs) -> Inputs:
         return inputs
     few = map_tensors(lambda x: x[:2], inputs)
     try:
-        run(copy.deepcopy(model), few)
+        run(duplicate(model), few)
     except Exception:  # dim 0 is not a batch, or its size is fixed; the whole example is known to run
         return inputs
     return few
