@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from benchmarks.reach import CASES, row
 
 PAGE = Path(__file__).parents[2] / "docs" / "own-model.md"
