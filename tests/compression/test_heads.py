@@ -149,6 +149,7 @@ SOUND: dict[str, Callable[[], nn.Module]] = {
     "apart": Apart,
     "grouped queries": lambda: Apart(readers=2),
     "wide values": lambda: Apart(values=5),
+    "channel after channel": Transposed,
     "torch": Torch,
     "torch without bias": lambda: Torch(bias=False),
 }
@@ -181,10 +182,9 @@ def test_heads_leave_and_what_stays_computes_the_same(name: str, ratio: float) -
 
 
 UNSOUND: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "talking heads": (Talking, "to_q", "cannot run"),
+    "talking heads": (Talking, "to_q", "'attn' does not treat its channels one by one"),
     "heads relative to each other": (Normed, "to_q", "masked twin"),
     "size from the width": (FromWidth, "qkv", "cannot run"),
-    "other order": (Transposed, "to_q", "masked twin"),
     "tied": (SharedKeys, "to_k", "shares a parameter"),
     "one head": (lambda: Apart(heads=1), "to_v", "single head"),
     "keys added": (lambda: Torch(add_bias_kv=True), "core", "adds keys of its own"),

@@ -210,7 +210,7 @@ def test_parametrised_and_pruned_layers_are_measured() -> None:
         (network(), ["*"], {"default": None}, "a rule is a pair"),
         (network(), [], {"default": rank(k=1)}, r"default preset.*1\.weight"),
         (nn.ConvTranspose2d(4, 4, 3, groups=2), [("weight", rank(k=1))], {"default": None}, "grouped transposed"),
-        (nn.LazyLinear(3), [("weight", rank(k=1))], {"default": l2()}, "no shape yet"),
+        (nn.LazyLinear(3), [("weight", rank(k=1))], {"default": l2()}, "not initialised"),
         (nn.Linear(2, 2, device="meta"), [("*", l2())], {"pretrained": True}, "meta"),
     ],
     ids=["no preset", "no pair", "default", "grouped transposed", "lazy", "meta"],

@@ -123,6 +123,8 @@ def test_a_network_is_cut_as_it_was_then(data: Path) -> None:
     options = ["--compressor", "filters", "--ratio", "0.5", "--out", out, *AS_THEN, *NORMS]
     run("compress", data / "runs" / "filters", *options)
     plans = [json.loads((folder / "plan.json").read_text(encoding="utf-8")) for folder in (out, DATA / "small/filters")]
+    for plan in plans:
+        plan["compressible"].sort()  # in whatever order the channels are found
     assert plans[0] == plans[1]
 
 

@@ -357,3 +357,41 @@ def test_data_choose_and_correct_channels_of_several_positions(case: str) -> Non
         small = compress(model, compressor, IMAGES, calibration)
         errors.append(float((small.eval()(data[0]).detach() - outputs).square().mean()))
     assert errors[1] < errors[0]
+
+
+# --- sizes from attributes --------------------------------------------------------------------------------------------
+
+
+class HeldWidth(nn.Module):
+    """A forward that takes the sizes of the parts from attributes of its module."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling, self.c, self.both, self.classes = spelling, 8, 16, 5
+        self.a, self.n, self.last, self.head = conv(3, 16), nn.BatchNorm2d(16), conv(8, 6), nn.Linear(6, 5)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.spelling == "split":
+            return x.split((self.c, self.c), 1)
+        if self.spelling == "slices":
+            return x[:, : self.c], x[:, self.c : 2 * self.c]
+        if self.spelling == "view":
+            return x.view(len(x), 2, self.c, *x.shape[2:]).unbind(1)
+        if self.spelling == "narrow":
+            return x.narrow(1, 0, self.c), x.narrow(1, self.c, self.both - self.c)
+        return x.unflatten(1, (2, self.both // 2)).unbind(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.parts(self.n(self.a(x)))
+        y = ends(self, first * second.sigmoid())
+        return y.view(-1, self.classes)
+
+
+@pytest.mark.parametrize("spelling", ["split", "slices", "view", "narrow", "unflatten"])
+def test_sizes_that_a_module_holds_change_with_the_channels(spelling: str) -> None:
+    torch.manual_seed(0)
+    small, plan = cut(HeldWidth(spelling))
+    assert removable(plan) == {"a", "last"}
+    width = small.both if spelling == "unflatten" else 2 * small.c
+    assert small.get_submodule("a").out_channels == width < 16
+    assert small.classes == 5

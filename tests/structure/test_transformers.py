@@ -314,16 +314,16 @@ def test_frozen_layers_leave_and_stay_frozen() -> None:
         assert not any(p.requires_grad for p in small.parameters())
 
 
-def test_heads_that_a_bias_of_another_layer_counts_are_refused_by_name() -> None:
+def test_heads_of_blocks_that_share_a_bias_leave_together() -> None:
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
     model = lively(transformers.T5Model(transformers.T5Config(vocab_size=50, **sizes)))
     inputs = {"input_ids": tokens(2, 6)["input_ids"], "decoder_input_ids": tokens(2, 5)["input_ids"]}
-    with pytest.raises(
-        Refused, match=r"encoder.block.0.layer.0.SelfAttention.q: its heads cannot leave: the network .* in "
-    ):
-        HeadPruning(0.5).plan(model, inputs)  # later layers add the bias of the first one
-    plan = FilterPruning(0.5).plan(model, inputs)
-    assert_same(outputs(FilterPruning().apply(model, plan), inputs), outputs(masked_twin(model, plan), inputs))
+    for kind in BOTH:
+        plan = kind(0.5).plan(model, inputs)
+        assert_same(outputs(kind().apply(model, plan), inputs), outputs(masked_twin(model, plan), inputs))
+    heads = [group for group in coupled_channels(model, inputs).groups if group.kind == "heads"]
+    blocks = ["encoder.block.0.layer.0.SelfAttention", "encoder.block.1.layer.0.SelfAttention"]
+    assert [slot.module for slot in heads[0].producers[:2]] == blocks  # later blocks add the bias of the first one
 
 
 def test_heads_with_slopes_from_the_configuration_are_refused_and_neurons_are_not() -> None:
@@ -335,7 +335,7 @@ def test_heads_with_slopes_from_the_configuration_are_refused_and_neurons_are_no
     assert_same(outputs(FilterPruning().apply(model, plan), inputs), outputs(masked_twin(model, plan), inputs))
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("phi3", ["neurons"]), ("falcon", ["neurons"])])
+@pytest.mark.parametrize(("name", "kinds"), [("phi3", ["neurons", "heads"]), ("falcon", ["neurons"])])
 def test_layouts_that_are_not_known_are_refused_and_end_in_time(name: str, kinds: list[str]) -> None:
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
     if name == "phi3":

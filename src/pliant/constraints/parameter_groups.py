@@ -281,8 +281,6 @@ def layout_of(owner: nn.Module, weight: Tensor) -> Layout:
 
 
 def _make_ball(preset: Preset, name: str, parameter: Tensor, owner: nn.Module, pretrained: bool) -> NormBall:
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise BadInput(f"{name} has no shape yet: run the model once on an example before constraining it")
     try:
         norm = preset.norm(parameter.shape, layout_of(owner, parameter) if preset.structured else Layout())
     except ValueError as error:

@@ -61,8 +61,9 @@ def channel_candidates(
         seen.update(roots)
         slots = classes.slots(model, roots)
         producers = [slot for slot in slots if slot.axis == "outputs"]
-        producers.sort(key=lambda slot: slot.module not in layers)
-        if producers[0].module != name:  # of that layer, another part leaves
+        first = next(slot for slot in producers if slot.module in layers)
+        producers = [first, *(slot for slot in producers if slot is not first)]  # not an embedding, say
+        if first.module != name:  # of that layer, another part leaves
             reasons[name] = "shares only some of its channels with other layers"
             continue
         linear = all(linear_width(model.get_submodule(slot.module)) is not None for slot in producers)

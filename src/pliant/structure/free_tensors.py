@@ -21,10 +21,19 @@ from torch.utils import _pytree as pytree
 from pliant.calling import duplicate
 from pliant.structure.channel_groups import ChannelGroup, Slot
 from pliant.structure.counts import first_count, positions
-from pliant.structure.layers import AxisName, complement, free_axes, keep_channels, tensors_along, tied_parameters
+from pliant.structure.layers import (
+    AxisName,
+    complement,
+    counting_axes,
+    free_axes,
+    keep_channels,
+    tensors_along,
+    tied_parameters,
+)
 from pliant.structure.proof import Proof
 
 Place = tuple[str, AxisName]
+_MOST = 4  # integers to try alone
 
 
 def with_free_tensors(proof: Proof, group: ChannelGroup) -> ChannelGroup:
@@ -49,6 +58,34 @@ def with_free_tensors(proof: Proof, group: ChannelGroup) -> ChannelGroup:
             indices = torch.arange(group.channels).unsqueeze(1)
             slots.append(Slot(name, axis, tensors_along(module, name, axis), indices))
     return dataclasses.replace(group, others=tuple(slots)) if slots else group
+
+
+def with_counts_held(model: nn.Module, group: ChannelGroup) -> list[ChannelGroup]:
+    """Return a group with integers that may count its channels: all that fit, and each of them alone.
+
+    A forward may take sizes from an attribute of its module, as in ``x.split(self.width, 1)``. These are modules in
+    which layers of the group lie.
+
+    Args:
+        model: the model.
+        group: the group.
+    """
+    widths = {1, *(slot.indices.shape[1] for slot in group.producers)}
+    above = {module for slot in group.slots for module in _ancestors(slot.module)}
+    slots = [
+        Slot(name, axis, (), torch.arange(found.length).view(group.channels, -1))
+        for name in sorted(above)
+        for axis, found in counting_axes(model.get_submodule(name)).items()
+        if found.length in {group.channels * width for width in widths}
+    ]
+    chosen = [slots, *([slot] for slot in slots[:_MOST])] if len(slots) > 1 else [slots] if slots else []
+    return [dataclasses.replace(group, others=(*group.others, *some)) for some in chosen]
+
+
+def _ancestors(name: str) -> list[str]:
+    """Return the names of all modules around a module, the network's own is empty."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts))]
 
 
 def _found(

@@ -23,7 +23,8 @@ from pliant.structure.attention import is_conv1d, projections
 from pliant.structure.thin_attention import thin
 
 AxisName = str
-"""``"outputs"``, ``"inputs"``, or ``"gamma.1"`` for dimension 1 of a tensor that belongs to neither."""
+"""``"outputs"``, ``"inputs"``, ``"gamma.1"`` for dimension 1 of a tensor that belongs to neither, or ``"width.count"``
+for an attribute that counts channels and lies along none."""
 
 # Facts about a layer hold for these classes and for subclasses that keep their forward.
 _KNOWN: tuple[type[nn.Module], ...] = (
@@ -114,9 +115,19 @@ def free_axes(module: nn.Module) -> dict[AxisName, Axis]:
     }
 
 
+def counting_axes(module: nn.Module) -> dict[AxisName, Axis]:
+    """Return an axis for each integer attribute of a module that is no layer: any of them may count channels."""
+    if axes(module):
+        return {}
+    counts = {name: value for name, value in vars(module).items() if type(value) is int and value > 1}
+    return {f"{name}.count": Axis(value, (), ((name, 1),)) for name, value in counts.items()}
+
+
 def axis_of(module: nn.Module, name: AxisName) -> Axis | None:
     """Return an axis by its name, a free one too; None if the module has none of that name."""
-    return axes(module).get(name) if name in ("outputs", "inputs") else free_axes(module).get(name)
+    if name in ("outputs", "inputs"):
+        return axes(module).get(name)
+    return (counting_axes(module) if name.endswith(".count") else free_axes(module)).get(name)
 
 
 def _known_axis(module: nn.Module, name: AxisName) -> Axis:

@@ -40,7 +40,7 @@ from pliant.calling import (
 from pliant.structure.channel_groups import ChannelGroup, Structure
 from pliant.structure.channels import channel_candidates
 from pliant.structure.counts import first_count, kept_fault, second_count, with_counts
-from pliant.structure.free_tensors import with_free_tensors
+from pliant.structure.free_tensors import with_counts_held, with_free_tensors
 from pliant.structure.heads import Site, attention_sites, with_seen_heads
 from pliant.structure.layers import AxisName, axes, axis_length, weighted_layers
 from pliant.structure.proof import Proof
@@ -89,6 +89,12 @@ def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
             sound, _ = _sound_channels(proof, offers, sound)
             good = {place for group in sound for place in _places(group)}
             failed = [(group, why) for group, why in failed if not good & _places(group)]
+    for group, why in list(failed) if proof.problem is None else ():
+        for offer in with_counts_held(proof.model, group) if "cannot run" in why else ():
+            sound, still = _sound_channels(proof, [offer], sound)
+            if not still:
+                failed.remove((group, why))
+                break
     trained, unfit = largest_sound(list(sound), lambda groups: _fault(proof, {g: sound[g] for g in groups}, True))
     if unfit and not proof.repeats():
         trained, unfit = list(sound), []
