@@ -140,7 +140,7 @@ def copied(model: Module, known: Mapping[int, Tensor] | None = None) -> Module:
 
 
 def duplicate(model: Module, known: Mapping[int, Any] | None = None) -> Module:
-    """Return a deep copy of a model that :func:`copied` has made, several times as fast.
+    """Return a deep copy of a model that :func:`copied` has made, in about half the time of a plain one.
 
     Args:
         model: the model.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pliant.structure.labels import Labels
-from pliant.structure.layers import axes, axis_length, obstacle_to_cutting, tied_parameters
+from pliant.structure.layers import axes, axis_length, obstacle_to_cutting, tied_parameters, weighted_layers
 
 
 class Labelled:
@@ -26,6 +26,7 @@ class Labelled:
         called: names of the modules that were called.
         running: names of the modules that run now, the innermost last.
         paused: whether what is computed now is no matter of labels.
+        layers: id of a weight → the first layer that has it.
         operands: the parameters that the function that runs now is given.
     """
 
@@ -39,8 +40,11 @@ class Labelled:
         self.running: list[str] = []
         self.paused = False
         self.operands: list[nn.Parameter] = []
-        self._of: dict[int, Tensor] = {}
-        self._alive: list[Tensor] = []  # their ids stay theirs
+        self.layers: dict[int, str] = {}
+        for name, module in weighted_layers(model):
+            if "outputs" in axes(module) and module._parameters.get("weight") is not None:
+                self.layers.setdefault(id(module._parameters["weight"]), name)
+        self._of: dict[int, tuple[Tensor, Tensor]] = {}  # id → the tensor, so that its id stays its own, and its labels
         self._readers: dict[str, set[str]] = {}
         self._outputs: dict[int, str] = {}
         tied = tied_parameters(model)
@@ -60,23 +64,18 @@ class Labelled:
     def forget(self) -> None:
         """Let go of all tensors."""
         self._of.clear()
-        self._alive.clear()
         self._outputs.clear()
 
     def of(self, tensor: Any) -> Tensor | None:
         """Return the labels of a tensor, None without any."""
-        return self._of.get(id(tensor))
+        _, labels = self._of.get(id(tensor), (None, None))
+        return labels
 
     def note(self, tensor: Any, labels: Tensor) -> None:
         """Give a tensor labels."""
         if isinstance(tensor, Tensor):
             assert tensor.shape == labels.shape, (tensor.shape, labels.shape)
-            self._of[id(tensor)] = labels
-            self.keep(tensor)
-
-    def keep(self, tensor: Tensor) -> None:
-        """Keep a tensor alive, so that its id stays its own."""
-        self._alive.append(tensor)
+            self._of[id(tensor)] = tensor, labels
 
     def cause(self) -> str:
         """Return in words what joins channels now."""
@@ -99,16 +98,19 @@ class Labelled:
         """Return the labels of a layer's channels."""
         if name not in self.made:
             self.made[name] = self.labels.fresh(axis_length(self.modules[name], "outputs"))
-            if self._obstacles.get(name):
-                self.labels.fix(self.made[name], f"{name!r} {self._obstacles[name]}")
+            self._hold(name, self.made[name])
         return self.made[name]
 
     def reads(self, name: str, columns: Tensor) -> None:
         """Note which channels the columns of a layer read, in one of its calls."""
-        if self._obstacles.get(name):
-            self.labels.fix(columns, f"{name!r} {self._obstacles[name]}")
+        self._hold(name, columns)
         known = self.read.get(name)
         self.read[name] = columns if known is None else self.labels.combined([known, columns], self.cause())
+
+    def _hold(self, name: str, labels: Tensor) -> None:
+        """Note that channels cannot leave if the layer that makes or reads them cannot be cut."""
+        if self._obstacles.get(name):
+            self.labels.fix(labels, f"{name!r} {self._obstacles[name]}")
 
     def sees(self, tensors: Sequence[Tensor], reader: str) -> None:
         """Note who reads the output of a layer: the name of a norm, or "" for anything else."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pliant.structure.labelled import Labelled
-from pliant.structure.layers import axes, weighted_layers
+from pliant.structure.layers import axes
 
 _CONVOLUTIONS = (
     *(torch.conv1d, torch.conv2d, torch.conv3d),
@@ -36,14 +36,10 @@ class LayerFunctions(TorchFunctionMode):
     def __init__(self, known: Labelled) -> None:
         super().__init__()
         self.known = known
-        self.weights: dict[int, tuple[str, Any]] = {}
-        for name, module in weighted_layers(known.model):
-            if "outputs" in axes(module) and module._parameters.get("weight") is not None:
-                self.weights.setdefault(id(module._parameters["weight"]), (name, module))
         self.rules: dict[Any, Callable[..., Tensor | None]] = {
             F.linear: self._linear,
             F.batch_norm: self._batch_norm,
-            F.instance_norm: self._instance_norm,
+            F.instance_norm: self._batch_norm,
             F.group_norm: self._group_norm,
             F.layer_norm: self._layer_norm,
             F.rms_norm: self._layer_norm,
@@ -87,8 +83,9 @@ class LayerFunctions(TorchFunctionMode):
 
         A layer may also compute the weight of its step from its own, in a forward of its own.
         """
-        if id(weight) in self.weights:
-            return self.weights[id(weight)]
+        name = self.known.layers.get(id(weight))
+        if name is not None:
+            return name, self.known.modules[name]
         name = self.known.running[-1]
         module: Any = self.known.modules[name]
         if isinstance(module, nn.Linear):
@@ -100,7 +97,7 @@ class LayerFunctions(TorchFunctionMode):
             return "", None
         return (name, module) if tuple(weight.shape[:2]) == shape and "outputs" in axes(module) else ("", None)
 
-    def _columns(self, name: str, x: Tensor, dim: int) -> Tensor | None:
+    def _columns(self, x: Tensor, dim: int) -> Tensor | None:
         """Return the labels of the columns that read dimension ``dim`` of a tensor, None without any."""
         labels = self.known.of(x)
         if labels is None:
@@ -119,7 +116,7 @@ class LayerFunctions(TorchFunctionMode):
         if labels is not None and not vary(labels, -1) and any(vary(labels, dim) for dim in elsewhere):
             known.labels.fix(own, f"the {type(module).__name__} {name!r} reads places, not channels")
             return labels[..., :1]
-        columns = self._columns(name, input, -1)
+        columns = self._columns(input, -1)
         if columns is not None:
             known.reads(name, columns)
         return own.clone()
@@ -130,7 +127,7 @@ class LayerFunctions(TorchFunctionMode):
         if not isinstance(module, _ConvNd):
             return None
         own, dims = known.own(name), weight.dim() - 2
-        columns = self._columns(name, input, -1 - dims)
+        columns = self._columns(input, -1 - dims)
         if module.groups == 1:
             if columns is not None:
                 known.reads(name, columns)
@@ -150,8 +147,9 @@ class LayerFunctions(TorchFunctionMode):
         known = isinstance(self.known.modules[name], (_NormBase, nn.GroupNorm))
         return name if known and "outputs" in axes(self.known.modules[name]) else None
 
-    def _batch_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        labels, name = self.known.of(input), self._norm()
+    def _by_channel(self, input: Tensor, name: str | None) -> Tensor | None:
+        """Join the channels of a tensor with those of the module that treats them one by one, None for no module."""
+        labels = self.known.of(input)
         if labels is None:
             return None
         labels = self.known.labels.merged(labels, [d for d in range(input.dim()) if d != 1], self.known.cause())
@@ -159,8 +157,8 @@ class LayerFunctions(TorchFunctionMode):
             self.known.labels.join(labels.flatten().cpu(), self.known.own(name))
         return labels
 
-    def _instance_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        return self._batch_norm(input)
+    def _batch_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        return self._by_channel(input, self._norm())
 
     def _group_norm(self, input: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> Tensor | None:
         labels = self._batch_norm(input)
@@ -175,13 +173,10 @@ class LayerFunctions(TorchFunctionMode):
         return self.known.labels.merged(labels, range(-len(normalized_shape), 0), self.known.cause())
 
     def _prelu(self, input: Tensor, weight: Tensor) -> Tensor | None:
-        labels, name = self.known.of(input), self.known.running[-1]
-        if labels is None:
-            return None
+        name = self.known.running[-1]
         if isinstance(self.known.modules[name], nn.PReLU) and weight.numel() > 1:
-            merged = self.known.labels.merged(labels, [d for d in range(input.dim()) if d != 1], self.known.cause())
-            self.known.labels.join(merged.flatten().cpu(), self.known.own(name))
-        return labels
+            self._by_channel(input, name)
+        return self.known.of(input)
 
     def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         name = self.known.running[-1]

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pliant.structure.labelled import Labelled
-from pliant.structure.layers import weighted_layers
 
 
 def _names(text: str) -> frozenset[str]:
@@ -23,7 +22,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 _SAME = _names("clone _to_copy contiguous alias detach lift_fresh")
-_MOVES = _SAME | _names(
+_MOVES = _names(
     "view _unsafe_view reshape _reshape_alias permute transpose t expand squeeze unsqueeze select slice split unbind "
     "split_with_sizes flip roll repeat index_select gather index cat stack constant_pad_nd diagonal unfold "
     "pixel_shuffle pixel_unshuffle channel_shuffle"
@@ -56,8 +55,6 @@ class Operations(TorchDispatchMode):
     def __init__(self, known: Labelled) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = known
-        layers = [(name, m) for name, m in weighted_layers(known.model) if isinstance(m, nn.Linear)]
-        self._weights = {id(m._parameters.get("weight")): name for name, m in reversed(layers)}
         self._matrices: dict[int, tuple[str, Tensor]] = {}  # id of a transposed weight → the layer, and the tensor
 
     def __torch_dispatch__(
@@ -81,8 +78,8 @@ class Operations(TorchDispatchMode):
         results = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         if name in ("mm", "addmm") and id(given["mat2"]) in self._matrices:
             self._layer(given["self" if name == "mm" else "mat1"], self._matrices[id(given["mat2"])][0], result)
-        elif func in _TRANSPOSING and id(given["self"]) in self._weights:
-            self._matrices[id(result)] = self._weights[id(given["self"])], result
+        elif func in _TRANSPOSING and self._linear(given["self"]):
+            self._matrices[id(result)] = known.layers[id(given["self"])], result
         elif not any(known.of(x) is not None for x in tensors):
             for x in results if not tensors else ():
                 known.note(x, torch.full(x.shape, -1, device=x.device))  # may be written to
@@ -103,6 +100,11 @@ class Operations(TorchDispatchMode):
             self._pointwise([x for x in given.values() if isinstance(x, Tensor)], results)
         elif name not in _NEW:
             known.mix(tensors)
+
+    def _linear(self, x: Tensor) -> bool:
+        """Return whether a tensor is the weight of a linear layer."""
+        name = self.known.layers.get(id(x))
+        return name is not None and isinstance(self.known.modules[name], nn.Linear)
 
     def _of(self, x: Tensor) -> Tensor:
         """Return the labels of a tensor, all -1 if it has none."""

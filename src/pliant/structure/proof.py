@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pliant.calling import Inputs, duplicate, eager, kept_results, map_tensors, results_of, run, tensors_of
+from pliant.calling import Inputs, duplicate, kept_results, map_tensors, results_of, run, tensors_of
 from pliant.errors import first_line
 from pliant.structure.attention import is_conv1d
 from pliant.structure.draws import SameDraws, differing, in_double, seeded
@@ -80,7 +80,7 @@ class Proof:
     def attempt(self, small: nn.Module) -> None:
         """Run a network that is part of the model in both modes, and raise what its forward raises."""
         for trial in (self._eval, *self._train):
-            with eager(), self._conditions():
+            with self._conditions():
                 self._trial_run(small, trial, {})
 
     def fault(self, removed: Removed, *, training: bool | None = None) -> str | None:
@@ -92,10 +92,6 @@ class Proof:
         """
         if self.problem is not None:
             return self.problem
-        with eager():
-            return self._fault(removed, training)
-
-    def _fault(self, removed: Removed, training: bool | None) -> str | None:
         trials = [*([self._eval] if training is not True else []), *(self._train if training is not False else [])]
         if not trials:
             return None

@@ -32,7 +32,6 @@ from pliant.calling import (
     copied,
     count_calls,
     duplicate,
-    eager,
     map_tensors,
     run,
     tensors_of,
@@ -64,11 +63,7 @@ def coupled_channels(model: nn.Module, example_inputs: Example) -> Structure:
     Raises:
         BadInput: the model cannot be called with the example.
     """
-    with eager():
-        return _coupled_channels(model, as_inputs(example_inputs))
-
-
-def _coupled_channels(model: nn.Module, inputs: Inputs) -> Structure:
+    inputs = as_inputs(example_inputs)
     probe = copied(model).eval()
     calls = _calls(probe, inputs)
     inputs = _first_two(probe, inputs)
@@ -160,12 +155,12 @@ def _sound_channels(
 ) -> tuple[dict[ChannelGroup, int], list[tuple[ChannelGroup, str]]]:
     """Return group → a number of channels that may stay, for all that are sound together; and the others.
 
+    A group that fails with half of its channels is tried with another number.
+
     Args:
         proof: the proof.
         groups: groups to add.
         known: the same for groups that are known to be sound.
-
-    A group that fails with half of its channels is tried with another number.
     """
     sound = dict(known)
 
